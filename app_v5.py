@@ -1,0 +1,3887 @@
+#!/usr/bin/env python3
+"""Put many language models on a Ray cluster from one YAML file, correctly and at once.
+
+    ray start --head
+    python3 app_v5.py multi_model_config.yaml
+
+The file is a Ray Serve config (what `serve deploy` takes). Every application is built by Ray's own
+builders, fitted to the exact CPUs and GPUs that it declares, and deployed concurrently; one that
+fails does not touch the others, and its real cause is printed.
+
+Exit codes: 0 every application runs; 1 one failed; 2 the config or the command line is wrong and
+nothing was touched; 3 no Ray cluster, or it was lost; 4 time ran out with one still deploying;
+130 Ctrl-C; 143 SIGTERM.
+"""
+# To find a section: grep -A1 "^# =====" app_v5.py. To change ...
+#   which keys are accepted, or an error's words:  section 3 (Config)
+#   what a replica reserves:                       section 4 (Resources)
+#   how the plan predicts:                         section 5 (Plan)
+#   anything that calls Ray:                       section 6 (Ray)
+#   what a failure's cause or hint says:           section 7 (Causes)
+#   the order of things, deadlines, stopping:      section 8 (Deploy)
+#   what is printed:                               section 9 (Report)
+#   options and exit codes:                        section 10 (Command line)
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import difflib
+import enum
+import functools
+import hashlib
+import importlib
+import importlib.util
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_futures
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import quote
+
+import yaml
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+# ======================================================================================
+# 2. Types: what flows from section to section
+# ======================================================================================
+Config = dict[str, Any]
+"""One mapping as YAML gives it: keys are strings, values are plain data."""
+
+KeyPath = tuple[str | int, ...]
+"""Where a value stands in the document: ("applications", 0, "args", "llm_configs", 0)."""
+
+Resources = Mapping[str, float]
+"""Ray resources by name: {"CPU": 1.0, "GPU": 0.45, "memory": 2e9} (memory in bytes)."""
+
+
+Holders = Mapping[str, Sequence[tuple[str, Resources]]]
+"""Who holds what on each node, by the node's name: ("application/deployment", its resources)."""
+
+
+class Severity(enum.Enum):
+    ERROR = "error"
+    WARNING = "warning"
+
+
+@dataclass(frozen=True, order=True)
+class Mark:
+    """A place in a file; line and column start at 1."""
+
+    line: int
+    column: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong in the config: where, what, and what would be right."""
+
+    file: str
+    mark: Mark | None
+    path: KeyPath
+    message: str
+    hint: str = ""
+    severity: Severity = Severity.ERROR
+
+
+class ConfigError(Exception):
+    """The config or the command line is wrong and nothing was touched (exit code 2)."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        super().__init__("\n".join(problem.message for problem in problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class Document:
+    """A loaded YAML file: plain data without shared objects, and where every key stands.
+
+    `marks` holds, for each key path, where its key (or list item) starts. `origins` maps the path
+    of an inlined llm_configs entry to the file it came from. `secrets` are the texts that no output
+    may show.
+    """
+
+    file: str
+    data: Config
+    marks: Mapping[KeyPath, Mark]
+    origins: Mapping[KeyPath, str] = field(default_factory=dict)
+    secrets: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Node:
+    """One live node. `free_gpus` are the free shares of its single GPUs, by index (a prediction
+    where Ray does not tell); `labels` are Ray's node labels."""
+
+    name: str
+    total: Resources
+    free: Resources
+    free_gpus: tuple[float, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What each replica of one deployment reserves, from Ray's own build of the application."""
+
+    application: str
+    deployment: str
+    bundles: tuple[Resources, ...]
+    strategy: str  # PACK, SPREAD, STRICT_PACK, STRICT_SPREAD
+    min_replicas: int
+    max_replicas: int
+    max_replicas_per_node: int | None = None
+    label_selectors: tuple[Mapping[str, str], ...] = ()  # one per bundle, or empty
+    initial_replicas: int | None = None
+    autoscaling: bool = False
+    ingress: bool = False
+
+    @property
+    def reserved(self) -> dict[str, float]:
+        """What one replica reserves in all its bundles."""
+        total: dict[str, float] = {}
+        for bundle in self.bundles:
+            for resource, amount in bundle.items():
+                total[resource] = total.get(resource, 0.0) + amount
+        return total
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A problem of a value at a key path, before it is known where in a file that stands; `place`
+    is the key to point at, where it is another."""
+
+    path: KeyPath
+    message: str
+    hint: str = ""
+    severity: Severity = Severity.ERROR
+    place: KeyPath = ()
+
+
+Findings = list[Finding]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One LLM of an application, for what people read."""
+
+    model_id: str
+    source: str
+    deployment_name: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ApplicationSpec:
+    """One application of the config, normalised: `config` is what Ray's own schema takes."""
+
+    index: int
+    name: str
+    route_prefix: str | None
+    config: Config
+    models: tuple[ModelSpec, ...] = ()
+
+
+@dataclass(frozen=True)
+class ReplicaState:
+    """One replica as Serve's controller knows it."""
+
+    replica_id: str
+    state: str
+    node: str
+    pid: int
+    actor_id: str = ""
+    started_s: float = 0.0  # seconds since 1970
+    log_file: str = ""
+
+
+@dataclass(frozen=True)
+class DeploymentState:
+    """One running deployment; the words are Serve's own."""
+
+    name: str
+    status: str
+    message: str
+    target_replicas: int
+    replicas: tuple[ReplicaState, ...] = ()
+    dead_replicas: tuple[ReplicaState, ...] = ()
+
+    @property
+    def running(self) -> int:
+        return sum(replica.state == "RUNNING" for replica in self.replicas)
+
+
+@dataclass(frozen=True)
+class ApplicationState:
+    """One application on the cluster; the words are Serve's own."""
+
+    name: str
+    status: str
+    message: str = ""
+    route_prefix: str | None = None
+    source: str = "imperative"
+    deployments: tuple[DeploymentState, ...] = ()
+
+
+class Result(enum.Enum):
+    """How an application's deployment ended."""
+
+    RUNNING = "RUNNING"
+    FAILED = "FAILED"
+    STILL_DEPLOYING = "STILL DEPLOYING"
+    UNKNOWN = "UNKNOWN"
+    INTERRUPTED = "INTERRUPTED"
+
+
+RESULT_WORDS = frozenset(result.value for result in Result)
+
+
+@dataclass(frozen=True)
+class Cause:
+    text: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one application; `seconds` count from its turn to its end."""
+
+    application: ApplicationSpec
+    result: Result
+    seconds: float
+    cause: Cause | None = None
+    detail: str = ""
+    demands: tuple[Demand, ...] = ()
+    state: ApplicationState | None = None
+    submitted: bool = False
+
+
+class ApplicationError(Exception):
+    """One application failed; the others go on."""
+
+
+class ClusterError(Exception):
+    """No cluster, or it was lost (exit code 3)."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class StillDeploying(Exception):
+    """An application's time ran out."""
+
+
+class Interrupted(Exception):
+    """A signal came before anything was deployed."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class Stopped(Exception):
+    """The run was interrupted, or the cluster was lost."""
+
+
+EXIT_OK, EXIT_FAILED, EXIT_CONFIG, EXIT_CLUSTER, EXIT_TIMEOUT = 0, 1, 2, 3, 4
+EXIT_SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+DEFAULT_TIMEOUT_S = 30 * 60.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    config: str
+    address: str | None = None
+    max_workers: int | None = None
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    worker_logs: bool = False
+    plan: bool = False
+    allow_pending: bool = False
+
+
+# ======================================================================================
+# 3. Config: text → document with line marks → checked
+# ======================================================================================
+
+MAX_BYTES = 2 * 1024 * 1024
+MAX_DEPTH = 100
+MAX_VALUES = 100_000
+MOST_VALUE_CHARACTERS = 60
+"""A file's limits, aliases expanded; real configs stay a hundred times below them."""
+
+YAML_TAG = "tag:yaml.org,2002:"
+PLAIN_TAGS = frozenset(
+    YAML_TAG + name
+    for name in (
+        *("null", "bool", "int", "float", "str", "binary", "timestamp"),
+        *("map", "seq", "merge", "omap", "pairs", "set"),
+    )
+)
+VARIABLE = re.compile(r"\$(?:\$\{|\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\})")
+SECRET_WORDS = frozenset(
+    ("token", "key", "apikey", "password", "passwd", "secret", "credential", "credentials")
+)
+SHORTEST_SECRET = 4
+
+
+LLM_ARGS = ("llm_config", "prefill_config", "decode_config")
+"""Builder arguments that hold one LLM each; `llm_configs` holds a list of them."""
+
+DEFAULT_APPLICATION = "default"
+DEFAULT_ROUTE = "/"
+"""What Ray's schema takes when `name` and `route_prefix` are not given."""
+
+
+# -- text → document ---------------------------------------------------------------------------
+
+
+def load_document(file: str, environ: Mapping[str, str]) -> Document:
+    """Read a config file into plain data, with the place of every key.
+
+    Environment variables are filled in, and `llm_configs` entries that are paths are replaced by
+    what those files hold. Raises ConfigError.
+    """
+    text = read_text(file)
+    loader = DocumentLoader(file, environ)
+    data = loader.load(text)
+    problem = check_top(file, data)
+    if problem:
+        raise ConfigError([problem])
+    loader.inline_files(data)
+    if loader.problems:
+        raise ConfigError(sorted(loader.problems, key=position))
+    return Document(
+        file, data, loader.marks, loader.origins, frozenset(loader.secrets | secrets_in(data))
+    )
+
+
+def position(problem: Problem) -> tuple[str, Mark]:
+    return problem.file, problem.mark or Mark(0, 0)
+
+
+def read_text(file: str) -> str:
+    """A file's text. Raises ConfigError when it can't be read as UTF-8 text of sane size."""
+
+    def broken(message: str, hint: str = "") -> ConfigError:
+        return ConfigError([Problem(file, None, (), message, hint)])
+
+    try:
+        with Path(file).open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            data = stream.read(MAX_BYTES + 1)
+    except IsADirectoryError:
+        raise broken("this is a directory", "give the YAML file in it") from None
+    except OSError as error:
+        raise broken(f"can't be read: {error.strerror or error}") from None
+    if len(data) > MAX_BYTES:
+        raise broken(f"{max(size, len(data))} bytes are more than the limit of {MAX_BYTES}")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise broken(
+            f"byte {error.start} is not UTF-8: {error.reason}", "save the file as UTF-8"
+        ) from None
+    if "\0" in text:
+        raise broken(
+            f"byte {data.index(0)} is a NUL: this is not UTF-8 text", "save the file as UTF-8"
+        )
+    return text
+
+
+class DocumentLoader:
+    """Turns YAML nodes into plain data, and keeps where each key stands.
+
+    PyYAML's own constructor takes the last of two equal keys, shares one object between aliases,
+    and has no limits; its parser, resolver and scalar constructors are used as they are.
+    """
+
+    def __init__(self, file: str, environ: Mapping[str, str]) -> None:
+        self.file = file
+        self.environ = environ
+        self.marks: dict[KeyPath, Mark] = {}
+        self.origins: dict[KeyPath, str] = {}
+        self.secrets: set[str] = set()
+        self.problems: list[Problem] = []
+        self.values = 0
+        self.scalars = yaml.SafeLoader("")
+        self.files = [file]
+
+    def problem(self, mark: Mark | None, path: KeyPath, message: str, hint: str = "") -> None:
+        self.problems.append(Problem(self.files[-1], mark, path, message, hint))
+
+    def load(self, text: str, path: KeyPath = ()) -> Any:
+        """The document's data. Raises ConfigError for what makes all of it unusable."""
+        file = self.files[-1]
+        try:
+            check_events(file, text)
+            nodes = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
+        except yaml.MarkedYAMLError as error:
+            raise ConfigError([syntax_problem(file, text, error)]) from None
+        except yaml.YAMLError as error:
+            raise ConfigError([Problem(file, None, (), f"not YAML: {error}")]) from None
+        if len(nodes) > 1:
+            raise ConfigError(
+                [
+                    Problem(
+                        file, mark_of(nodes[1]), (), "a second document starts here", ONE_DOCUMENT
+                    )
+                ]
+            )
+        if not nodes or nodes[0] is None:
+            raise ConfigError([Problem(file, None, (), f"is empty; expected {EXPECTED_TOP}")])
+        return self.value(nodes[0], path, ())
+
+    def value(self, node: yaml.Node, path: KeyPath, above: tuple[int, ...]) -> Any:
+        """One node's plain data; `above` are the nodes that it lies in."""
+        self.values += 1
+        if self.values > MAX_VALUES:
+            message = f"excessive aliasing: more than {MAX_VALUES} values when aliases are expanded"
+            raise ConfigError([Problem(self.files[-1], mark_of(node), path, message)])
+        if id(node) in above:
+            message = "an alias stands inside of what it refers to"
+            raise ConfigError([Problem(self.files[-1], mark_of(node), path, message)])
+        if isinstance(node, yaml.MappingNode):
+            return self.mapping(node, path, (*above, id(node)))
+        if isinstance(node, yaml.SequenceNode):
+            items = []
+            for index, item in enumerate(node.value):
+                self.marks[(*path, index)] = mark_of(item)
+                items.append(self.value(item, (*path, index), (*above, id(node))))
+            return items
+        assert isinstance(node, yaml.ScalarNode)
+        return self.scalar(node, path)
+
+    def mapping(self, node: yaml.MappingNode, path: KeyPath, above: tuple[int, ...]) -> Config:
+        """A mapping; what `<<` merges in stands below what is written."""
+        merged: Config = {}
+        own: Config = {}
+        lines: dict[Any, int] = {}
+        for key_node, value_node in node.value:
+            if key_node.tag == YAML_TAG + "merge":
+                sources = (
+                    value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
+                )
+                for source in reversed(sources):
+                    if isinstance(source, yaml.MappingNode):
+                        merged.update(self.value(source, path, above))
+                    else:
+                        self.problem(mark_of(source), path, "`<<` takes a mapping")
+                continue
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.problem(mark_of(key_node), path, "a mapping or a list can't be a key")
+                continue
+            key, mark = self.scalars.construct_object(key_node), mark_of(key_node)
+            if key in own:
+                message = f"{key!r} is given twice, in line {lines[key]} and in line {mark.line}"
+                self.problem(mark, path, message, "keep one of them")
+            lines[key] = mark.line
+            self.marks[(*path, key)] = mark
+            own[key] = self.value(value_node, (*path, key), above)
+            self.marks[(*path, key)] = mark
+        return {**merged, **own}
+
+    def scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
+        """A scalar, with environment variables filled in; unquoted ones get their type anew."""
+        if "${" in node.value and node.tag in (YAML_TAG + "str", YAML_TAG + "merge"):
+            filled = VARIABLE.sub(lambda match: self.variable(match, node, path), node.value)
+            tag = node.tag
+            if node.style is None:
+                tag = self.scalars.resolve(yaml.ScalarNode, filled, (True, False))  # type: ignore[no-untyped-call]
+            node = yaml.ScalarNode(tag, filled, node.start_mark, node.end_mark, node.style)
+        try:
+            return self.scalars.construct_object(node)
+        except (ValueError, yaml.YAMLError) as error:
+            self.problem(mark_of(node), path, f"{node.value!r} can't be read: {error}")
+            return None
+
+    def variable(self, match: re.Match[str], node: yaml.Node, path: KeyPath) -> str:
+        name, default = match["name"], match["default"]
+        if name is None:
+            return "${"
+        if name in self.environ:
+            text = self.environ[name]
+            if len(text) >= SHORTEST_SECRET and not is_number(text):
+                self.secrets.add(text)
+            return text
+        if default is None:
+            hint = f"export it, or give a default: ${{{name}:-...}}"
+            self.problem(mark_of(node), path, f"environment variable {name} is not set", hint)
+        return default or ""
+
+    def inline_files(self, data: Config) -> None:
+        """Replace the paths among the builders' LLMs by what the files hold."""
+        for index, application in enumerate(as_list(data.get("applications"))):
+            args = application.get("args") if isinstance(application, dict) else None
+            if not isinstance(args, dict):
+                continue
+            for key in LLM_ARGS:
+                self.inline(args, key, ("applications", index, "args", key))
+            entries = args.get("llm_configs")
+            if isinstance(entries, list):
+                for place in range(len(entries)):
+                    path = ("applications", index, "args", "llm_configs", place)
+                    self.inline(entries, place, path)
+
+    def inline(self, holder: Any, key: str | int, path: KeyPath) -> None:
+        name = holder.get(key) if isinstance(holder, dict) else holder[key]
+        if not isinstance(name, str):
+            return
+        base, here = Path(self.file).absolute().parent, Path.cwd()
+        found = next(
+            (str(folder / name) for folder in (base, here) if (folder / name).exists()), None
+        )
+        if found is None:
+            hint = f"looked in {base} and in {here}"
+            self.problem(self.marks.get(path), path, f"there is no file {name!r}", hint)
+            return
+        self.files.append(found)
+        try:
+            value = self.load(read_text(found), path)
+            if not isinstance(value, dict):
+                self.problem(None, path, "expected a mapping with `model_loading_config`")
+            holder[key] = value
+            self.origins[path] = found
+        except ConfigError as error:
+            self.problems += error.problems
+        finally:
+            self.files.pop()
+
+
+EXPECTED_TOP = "a mapping with `applications`"
+ONE_DOCUMENT = "keep one document in the file"
+
+
+def mark_of(node: yaml.Node | yaml.Event) -> Mark:
+    start = node.start_mark
+    return Mark(start.line + 1, start.column + 1) if start else Mark(1, 1)
+
+
+def check_events(file: str, text: str) -> None:
+    """Look at the stream of events before anything is built from it. Raises ConfigError."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        mark = mark_of(event)
+        if depth > MAX_DEPTH:
+            raise ConfigError([Problem(file, mark, (), f"nested deeper than {MAX_DEPTH} levels")])
+        tag = getattr(event, "tag", None)
+        if tag and tag not in PLAIN_TAGS and tag != "!":
+            message = f"the tag {tag.replace(YAML_TAG, '!!')} is not allowed"
+            raise ConfigError([Problem(file, mark, (), message, "plain YAML values only")])
+
+
+def syntax_problem(file: str, text: str, error: yaml.MarkedYAMLError) -> Problem:
+    """A parser's complaint with the line that it is about."""
+    place = error.problem_mark or error.context_mark
+    if place is None:
+        return Problem(file, None, (), f"not YAML: {error.problem}")
+    lines = text.splitlines()
+    shown = lines[place.line].strip() if place.line < len(lines) else "(end of the file)"
+    message = f"not YAML: {error.problem}"
+    if "\\t" in str(error.problem):
+        message += " (indent with spaces, not tabs)"
+    return Problem(file, Mark(place.line + 1, place.column + 1), (), message, f"the line: {shown}")
+
+
+def check_top(file: str, data: Any) -> Problem | None:
+    """What is wrong with a document as a whole."""
+    if not isinstance(data, dict):
+        kind = "a list" if isinstance(data, list) else "a single value"
+        return Problem(file, Mark(1, 1), (), f"expected {EXPECTED_TOP}, this is {kind}")
+    if "apiVersion" in data and "kind" in data and "applications" not in data:
+        hint = f"expected {EXPECTED_TOP}"
+        if data["kind"] == "RayService":
+            hint = "its spec.serveConfigV2 holds the Serve config: save that text as a file"
+        message = f"this is a Kubernetes manifest ({data['kind']})"
+        return Problem(file, Mark(1, 1), (), message, hint)
+    if "applications" not in data:
+        similar = did_you_mean("applications", data)
+        return Problem(file, Mark(1, 1), (), f"expected {EXPECTED_TOP}", similar)
+    return None
+
+
+def did_you_mean(wanted: str, keys: Iterable[Any]) -> str:
+    close = difflib.get_close_matches(wanted, [key for key in keys if isinstance(key, str)], 1, 0.7)
+    return f"did you mean {wanted!r} by {close[0]!r}?" if close else ""
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def llm_configs(application: Config) -> list[tuple[KeyPath, Config]]:
+    """The LLMs among an application's builder arguments, each with its path below it."""
+    args = application.get("args") or {}
+    found: list[tuple[KeyPath, Any]] = [
+        (("args", "llm_configs", index), llm)
+        for index, llm in enumerate(args.get("llm_configs") or [])
+    ]
+    found += [(("args", key), args[key]) for key in LLM_ARGS if key in args]
+    return [(path, llm) for path, llm in found if isinstance(llm, dict)]
+
+
+# -- secrets -----------------------------------------------------------------------------------
+
+
+def is_secret_key(key: str) -> bool:
+    """Whether a key names a secret: HF_TOKEN, api-key, dbPassword; not max_tokens, tokenizer."""
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", key)
+    return any(word.lower() in SECRET_WORDS for word in words)
+
+
+def secrets_in(value: Any, key: str = "") -> set[str]:
+    """The texts under keys that name secrets."""
+    if isinstance(value, dict):
+        return set().union(*(secrets_in(item, str(name)) for name, item in value.items()))
+    if isinstance(value, list):
+        return set().union(*(secrets_in(item, key) for item in value))
+    long_enough = isinstance(value, str) and len(value) >= SHORTEST_SECRET
+    return {value} if long_enough and is_secret_key(key) else set()
+
+
+def mask(text: str, secrets: Collection[str]) -> str:
+    """`text` without the secrets, the longest first."""
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return text
+
+
+# -- which keys there are: Ray's own schemas, read without importing Ray -------------------------
+
+SCHEMA_SOURCES = (
+    ("ray", "serve/schema.py"),
+    ("ray", "serve/config.py"),
+    ("ray", "llm/_internal/serve/core/configs/llm_config.py"),
+    ("ray", "llm/_internal/serve/core/configs/accelerators.py"),
+    ("ray", "llm/_internal/serve/core/ingress/builder.py"),
+    ("ray", "llm/_internal/serve/serving_patterns/data_parallel/builder.py"),
+    ("ray", "llm/_internal/serve/serving_patterns/prefill_decode/builder.py"),
+    ("ray", "llm/_internal/common/placement.py"),
+    ("ray", "llm/_internal/common/utils/cloud_utils.py"),
+    ("vllm", "engine/arg_utils.py"),
+    ("vllm", "entrypoints/launchers/cli_args.py"),
+)
+"""Where the schemas stand: importing them takes 2 s for Serve's and 10 s for the LLM's."""
+
+SHORT_RESOURCES = frozenset(("num_cpus", "cpus", "num_gpus", "gpus"))
+LLM_LISTS = {"llm_configs", *LLM_ARGS}
+ENGINE, OPTIONS, LLM_BUILDER = "engine", "deployment options", "LLM builder"
+
+SCHEMA_PARTS: Mapping[str, tuple[str, ...]] = {
+    ENGINE: ("EngineArgs", "AsyncEngineArgs", "FrontendArgs", "BaseFrontendArgs"),
+    LLM_BUILDER: ("LLMServingArgs", "DPOpenAiServingArgs", "PDServingArgs"),
+    "accelerator": ("AcceleratorConfig", "CPUConfig", "GPUConfig", "TPUConfig"),
+    "model source": ("CloudMirrorConfig", "LoraMirrorConfig"),
+}
+"""Places that accept the fields of several classes."""
+
+CHILDREN: Mapping[tuple[str, str], str] = {
+    ("ServeDeploySchema", "http_options"): "HTTPOptionsSchema",
+    ("ServeDeploySchema", "grpc_options"): "gRPCOptionsSchema",
+    ("ServeDeploySchema", "logging_config"): "LoggingConfig",
+    ("ServeDeploySchema", "tracing_config"): "TracingConfig",
+    ("ServeDeploySchema", "controller_options"): "ControllerOptions",
+    ("ServeDeploySchema", "applications"): "ServeApplicationSchema",
+    ("ServeApplicationSchema", "logging_config"): "LoggingConfig",
+    ("ServeApplicationSchema", "deployments"): "DeploymentSchema",
+    ("DeploymentSchema", "ray_actor_options"): "RayActorOptionsSchema",
+    ("DeploymentSchema", "autoscaling_config"): "AutoscalingConfig",
+    ("DeploymentSchema", "logging_config"): "LoggingConfig",
+    ("DeploymentSchema", "request_router_config"): "RequestRouterConfig",
+    ("DeploymentSchema", "gang_scheduling_config"): "GangSchedulingConfig",
+    (OPTIONS, "ray_actor_options"): "RayActorOptionsSchema",
+    (OPTIONS, "autoscaling_config"): "AutoscalingConfig",
+    (OPTIONS, "logging_config"): "LoggingConfig",
+    (LLM_BUILDER, "llm_configs"): "LLMConfig",
+    **{(LLM_BUILDER, key): "LLMConfig" for key in LLM_ARGS},
+    (LLM_BUILDER, "ingress_deployment_config"): OPTIONS,
+    ("LLMConfig", "model_loading_config"): "ModelLoadingConfig",
+    ("LLMConfig", "deployment_config"): OPTIONS,
+    ("LLMConfig", "engine_kwargs"): ENGINE,
+    ("LLMConfig", "lora_config"): "LoraConfig",
+    ("LLMConfig", "placement_group_config"): "PlacementGroupConfig",
+    ("LLMConfig", "accelerator_config"): "accelerator",
+    ("ModelLoadingConfig", "model_source"): "model source",
+}
+"""Which schema the value of a field has, where it is a mapping or a list of mappings."""
+
+FORBIDS_OTHERS = frozenset(
+    ("LLMConfig", "ModelLoadingConfig", "LoraConfig", "LoggingConfig", ENGINE)
+)
+"""Schemas for which Ray refuses an unknown field; the others ignore it without a word."""
+
+KnownKeys = Mapping[str, frozenset[str]]
+"""Schema name -> its fields; a schema that was not found is not in it, and is not checked."""
+
+
+@functools.cache
+def known_keys() -> KnownKeys:
+    """The fields of the installed Ray's and vLLM's schemas, from their source (0.1 s)."""
+    classes: dict[str, tuple[frozenset[str], tuple[str, ...]]] = {}
+    for package, file in SCHEMA_SOURCES:
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            with contextlib.suppress(OSError, SyntaxError):
+                classes.update(read_classes(Path(folder, file).read_text("utf-8")))
+    known = {name: fields_of(name, classes) for name in classes}
+    for place, parts in SCHEMA_PARTS.items():
+        if any(part in known for part in parts):
+            known[place] = frozenset().union(*(known.get(part, ()) for part in parts))
+    spec = importlib.util.find_spec("ray")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        with contextlib.suppress(OSError, SyntaxError, StopIteration):
+            known[OPTIONS] = deployment_options(Path(folder, "serve/api.py").read_text("utf-8"))
+    return known
+
+
+def read_classes(source: str) -> dict[str, tuple[frozenset[str], tuple[str, ...]]]:
+    """The annotated fields and the bases of each class in a source file."""
+    return {
+        node.name: (
+            frozenset(
+                item.target.id
+                for item in node.body
+                if isinstance(item, ast.AnnAssign)
+                and isinstance(item.target, ast.Name)
+                and not item.target.id.startswith("_")
+            ),
+            tuple(base.id for base in node.bases if isinstance(base, ast.Name)),
+        )
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef)
+    }
+
+
+def fields_of(
+    name: str, classes: Mapping[str, tuple[frozenset[str], tuple[str, ...]]]
+) -> frozenset[str]:
+    fields, bases = classes[name]
+    return fields.union(*(fields_of(base, classes) for base in bases if base in classes))
+
+
+def deployment_options(source: str) -> frozenset[str]:
+    """The options of `@serve.deployment`, which is what a `deployment_config` is passed to."""
+    (function,) = (
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef) and node.name == "deployment"
+    )
+    names = [argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)]
+    return frozenset(name for name in names if not name.startswith("_"))
+
+
+# -- document → problems -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value has to be."""
+
+    kinds: tuple[type, ...]
+    words: str
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    others: tuple[str, ...] = ()
+
+    def broken_by(self, value: Any) -> bool:
+        if value is None or value in self.others:
+            return False
+        if isinstance(value, bool) and bool not in self.kinds:
+            return True
+        if isinstance(value, str) and float in self.kinds and is_number(value):
+            value = float(value)  # Ray's schema reads numbers that stand in quotes
+        if not isinstance(value, self.kinds):
+            return True
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return not (self.least <= value <= self.most and value > self.above)
+        return False
+
+
+AMOUNT = Rule((int, float), "a number, 0 or more", least=0, most=1e18)
+POSITIVE = Rule((int, float), "a number above 0", above=0, most=1e18)
+COUNT = Rule((int,), "a whole number, 1 or more", least=1)
+COUNT_FROM_0 = Rule((int,), "a whole number, 0 or more", least=0)
+TEXT = Rule((str,), "a text")
+MAPPING = Rule((dict,), "a mapping")
+LIST = Rule((list,), "a list")
+
+RULES: Mapping[str, Rule] = {
+    **dict.fromkeys((*SHORT_RESOURCES, "memory"), AMOUNT),
+    **dict.fromkeys(("max_replicas", "max_ongoing_requests"), COUNT),
+    **dict.fromkeys(("min_replicas", "initial_replicas"), COUNT_FROM_0),
+    **dict.fromkeys(
+        ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"), COUNT
+    ),
+    **dict.fromkeys(
+        ("target_ongoing_requests", "metrics_interval_s", "look_back_period_s"), POSITIVE
+    ),
+    **dict.fromkeys(("upscale_delay_s", "downscale_delay_s"), AMOUNT),
+    **dict.fromkeys(("health_check_period_s", "health_check_timeout_s"), POSITIVE),
+    **dict.fromkeys(("graceful_shutdown_wait_loop_s", "graceful_shutdown_timeout_s"), AMOUNT),
+    "max_queued_requests": Rule((int,), "a whole number, -1 (no limit) or more", least=-1),
+    "num_replicas": Rule((int,), "a whole number, 1 or more, or auto", least=1, others=("auto",)),
+    "gpu_memory_utilization": Rule((int, float), "a number above 0, 1 at most", above=0, most=1),
+    "port": Rule((int,), "a port, 1 to 65535", least=1, most=65535),
+    **dict.fromkeys(("model_id", "import_path", "name", "host", "route_prefix"), TEXT),
+    "model_source": Rule((str, dict), "a text, or a mapping with bucket_uri"),
+    **dict.fromkeys(
+        (
+            "args",
+            "runtime_env",
+            "env_vars",
+            "ray_actor_options",
+            "deployment_config",
+            "engine_kwargs",
+        ),
+        MAPPING,
+    ),
+    **dict.fromkeys(("model_loading_config", "http_options", "grpc_options", "resources"), MAPPING),
+    **dict.fromkeys(("placement_group_config", "accelerator_config"), MAPPING),
+    **dict.fromkeys(("applications", "deployments", "llm_configs", "bundles"), LIST),
+    "proxy_location": Rule((str,), "EveryNode, HeadOnly or Disabled"),
+}
+"""What the value of a key has to be, wherever a schema of ours has that key."""
+
+BELONGS: Mapping[str, str] = {
+    **dict.fromkeys(("min_replicas", "max_replicas", "initial_replicas"), "autoscaling_config"),
+    **dict.fromkeys(("target_ongoing_requests", "upscale_delay_s"), "autoscaling_config"),
+    **dict.fromkeys(("downscale_delay_s", "metrics_interval_s"), "autoscaling_config"),
+    **dict.fromkeys(
+        ("max_ongoing_requests", "num_replicas", "autoscaling_config"), "deployment_config"
+    ),
+    **dict.fromkeys(("ray_actor_options", "user_config", *SHORT_RESOURCES), "deployment_config"),
+    **dict.fromkeys(("model_id", "model_source"), "model_loading_config"),
+    **dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size"), "engine_kwargs"),
+    **dict.fromkeys(("max_model_len", "gpu_memory_utilization", "dtype"), "engine_kwargs"),
+    **dict.fromkeys(("llm_configs", "llm_config"), "args"),
+    **dict.fromkeys(("model_loading_config", "engine_kwargs", "deployment_config"), "llm_configs"),
+    **dict.fromkeys(("memory", "resources", "accelerator_type"), "ray_actor_options"),
+    **dict.fromkeys(("name", "route_prefix", "import_path", "deployments"), "applications"),
+    **dict.fromkeys(("env_vars", "pip", "working_dir"), "runtime_env"),
+}
+"""Where a key belongs that people put elsewhere, and that Ray then ignores without a word."""
+
+
+def check_document(document: Document, known: KnownKeys) -> list[Problem]:
+    """Everything wrong with a document, sorted by its place."""
+    findings = check_schema(document.data, "ServeDeploySchema", (), known)
+    for key in UNSUPPORTED_TOP:
+        if document.data.get(key) is not None:
+            findings.append(Finding((key,), *UNSUPPORTED))
+    applications = as_list(document.data.get("applications"))
+    if not applications and "applications" in document.data:
+        findings.append(Finding(("applications",), "there is no application", "", Severity.WARNING))
+    for index, application in enumerate(applications):
+        path = ("applications", index)
+        if isinstance(application, dict):
+            findings += check_application(application, path, known)
+        else:
+            findings.append(Finding(path, "expected a mapping with `import_path`"))
+    findings += check_unique_applications(applications)
+    return problems_of(document, findings)
+
+
+UNSUPPORTED_TOP = ("target_capacity",)
+UNSUPPORTED = (
+    "is only supported by `serve deploy`: Serve does not take it for single applications",
+    "leave it out, or deploy this file with `serve deploy`",
+)
+
+
+def check_schema(value: Config, schema: str, path: KeyPath, known: KnownKeys) -> Findings:
+    """Unknown and misplaced keys, and wrong values, of a mapping and of all below it."""
+    findings: Findings = []
+    fields = known.get(schema)
+    extra = SHORT_RESOURCES if schema in ("DeploymentSchema", OPTIONS) else frozenset()
+    for key, item in value.items():
+        here = (*path, key)
+        if fields is not None and key not in fields | extra:
+            findings.append(unknown_key(key, schema, here, fields | extra))
+            continue
+        rule = RULES.get(key) if isinstance(key, str) else None
+        if rule and rule.broken_by(item):
+            findings.append(Finding(here, f"{show_value(item)} is not {rule.words}"))
+            continue
+        child = CHILDREN.get((schema, key))
+        for place, below in children(item, here):
+            if child and isinstance(below, dict):
+                findings += check_schema(below, child, place, known)
+            elif child and isinstance(item, list):
+                findings.append(Finding(place, f"{show_value(below)} is not a mapping"))
+        if key == "runtime_env" and isinstance(item, dict):
+            findings += check_runtime_env(item, here)
+    if schema in ("DeploymentSchema", OPTIONS):
+        findings += check_replicas(value, path)
+    return findings
+
+
+def children(item: Any, path: KeyPath) -> list[tuple[KeyPath, Any]]:
+    """A value itself, or the items of a list, each with its place."""
+    if isinstance(item, list):
+        return [((*path, index), below) for index, below in enumerate(item)]
+    return [(path, item)]
+
+
+def unknown_key(key: Any, schema: str, path: KeyPath, fields: frozenset[str]) -> Finding:
+    """What to say about a key that a schema does not have.
+
+    A near miss is an error. A key that may be new in a later Ray is one only where Ray refuses it.
+    """
+    above = path[:-1]
+
+    def finding(message: str, hint: str = "", severity: Severity = Severity.ERROR) -> Finding:
+        return Finding(above, message, hint, severity, place=path)
+
+    close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.75)
+    belongs = BELONGS.get(str(key))
+    if schema == "AutoscalingConfig" and key == "max_ongoing_requests":
+        return finding(f"{key!r} does not belong here", "move it up, beside autoscaling_config")
+    if belongs and schema != ENGINE and belongs not in path:
+        return finding(f"{key!r} does not belong here", f"move it into {belongs}")
+    if close:
+        return finding(f"unknown key {key!r}, did you mean {close[0]!r}?")
+    if schema in FORBIDS_OTHERS and schema != ENGINE:
+        return finding(f"unknown key {key!r}", f"known are {', '.join(sorted(fields))}")
+    ignored = "Ray ignores it" if schema != ENGINE else "the engine may refuse it"
+    return finding(f"unknown key {key!r}; {ignored}", severity=Severity.WARNING)
+
+
+def show_value(value: Any) -> str:
+    """A value in a message, short and in YAML's words."""
+    text = {True: "true", False: "false", None: "null"}.get(value) if is_word(value) else None
+    text = text or (repr(value) if isinstance(value, str) else str(value))
+    return shortened(text, MOST_VALUE_CHARACTERS)
+
+
+def shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def is_word(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def check_runtime_env(runtime_env: Config, path: KeyPath) -> Findings:
+    """Values of env_vars that are no texts have broken Serve's controller."""
+    variables = runtime_env.get("env_vars")
+    if variables is None:
+        return []
+    if not isinstance(variables, dict):
+        return [Finding((*path, "env_vars"), f"{show_value(variables)} is not a mapping")]
+    return [
+        Finding(
+            (*path, "env_vars", name),
+            f"{show_value(value)} is not a text",
+            f'put it in quotes: {name}: "{show_value(value)}"',
+        )
+        for name, value in variables.items()
+        if not isinstance(value, str)
+    ]
+
+
+def check_replicas(options: Config, path: KeyPath) -> Findings:
+    """Replica counts that contradict each other."""
+    autoscaling = options.get("autoscaling_config")
+    number = options.get("num_replicas")
+    if not isinstance(autoscaling, dict):
+        return []
+    findings: Findings = []
+    if number is not None and number != "auto":
+        findings.append(
+            Finding(
+                (*path, "num_replicas"),
+                "num_replicas and autoscaling_config exclude each other",
+                "remove one of them, or set num_replicas: auto",
+            )
+        )
+    least, most = autoscaling.get("min_replicas", 1), autoscaling.get("max_replicas", 1)
+    first = autoscaling.get("initial_replicas")
+    numbers = [n for n in (least, most, first) if n is not None]
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+        return findings
+    if "max_replicas" not in autoscaling and number == "auto":
+        most = 100
+    if least is not None and most is not None and least > most:
+        message = f"min_replicas: {least} is more than max_replicas: {most}"
+        findings.append(Finding((*path, "autoscaling_config"), message))
+    elif first is not None and not (least or 0) <= first <= (most or 1):
+        message = f"initial_replicas: {first} is not between {least} and {most}"
+        findings.append(Finding((*path, "autoscaling_config", "initial_replicas"), message))
+    return findings
+
+
+def check_application(application: Config, path: KeyPath, known: KnownKeys) -> Findings:
+    """What Ray's schema alone does not say about one application."""
+    findings: Findings = []
+    if application.get("import_path") is None:
+        hint = "for LLMs: import_path: ray.serve.llm:build_openai_app"
+        findings.append(Finding(path, "import_path is missing", hint))
+    elif isinstance(application["import_path"], str):
+        findings += check_import_path(application["import_path"], (*path, "import_path"))
+    if application.get("autoscaling_policy") is not None:
+        findings.append(Finding((*path, "autoscaling_policy"), *UNSUPPORTED))
+    name = application.get("name", DEFAULT_APPLICATION)
+    if name == "" or name is None or (isinstance(name, str) and "#" in name):
+        findings.append(
+            Finding((*path, "name"), "a name is a text with something in it and no '#'")
+        )
+    findings += check_route(application.get("route_prefix", DEFAULT_ROUTE), (*path, "route_prefix"))
+    for index, override in enumerate(as_list(application.get("deployments"))):
+        if isinstance(override, dict) and not override.get("name"):
+            findings.append(Finding((*path, "deployments", index), "name is missing"))
+    names = [
+        ((*path, "deployments", index, "name"), override.get("name"))
+        for index, override in enumerate(as_list(application.get("deployments")))
+        if isinstance(override, dict)
+    ]
+    findings += check_unique(names, "deployment")
+    args = application.get("args")
+    if isinstance(args, dict) and args.keys() & LLM_LISTS:
+        findings += check_llm_args(
+            args, (*path, "args"), known, str(application.get("import_path"))
+        )
+    return findings
+
+
+def check_import_path(import_path: str, path: KeyPath) -> Findings:
+    """The forms that Ray's ServeApplicationSchema takes."""
+    module, colon, attribute = import_path.partition(":")
+    if not colon:
+        module, _, attribute = import_path.rpartition(".")
+    if module and attribute and ":" not in attribute and " " not in import_path.strip():
+        return []
+    hint = "module:attribute, such as ray.serve.llm:build_openai_app"
+    return [Finding(path, f"{import_path!r} is not an import path", hint)]
+
+
+def check_route(route: Any, path: KeyPath) -> Findings:
+    """Serve's rules for a route_prefix; null means that there is no HTTP route."""
+    if not isinstance(route, str) or route == "/":
+        return []
+    if not route.startswith("/"):
+        return [Finding(path, f"{route!r} does not start with '/'", f"write /{route}")]
+    if route.endswith("/"):
+        return [Finding(path, f"{route!r} ends with '/'", f"write {route.rstrip('/') or '/'}")]
+    if "{" in route or "}" in route:
+        return [Finding(path, f"{route!r} has a wildcard, which Serve does not take")]
+    return []
+
+
+def check_unique_applications(applications: Sequence[Any]) -> Findings:
+    names, routes = [], []
+    for index, application in enumerate(applications):
+        if isinstance(application, dict):
+            path: KeyPath = ("applications", index)
+            names.append(((*path, "name"), application.get("name", DEFAULT_APPLICATION)))
+            route = application.get("route_prefix", DEFAULT_ROUTE)
+            route = route.rstrip("/") or "/" if isinstance(route, str) else route
+            routes.append(((*path, "route_prefix"), route))
+    return check_unique(names, "application") + check_unique(routes, "route")
+
+
+def check_unique(values: Sequence[tuple[KeyPath, Any]], what: str) -> Findings:
+    """A finding for each value that stood at another place before."""
+    findings: Findings = []
+    first: dict[str, KeyPath] = {}
+    for path, value in values:
+        if not isinstance(value, str):
+            continue
+        if value in first:
+            message = f"the {what} {value!r} is there twice, first at {format_key(first[value])}"
+            findings.append(Finding(path, message, "give each its own"))
+        first.setdefault(value, path)
+    return findings
+
+
+def check_llm_args(args: Config, path: KeyPath, known: KnownKeys, import_path: str) -> Findings:
+    """The arguments of a builder that takes LLMs; a builder of the user's own may take more."""
+    rays_own = import_path.startswith("ray.serve.llm")
+    fields = {key: value for key, value in args.items() if rays_own or key in LLM_LISTS}
+    findings = check_schema(fields, LLM_BUILDER, path, known)
+    models, names = [], []
+    for llm_path, llm in llm_configs({"args": args}):
+        where = (*path, *llm_path[1:])
+        loading = llm.get("model_loading_config")
+        if loading is None:
+            findings.append(Finding(where, "model_loading_config is missing", "it holds model_id"))
+        if not isinstance(loading, dict):
+            continue
+        model_id = loading.get("model_id")
+        if model_id is None:
+            findings.append(Finding((*where, "model_loading_config"), "model_id is missing"))
+        models.append(((*where, "model_loading_config", "model_id"), model_id))
+        deployment = llm.get("deployment_config")
+        named = deployment.get("name") if isinstance(deployment, dict) else None
+        if named:
+            names.append(((*where, "deployment_config", "name"), named))
+    if "llm_configs" in args:
+        findings += check_unique(models, "model id") + check_unique(names, "deployment")
+        if args["llm_configs"] == []:
+            findings.append(Finding((*path, "llm_configs"), "there is no LLM"))
+    return findings
+
+
+# -- problems → text -----------------------------------------------------------------------------
+
+
+def problems_of(document: Document, findings: Findings) -> list[Problem]:
+    """Findings with the file and the line of the nearest key that stands in one, in their order."""
+    problems = []
+    for finding in findings:
+        path = finding.place or finding.path
+        nearest = [path[:length] for length in range(len(path), 0, -1)]
+        place = next((above for above in nearest if above in document.marks), ())
+        origin = next((above for above in nearest if above in document.origins), ())
+        problems.append(
+            Problem(
+                document.origins.get(origin, document.file),
+                document.marks.get(place, Mark(1, 1)),
+                finding.path,
+                mask(finding.message, document.secrets),
+                finding.hint,
+                finding.severity,
+            )
+        )
+    return sorted(dict.fromkeys(problems), key=position)
+
+
+def format_problem(problem: Problem) -> str:
+    """ "config.yaml:14:9: applications[0].name: what is wrong; what would be right"."""
+    place = problem.file
+    if problem.mark:
+        place += f":{problem.mark.line}:{problem.mark.column}"
+    warning = "warning: " if problem.severity is Severity.WARNING else ""
+    key = f"{format_key(problem.path)}: " if problem.path else ""
+    hint = f"; {problem.hint}" if problem.hint else ""
+    return f"{place}: {warning}{key}{problem.message}{hint}"
+
+
+def format_key(path: KeyPath) -> str:
+    """A key path as people write it: applications[0].args.llm_configs[0]."""
+    text = ""
+    for key in path:
+        text += f"[{key}]" if isinstance(key, int) else f".{key}" if text else str(key)
+    return text
+
+
+# ======================================================================================
+# 4. Resources: short keys, the engine's share, what one replica reserves
+# ======================================================================================
+
+SHORT_KEYS = {"num_cpus": ("num_cpus", "cpus"), "num_gpus": ("num_gpus", "gpus")}
+"""Ray's actor option -> the spellings accepted beside `ray_actor_options`."""
+
+WHOLE_GPU_MEMORY_FRACTION = 0.9
+"""What an engine takes of a card that it has to itself; vLLM's own default is 0.92, and engines
+that share a card need room for one CUDA context each."""
+
+GPU_STEP = 10_000
+"""Ray counts resources in steps of 1/10000."""
+
+
+def read_applications(document: Document) -> tuple[tuple[ApplicationSpec, ...], Findings]:
+    """The applications of a checked document, normalised, with what there is to say about them."""
+    applications: list[ApplicationSpec] = []
+    findings: Findings = []
+    for index, given in enumerate(document.data.get("applications") or []):
+        config, found = normalise_application(given, ("applications", index))
+        findings += found
+        if config.get("logging_config") is None and document.data.get("logging_config"):
+            config["logging_config"] = unshared(document.data["logging_config"])
+        config.setdefault("name", DEFAULT_APPLICATION)
+        applications.append(
+            ApplicationSpec(
+                index=index,
+                name=config["name"],
+                route_prefix=config.get("route_prefix", DEFAULT_ROUTE),
+                config=config,
+                models=tuple(describe_model(llm) for _, llm in llm_configs(config)),
+            )
+        )
+    return tuple(applications), findings
+
+
+def describe_model(llm: Config) -> ModelSpec:
+    """What people read about one LLM; the deployment's name is made as Ray's builder makes it."""
+    loading = llm["model_loading_config"]
+    model_id = str(loading["model_id"])
+    source = loading.get("model_source") or model_id
+    if isinstance(source, dict):
+        source = source.get("bucket_uri", "")
+    deployment = llm.get("deployment_config") or {}
+    options = deployment.get("ray_actor_options") or {}
+    engine = llm.get("engine_kwargs") or {}
+    notes = []
+    if "num_gpus" not in options and not llm.get("placement_group_config"):
+        notes.append("num_gpus is not given: Ray's default of 1 GPU for each engine worker")
+    env_vars = (llm.get("runtime_env") or {}).get("env_vars") or {}
+    if "VLLM_RAY_PER_WORKER_GPUS" in env_vars and "gpu_memory_utilization" in engine:
+        notes.append(
+            f"gpu_memory_utilization {short(engine['gpu_memory_utilization'])} for a share of "
+            f"{env_vars['VLLM_RAY_PER_WORKER_GPUS']} GPU a worker"
+        )
+    return ModelSpec(
+        model_id=model_id,
+        source=str(source),
+        deployment_name=deployment.get("name") or model_id.replace("/", "--").replace(".", "_"),
+        notes=tuple(notes),
+    )
+
+
+def normalise_application(config: Config, path: KeyPath) -> tuple[Config, Findings]:
+    """Return a copy of one application in the form that Ray's schema and builders take.
+
+    Short resource keys go into `ray_actor_options`, and each LLM's engine is fitted to the share
+    that its deployment declares. The input is never changed: with YAML aliases one object may
+    stand in two places.
+    """
+    config = unshared(config)
+    findings: Findings = []
+    for index, override in enumerate(config.get("deployments") or []):
+        findings += move_short_keys(override, (*path, "deployments", index))
+    for llm_path, llm in llm_configs(config):
+        where = (*path, *llm_path)
+        deployment = llm.setdefault("deployment_config", {})
+        findings += move_short_keys(deployment, (*where, "deployment_config"))
+        findings += fit_engine(llm, where, config.get("runtime_env") or {})
+    return config, findings
+
+
+def unshared(value: Any) -> Any:
+    """A deep copy in which no two places hold the same object (`copy.deepcopy` keeps them)."""
+    if isinstance(value, dict):
+        return {key: unshared(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [unshared(item) for item in value]
+    return value
+
+
+def move_short_keys(options: Config, path: KeyPath) -> Findings:
+    """Move `num_cpus`/`cpus` and `num_gpus`/`gpus` into `ray_actor_options`, as floats."""
+    findings: Findings = []
+    actor_options = dict(options.get("ray_actor_options") or {})
+    for option, spellings in SHORT_KEYS.items():
+        given: dict[KeyPath, Any] = {
+            (key,): options.pop(key) for key in spellings if key in options
+        }
+        if option in actor_options:
+            given[("ray_actor_options", option)] = actor_options[option]
+        values = {where: float(value) for where, value in given.items() if value is not None}
+        if len(set(values.values())) > 1:
+            first, second = list(values)[:2]
+            findings.append(
+                Finding(
+                    (*path, *first),
+                    f"{format_key(first)}: {short(values[first])} and "
+                    f"{format_key(second)}: {short(values[second])} disagree",
+                    "give one of them",
+                )
+            )
+        if values:
+            actor_options[option] = next(iter(values.values()))
+    if actor_options:
+        options["ray_actor_options"] = actor_options
+    return findings
+
+
+def fit_engine(llm: Config, path: KeyPath, application_runtime_env: Config) -> Findings:
+    """Make one LLM's replicas reserve exactly the CPUs and GPUs that it declares (in place).
+
+    Ray's `LLMServer` reserves the *sum* of `ray_actor_options` and of one bundle an engine worker
+    (1 GPU each by default), so `num_gpus: 0.45` alone reserves 1.45 GPU (FACTS.md section 1). The
+    share therefore moves to the workers' bundles, and the replica actor keeps the CPUs.
+    """
+    if llm.get("server_cls") or accelerator_kind(llm) == "tpu":
+        return []
+    if llm.get("placement_group_config"):
+        return check_own_placement_group(llm, path) + share_memory(
+            llm, path, own_worker_share(llm), application_runtime_env
+        )
+    actor_options: Config = llm["deployment_config"].get("ray_actor_options") or {}
+    gpus = actor_options.get("num_gpus")
+    if accelerator_kind(llm) == "cpu" or gpus == 0:
+        return fit_cpu_engine(llm, path)
+    if gpus is None:
+        return []
+    return fit_gpu_engine(llm, path, float(gpus), application_runtime_env)
+
+
+def accelerator_kind(llm: Config) -> str:
+    """ "cpu", "gpu", "tpu", or "" when the config does not say."""
+    declared = (llm.get("accelerator_config") or {}).get("kind")
+    if declared:
+        return str(declared)
+    accelerator = str(llm.get("accelerator_type") or "")
+    return "tpu" if accelerator.startswith("TPU") else "gpu" if accelerator else ""
+
+
+def engine_workers(llm: Config) -> int:
+    """How many workers an engine has: tensor parallel times pipeline parallel."""
+    engine = llm.get("engine_kwargs") or {}
+    sizes = (engine.get("tensor_parallel_size"), engine.get("pipeline_parallel_size"))
+    return math.prod(int(size or 1) for size in sizes)
+
+
+def fit_cpu_engine(llm: Config, path: KeyPath) -> Findings:
+    """One bundle with nothing in it for the workers: they are local processes of the replica."""
+    options = llm["deployment_config"].get("ray_actor_options") or {}
+    gpus = options.get("num_gpus")
+    if accelerator_kind(llm) == "gpu":
+        return [
+            Finding(
+                (*path, "deployment_config"),
+                "num_gpus: 0 asks for the CPU engine, but "
+                + ("accelerator_type" if llm.get("accelerator_type") else "accelerator_config")
+                + " asks for GPUs",
+                "remove one of them, or give num_gpus the share that a replica takes",
+            )
+        ]
+    llm["accelerator_config"] = {"kind": "cpu"}
+    if "num_cpus" not in options and gpus is None:
+        return []
+    worker: Config = {"CPU": 0}
+    if gpus:
+        worker["GPU"] = gpus
+        options["num_gpus"] = 0.0
+    llm["placement_group_config"] = {"bundles": [worker]}
+    return []
+
+
+def fit_gpu_engine(llm: Config, path: KeyPath, gpus: float, app_env: Config) -> Findings:
+    """`gpus` GPUs in all for one replica, spread evenly over its engine's workers."""
+    workers = engine_workers(llm)
+    share = round(gpus / workers * GPU_STEP) / GPU_STEP
+    findings: Findings = []
+    if share > 1 and share != int(share):
+        return [
+            Finding(
+                (*path, "deployment_config"),
+                f"num_gpus: {short(gpus)} over {workers} engine worker(s) is {short(share)} GPU "
+                "a worker; above 1 Ray takes whole GPUs only",
+                f"use {int(share) * workers} or {(int(share) + 1) * workers}",
+            )
+        ]
+    if share > 1:
+        findings.append(
+            Finding(
+                (*path, "deployment_config"),
+                f"num_gpus: {short(gpus)} reserves {short(share)} GPUs for each of "
+                f"{workers} engine worker(s), and a worker uses one",
+                f"set engine_kwargs.tensor_parallel_size: {int(gpus)}",
+                Severity.WARNING,
+            )
+        )
+    if abs(share * workers - gpus) > 0.5 / GPU_STEP:
+        findings.append(
+            Finding(
+                (*path, "deployment_config"),
+                f"num_gpus: {short(gpus)} does not divide evenly over {workers} engine workers: "
+                f"a replica reserves {short(share * workers)} GPU",
+                severity=Severity.WARNING,
+            )
+        )
+    llm["deployment_config"]["ray_actor_options"]["num_gpus"] = 0.0
+    llm["placement_group_config"] = {"bundle_per_worker": {"GPU": share}}
+    return findings + share_memory(llm, path, share, app_env)
+
+
+def share_memory(llm: Config, path: KeyPath, share: float, app_env: Config) -> Findings:
+    """Tell an engine that gets a part of a card to ask Ray, and the card's memory, for that part.
+
+    Without the variable the engine asks Ray for a whole GPU and dies with "cannot fit"
+    (ray-project/ray#63875); without the fraction each engine takes 0.9 of the card.
+    """
+    if not 0 < share < 1:
+        return []
+    runtime_env = dict(llm.get("runtime_env") or {})
+    actor_options = llm["deployment_config"].get("ray_actor_options") or {}
+    # LLMServer lays the LLM's runtime_env over the actor's and the application's key by key, so
+    # an `env_vars` here would hide theirs: it has to repeat them.
+    sources = (runtime_env, actor_options.get("runtime_env") or {}, app_env)
+    inherited: Config = next((env["env_vars"] for env in sources if env.get("env_vars")), {})
+    runtime_env["env_vars"] = {"VLLM_RAY_PER_WORKER_GPUS": str(share), **inherited}
+    llm["runtime_env"] = runtime_env
+    if accelerator_kind(llm) == "cpu":
+        return []
+    engine = llm["engine_kwargs"] = dict(llm.get("engine_kwargs") or {})
+    asked = engine.get("gpu_memory_utilization")
+    if asked is None and engine.get("kv_cache_memory_bytes") is None:
+        engine["gpu_memory_utilization"] = round(WHOLE_GPU_MEMORY_FRACTION * share, 4)
+    if asked is not None and asked > share:
+        return [
+            Finding(
+                (*path, "engine_kwargs", "gpu_memory_utilization"),
+                f"{short(asked)} of the card's memory is more than the {short(share)} GPU that a "
+                "worker reserves: engines that share the card may run out of memory",
+                f"leave it out (it becomes {short(WHOLE_GPU_MEMORY_FRACTION * share)}) or lower it",
+                Severity.WARNING,
+            )
+        ]
+    return []
+
+
+def worker_bundles(llm: Config) -> list[Config]:
+    """The engine workers' bundles that a user's own `placement_group_config` asks for."""
+    config = llm.get("placement_group_config") or {}
+    if config.get("bundle_per_worker") is not None:
+        return [dict(config["bundle_per_worker"])] * engine_workers(llm)
+    return [dict(bundle) for bundle in config.get("bundles") or []]
+
+
+def own_worker_share(llm: Config) -> float:
+    """The GPU share of a worker in a user's own placement group, 0 when there is none."""
+    return next((float(b["GPU"]) for b in worker_bundles(llm) if b.get("GPU")), 0.0)
+
+
+def check_own_placement_group(llm: Config, path: KeyPath) -> Findings:
+    """A user's own `placement_group_config` stays as it is; warn when it counts something twice."""
+    actor_options = llm["deployment_config"].get("ray_actor_options") or {}
+    workers = sum(float(bundle.get("GPU") or 0) for bundle in worker_bundles(llm))
+    actor = float(actor_options.get("num_gpus") or 0)
+    if not (workers and actor):
+        return []
+    return [
+        Finding(
+            (*path, "placement_group_config"),
+            f"{short(workers)} GPU here and num_gpus: {short(actor)} count twice: a replica "
+            f"reserves {short(workers + actor)} GPU",
+            "set num_gpus: 0, or leave out placement_group_config",
+            Severity.WARNING,
+        )
+    ]
+
+
+def short(number: float) -> str:
+    """A number as people write it: 0.45, 1, 16."""
+    return f"{number:.4f}".rstrip("0").rstrip(".")
+
+
+def format_resources(resources: Resources) -> str:
+    """ "1.0 CPUs, 0.45 GPUs" and then whatever else: "memory 2.0 GB, custom 1"."""
+    parts = [
+        f"{round(float(resources[key]), 4)} {key}s" for key in ("CPU", "GPU") if key in resources
+    ]
+    for key, amount in sorted(resources.items()):
+        if key == "memory":
+            parts.append(f"memory {amount / 1e9:.1f} GB")
+        elif key not in ("CPU", "GPU"):
+            parts.append(f"{key} {short(amount)}")
+    return ", ".join(parts) or "nothing"
+
+
+LIGHTWEIGHT_OPTIONS = (
+    "num_replicas",
+    "autoscaling_config",
+    "max_ongoing_requests",
+    "max_queued_requests",
+    "user_config",
+    "health_check_period_s",
+    "health_check_timeout_s",
+    "graceful_shutdown_wait_loop_s",
+    "graceful_shutdown_timeout_s",
+)
+"""Deployment options that Serve changes in place, without a new replica."""
+
+
+def restart_relevant(config: Config) -> Config:
+    """The part of a normalised application whose change needs new replicas.
+
+    `deployments` overrides are not in it: Serve compares those itself, deployment by deployment.
+    """
+    kept = {key: unshared(config.get(key)) for key in ("import_path", "runtime_env", "args")}
+    args = kept["args"] or {}
+    option_sets = [llm.get("deployment_config") for _, llm in llm_configs(kept)]
+    for options in [*option_sets, args.get("ingress_deployment_config")]:
+        for key in LIGHTWEIGHT_OPTIONS:
+            if isinstance(options, dict):
+                options.pop(key, None)
+    return kept
+
+
+def version_of(application: ApplicationSpec) -> str:
+    """A fingerprint of what needs new replicas when it changes; Serve compares it for itself."""
+    text = json.dumps(restart_relevant(application.config), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# ======================================================================================
+# 5. Plan: demands and nodes → placement, fit
+# ======================================================================================
+#
+# How Ray 2.60 places a placement group, as far as it was read and tried (test_plan_against_ray.py):
+#   1. GCS picks nodes by each node's *sums* (gcs_placement_group_scheduler.cc).
+#   2. Each picked raylet allocates *instances*: a share of a GPU comes from one GPU
+#      (resource_instance_set.cc). It may refuse what GCS picked (ray-project/ray#52133, #54729).
+#   3. After a refusal GCS wrongly keeps the refused amounts deducted from its view of that node,
+#      until something changes there. So its next attempts try the other nodes.
+
+UNITS = 10_000
+"""Ray counts resources in steps of 1/10000 (fixed_point.h); all amounts in this section do."""
+
+PER_DEVICE = frozenset(
+    ("GPU", "TPU", "neuron_cores", "NPU", "HPU", "RBLN", "FURIOSA", "TTNPU", "MBLT")
+)
+"""Resources that Ray allocates device by device (ray_config_def.h, unit_instance_resources)."""
+
+PREDEFINED = ("object_store_memory", "memory", "CPU")
+
+IMPLICIT = "node:__internal_implicit_resource_"
+"""Every node has 1 of each resource named so; Serve's `max_replicas_per_node` takes 1/n of it."""
+
+ORDERS_TRIED = 8
+HELP_EFFORT = 60_000
+"""How many times a replica may be tried on a node while looking for help: about half a second."""
+
+Amounts = Mapping[str, int]
+
+
+class Fit(enum.Enum):
+    FITS = "fits"
+    NOT_NOW = "does not fit now"
+    NEVER = "can never fit"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """One bundle of a placement group, in Ray's units."""
+
+    needs: Amounts
+    selector: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Stock:
+    """What one node has: each resource by instance (a GPU, a share of it), and in sum."""
+
+    name: str
+    labels: Mapping[str, str]
+    instances: Mapping[str, tuple[int, ...]]
+    sums: Amounts
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One bundle's place: the node, what it takes there, and which GPUs with which shares."""
+
+    node: int
+    resources: Resources
+    gpus: tuple[tuple[int, float], ...] = ()
+
+
+Replica = tuple[Slot, ...]
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """Why a deployment's replica finds no place. `resource` is empty when each resource is free
+    somewhere, only not together. Amounts are as people write them (0.45 GPU, bytes of memory)."""
+
+    resource: str
+    needed: float
+    largest_free: float = 0.0
+    free_where: str = ""
+    largest_total: float = 0.0
+    total_where: str = ""
+    held_by: tuple[str, ...] = ()
+    detail: str = ""
+    help: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """What became of one demand: where its minimum of replicas goes, and how far it could grow."""
+
+    demand: Demand
+    fit: Fit
+    replicas: tuple[Replica, ...]
+    room_for: int = 0
+    shortage: Shortage | None = None
+
+    @property
+    def label(self) -> str:
+        return label_of(self.demand)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    nodes: tuple[Node, ...]
+    fittings: tuple[Fitting, ...]
+    ledger: Ledger
+
+    @property
+    def misfits(self) -> tuple[Fitting, ...]:
+        return tuple(fitting for fitting in self.fittings if fitting.fit is not Fit.FITS)
+
+
+def label_of(demand: Demand) -> str:
+    return f"{demand.application}/{demand.deployment}"
+
+
+# -- from nodes and demands to Ray's units -----------------------------------------------------
+
+
+def requested_units(amount: float) -> int:
+    """A requested amount as Ray counts it: the rest is cut off, not rounded (fixed_point.h), so
+    seven replicas of 1/7 do fit on one node."""
+    return int(amount * UNITS)
+
+
+def reported_units(amount: float) -> int:
+    """An amount that Ray reported, which is a multiple of 1/10000 but for float noise."""
+    return round(amount * UNITS)
+
+
+def stock_of(node: Node, amounts: Resources, gpus: tuple[float, ...] = ()) -> Stock:
+    """A node with these amounts of each resource, and these shares of its GPUs where known."""
+    instances: dict[str, tuple[int, ...]] = {}
+    for resource, total in node.total.items():
+        amount = amounts.get(resource, 0.0)  # Ray leaves out what is used up
+        if resource not in PER_DEVICE:
+            instances[resource] = (reported_units(amount),)
+        else:
+            shares = gpus if resource == "GPU" and gpus else initial_free_gpus(total, (), amount)
+            instances[resource] = tuple(map(reported_units, shares))
+    sums = {resource: sum(shares) for resource, shares in instances.items()}
+    return Stock(node.name, node.labels, instances, sums)
+
+
+def bundles_of(demand: Demand) -> tuple[Bundle, ...]:
+    """One replica's bundles. `max_replicas_per_node` becomes a share of an implicit resource, as
+    Serve does it (deployment_scheduler.py, `_schedule_replica`)."""
+    extra: dict[str, float] = {}
+    if demand.max_replicas_per_node:
+        extra[IMPLICIT + label_of(demand)] = 1.0 / demand.max_replicas_per_node
+    selectors = demand.label_selectors or ({},) * len(demand.bundles)
+    bundles = []
+    for bundle, selector in zip(demand.bundles, selectors, strict=True):
+        amounts = {r: requested_units(a) for r, a in (*bundle.items(), *extra.items())}
+        bundles.append(Bundle({r: a for r, a in amounts.items() if a > 0}, selector))
+        extra = {}
+    return tuple(bundles)
+
+
+def initial_free_gpus(
+    total: float, running: Sequence[float], free: float | None = None
+) -> tuple[float, ...]:
+    """Guess the free share of each GPU of a node from the GPU demands that run on it, in the order
+    in which they came; Ray itself reports only their sum (`free`).
+
+    Where the sum is lower than the replay says, somebody else holds the difference: whole GPUs as
+    far as there are, the rest on the freest ones, so that the guess promises too little.
+    """
+    gpus = (UNITS,) * int(total)
+    for demand in map(requested_units, running):
+        taken = allocate(gpus, demand) or drained(gpus, demand)
+        gpus = subtract(gpus, taken)
+    unknown = 0 if free is None else max(0, sum(gpus) - reported_units(free))
+    whole = allocate(gpus, unknown // UNITS * UNITS)
+    if whole is not None:
+        gpus = subtract(gpus, whole)
+        unknown %= UNITS
+    return tuple(gpu / UNITS for gpu in subtract(gpus, drained(gpus, unknown)))
+
+
+def drained(instances: tuple[int, ...], amount: int) -> tuple[int, ...]:
+    """Take `amount` from the freest instances first, across as many as it needs."""
+    taken = [0] * len(instances)
+    for index in sorted(range(len(instances)), key=lambda i: -instances[i]):
+        taken[index] = min(instances[index], amount)
+        amount -= taken[index]
+    return tuple(taken)
+
+
+# -- the raylet: instances ---------------------------------------------------------------------
+
+
+def allocate(instances: tuple[int, ...], demand: int) -> tuple[int, ...] | None:
+    """What a raylet takes from each instance: whole free devices for the whole part of the demand,
+    the rest from the one device that it fits best (NodeResourceInstanceSet::TryAllocate)."""
+    if len(instances) == 1:
+        return (demand,) if instances[0] >= demand else None
+    taken = [0] * len(instances)
+    for index, free in enumerate(instances):
+        if demand >= UNITS and free == UNITS:
+            taken[index] = UNITS
+            demand -= UNITS
+    if demand >= UNITS:
+        return None
+    if demand > 0:
+        rooms = [(f - t - demand, i) for i, (f, t) in enumerate(zip(instances, taken, strict=True))]
+        best = min((room for room in rooms if room[0] >= 0), default=None)
+        if best is None:
+            return None
+        taken[best[1]] += demand
+    return tuple(taken)
+
+
+def subtract(instances: tuple[int, ...], taken: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(have - take for have, take in zip(instances, taken, strict=True))
+
+
+def grant(stock: Stock, bundle: Bundle, node: int) -> tuple[Stock, Slot] | None:
+    """What PrepareBundle does on a raylet: all resources of the bundle, or a refusal."""
+    instances, sums = dict(stock.instances), dict(stock.sums)
+    gpus: tuple[tuple[int, float], ...] = ()
+    for resource, need in bundle.needs.items():
+        taken = allocate(instances.get(resource) or (left(sums, resource),), need)
+        if taken is None:
+            return None
+        instances[resource] = subtract(instances.get(resource) or (left(sums, resource),), taken)
+        sums[resource] = left(sums, resource) - need
+        if resource == "GPU":
+            gpus = tuple((index, share / UNITS) for index, share in enumerate(taken) if share)
+    amounts = {r: need / UNITS for r, need in bundle.needs.items() if not r.startswith(IMPLICIT)}
+    return replace(stock, instances=instances, sums=sums), Slot(node, amounts, gpus)
+
+
+# -- GCS: sums ---------------------------------------------------------------------------------
+
+
+def left(sums: Amounts, resource: str) -> int:
+    amount = sums.get(resource)
+    if amount is None:
+        return UNITS if resource.startswith(IMPLICIT) else 0
+    return amount
+
+
+class View:
+    """What GCS believes to be free on each node, by sums. A placement attempt works on a copy."""
+
+    def __init__(self, sums: Mapping[int, Amounts], labels: Mapping[int, Mapping[str, str]]):
+        self.sums = dict(sums)
+        self.labels = labels
+
+    def copy(self, order: Sequence[int] | None = None) -> View:
+        """A copy that considers nodes in another order: among equals the first one is taken."""
+        sums = self.sums if order is None else {node: self.sums[node] for node in order}
+        return View(sums, self.labels)
+
+    def deduct(self, node: int, needs: Amounts) -> None:
+        sums = dict(self.sums[node])
+        for resource, need in needs.items():
+            sums[resource] = max(0, left(sums, resource) - need)
+        self.sums[node] = sums
+
+    def takes(self, node: int, bundle: Bundle) -> bool:
+        sums = self.sums[node]
+        return all(
+            left(sums, resource) >= need for resource, need in bundle.needs.items()
+        ) and matches(self.labels[node], bundle.selector)
+
+    def best(self, bundle: Bundle, nodes: Sequence[int]) -> int | None:
+        """The node that keeps the largest part of what the bundle asks for (scorer.cc,
+        LeastResourceScorer). Scores are rounded: Ray adds them in any order, so that equal nodes
+        differ by float noise."""
+        best, best_score = None, -1.0
+        for node in nodes:
+            if not self.takes(node, bundle):
+                continue
+            sums = self.sums[node]
+            score = round(sum(1 - need / left(sums, r) for r, need in bundle.needs.items()), 9)
+            if score > best_score:
+                best, best_score = node, score
+        return best
+
+
+def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
+    """Ray's label selectors: "v", "!v", "in(a,b)", "!in(a,b)"; a missing label is not anything."""
+    for key, wanted in selector.items():
+        negated = wanted.startswith("!")
+        text = wanted.removeprefix("!").strip()
+        values = text[3:-1].split(",") if text.startswith("in(") and text.endswith(")") else [text]
+        is_one = key in labels and labels[key] in [value.strip() for value in values]
+        if is_one == negated:
+            return False
+    return True
+
+
+def scarce_first(bundles: Sequence[Bundle]) -> list[int]:
+    """The order in which GCS places bundles: GPUs first, then custom resources, memory, CPUs, each
+    the largest first (bundle_scheduling_policy.cc, SortRequiredResources)."""
+    named = {resource for bundle in bundles for resource in bundle.needs}
+    keys = ("GPU", *sorted(named - {"GPU", *PREDEFINED}), *PREDEFINED)
+    return sorted(
+        range(len(bundles)), key=lambda index: [-bundles[index].needs.get(key, 0) for key in keys]
+    )
+
+
+def pick_packed(bundles: Sequence[Bundle], view: View) -> dict[int, int] | None:
+    """PACK: the best node for the scarcest bundle, then all others that it takes too; and so on."""
+    picked: dict[int, int] = {}
+    waiting, candidates = scarce_first(bundles), list(view.sums)
+    while waiting:
+        node = view.best(bundles[waiting[0]], candidates)
+        if node is None:
+            return None
+        candidates.remove(node)
+        for index in tuple(waiting):
+            if view.takes(node, bundles[index]):
+                view.deduct(node, bundles[index].needs)
+                picked[index] = node
+                waiting.remove(index)
+    return picked
+
+
+def pick_one_node(bundles: Sequence[Bundle], view: View) -> dict[int, int] | None:
+    """STRICT_PACK: the best node for the sum of all bundles."""
+    node = view.best(together(bundles), list(view.sums))
+    return None if node is None else dict.fromkeys(range(len(bundles)), node)
+
+
+def pick_apart(bundles: Sequence[Bundle], view: View, strict: bool = True) -> dict[int, int] | None:
+    """STRICT_SPREAD: a node of its own for each bundle; SPREAD uses a node again where it must."""
+    picked: dict[int, int] = {}
+    for index in scarce_first(bundles):
+        used = set(picked.values())
+        node = view.best(bundles[index], [node for node in view.sums if node not in used])
+        if node is None and not strict:
+            node = view.best(bundles[index], [node for node in view.sums if node in used])
+        if node is None:
+            return None
+        view.deduct(node, bundles[index].needs)
+        picked[index] = node
+    return picked
+
+
+def together(bundles: Sequence[Bundle]) -> Bundle:
+    needs: dict[str, int] = {}
+    selector: dict[str, str] = {}
+    for bundle in bundles:
+        selector.update(bundle.selector)
+        for resource, need in bundle.needs.items():
+            needs[resource] = needs.get(resource, 0) + need
+    return Bundle(needs, selector)
+
+
+PICKERS: Mapping[str, Callable[[Sequence[Bundle], View], dict[int, int] | None]] = {
+    "PACK": pick_packed,
+    "SPREAD": partial(pick_apart, strict=False),
+    "STRICT_PACK": pick_one_node,
+    "STRICT_SPREAD": pick_apart,
+}
+
+
+# -- both together: one replica ----------------------------------------------------------------
+
+
+def place_replica(
+    stocks: Sequence[Stock], bundles: Sequence[Bundle], strategy: str
+) -> tuple[tuple[Stock, ...], Replica] | None:
+    """Place one replica as GCS and raylets do in the end, or None if it would stay pending.
+
+    Among equal nodes GCS takes a random one, and another one at its next attempt: so one order in
+    which it works is enough.
+    """
+    labels = {node: stock.labels for node, stock in enumerate(stocks)}
+    fresh = View({node: stock.sums for node, stock in enumerate(stocks)}, labels)
+    for shift in range(min(max(1, len(stocks)), ORDERS_TRIED)):
+        view = fresh.copy([*range(shift, len(stocks)), *range(shift)])
+        while (picked := PICKERS[strategy](bundles, view.copy())) is not None:
+            placed, refused = prepare(stocks, bundles, picked)
+            if not refused:
+                return placed
+            outright = [node for node, first in refused.items() if first]
+            if not outright:
+                break  # the same nodes again, for ever
+            for index, node in picked.items():
+                if node in outright:
+                    view.deduct(node, bundles[index].needs)
+        if picked is None and shift == 0 and view.sums == fresh.sums:
+            return None  # not even by sums
+    return None
+
+
+def prepare(
+    stocks: Sequence[Stock], bundles: Sequence[Bundle], picked: Mapping[int, int]
+) -> tuple[tuple[tuple[Stock, ...], Replica], dict[int, bool]]:
+    """Ask the picked raylets; return what they would have then, and which of them refuse.
+
+    The flag says that it refused its first bundle: then nothing changed there, it reports nothing
+    to GCS, and GCS keeps the deduction. Otherwise GCS sees the truth again, and picks it again.
+    """
+    after, slots = list(stocks), []
+    refused: dict[int, bool] = {}
+    touched: set[int] = set()
+    for index, bundle in enumerate(bundles):
+        node = picked[index]
+        if node in refused:
+            continue
+        granted = grant(after[node], bundle, node)
+        if granted is None:
+            refused[node] = node not in touched
+            continue
+        after[node] = granted[0]
+        slots.append(granted[1])
+        touched.add(node)
+    return (tuple(after), tuple(slots)), refused
+
+
+# -- the ledger: one deployment after the other ------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What is free where, after what was placed. A value: `place` returns the next one."""
+
+    stocks: tuple[Stock, ...]
+    empty: tuple[Stock, ...]
+    holders: Holders = field(default_factory=dict)
+    placed: tuple[tuple[str, Slot], ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        nodes: Sequence[Node],
+        holders: Holders | None = None,
+    ) -> Ledger:
+        """`holders` says what runs on each node (by name): ("app/deployment", its resources)."""
+        stocks = tuple(stock_of(node, node.free, node.free_gpus) for node in nodes)
+        return cls(stocks, tuple(stock_of(node, node.total) for node in nodes), holders or {})
+
+    def place(self, demand: Demand) -> tuple[Fitting, Ledger]:
+        """Place the minimum of replicas; those that fit stay placed even if others do not."""
+        bundles = bundles_of(demand)
+        replicas, stocks = fill(self.stocks, bundles, demand.strategy, demand.min_replicas)
+        slots = tuple((label_of(demand), slot) for replica in replicas for slot in replica)
+        after = replace(self, stocks=stocks, placed=self.placed + slots)
+        if replicas and len(replicas) == demand.min_replicas:
+            return Fitting(demand, Fit.FITS, replicas, len(replicas)), after
+        wanted = max(1, demand.min_replicas)  # what scales from zero must be able to have one
+        alone, emptied = fill(self.empty, bundles, demand.strategy, wanted)
+        if len(alone) < wanted:
+            shortage = explain(replace(self, stocks=emptied, placed=(), holders={}), demand)
+            return Fitting(demand, Fit.NEVER, replicas, len(replicas), shortage), after
+        if len(replicas) < demand.min_replicas:
+            shortage = explain(after, demand)
+            return Fitting(demand, Fit.NOT_NOW, replicas, len(replicas), shortage), after
+        return Fitting(demand, Fit.FITS, (), 0), after
+
+    def room_for(self, demand: Demand, limit: int) -> int:
+        """How many more replicas of this deployment would fit, up to `limit`."""
+        return len(fill(self.stocks, bundles_of(demand), demand.strategy, limit)[0])
+
+
+def fill(
+    stocks: tuple[Stock, ...], bundles: Sequence[Bundle], strategy: str, count: int
+) -> tuple[tuple[Replica, ...], tuple[Stock, ...]]:
+    """Place up to `count` equal replicas one after the other."""
+    replicas: list[Replica] = []
+    while len(replicas) < count:
+        placed = place_replica(stocks, bundles, strategy)
+        if placed is None:
+            break
+        stocks = placed[0]
+        replicas.append(placed[1])
+    return tuple(replicas), stocks
+
+
+def place_all(demands: Sequence[Demand], ledger: Ledger) -> tuple[tuple[Fitting, ...], Ledger]:
+    fittings = []
+    for demand in demands:
+        fitting, ledger = ledger.place(demand)
+        fittings.append(fitting)
+    return tuple(fittings), ledger
+
+
+def predict(
+    demands: Sequence[Demand],
+    nodes: Sequence[Node],
+    holders: Holders | None = None,
+) -> Prediction:
+    """Place every demand's minimum in the given order; then tell how far each alone could grow."""
+    start = Ledger.of(nodes, holders)
+    fittings, ledger = place_all(demands, start)
+    adviser = Adviser(fittings, start, nodes)
+    grown = []
+    for index, fitting in enumerate(fittings):
+        if fitting.shortage is None:
+            more = ledger.room_for(
+                fitting.demand, fitting.demand.max_replicas - len(fitting.replicas)
+            )
+            grown.append(replace(fitting, room_for=len(fitting.replicas) + more))
+        else:
+            advice = tuple(adviser.advice(index, fitting.shortage))
+            grown.append(replace(fitting, shortage=replace(fitting.shortage, help=advice)))
+    return Prediction(tuple(nodes), tuple(grown), ledger)
+
+
+# -- misfits: what is short, and what would help ------------------------------------------------
+
+
+def explain(ledger: Ledger, demand: Demand) -> Shortage:
+    """Why one more replica does not fit: the scarcest resource that no node has enough of."""
+    bundles = bundles_of(demand)
+    single = [(bundle, has_device_room) for bundle in bundles]
+    whole = [(together(bundles), has_sum)] if demand.strategy == "STRICT_PACK" else []
+    for bundle, has_room in single + whole:
+        nodes = [n for n, s in enumerate(ledger.stocks) if matches(s.labels, bundle.selector)]
+        if not nodes:
+            labels = ", ".join(f"{key}: {value}" for key, value in bundle.selector.items())
+            detail = f"no node matches the labels {labels}" if labels else "there is no live node"
+            return Shortage("", 0.0, detail=detail)
+        for resource in sorted(bundle.needs, key=lambda r: (r == "CPU", r != "GPU", r)):
+            need = bundle.needs[resource]
+            if not any(has_room(ledger.stocks[n], resource, need) for n in nodes):
+                return shortage_of(ledger, nodes, resource, need)
+    one = format_amounts({r: need / UNITS for r, need in together(bundles).needs.items()})
+    where = "on one node" if len(bundles) == 1 or whole else f"in {len(bundles)} bundles"
+    return Shortage("", 0.0, detail=f"needs {one} {where} ({demand.strategy})")
+
+
+def has_device_room(stock: Stock, resource: str, need: int) -> bool:
+    return (
+        allocate(stock.instances.get(resource) or (left(stock.sums, resource),), need) is not None
+    )
+
+
+def has_sum(stock: Stock, resource: str, need: int) -> bool:
+    return left(stock.sums, resource) >= need
+
+
+def shortage_of(ledger: Ledger, nodes: Sequence[int], resource: str, need: int) -> Shortage:
+    """The nearest that the nodes come to `need`, now and when they are empty."""
+
+    def largest(stocks: Sequence[Stock]) -> tuple[int, int, int | None]:
+        by_share = resource in PER_DEVICE and need < UNITS
+        found: tuple[int, int, int | None] = (-1, 0, None)
+        for node in nodes:
+            shares = stocks[node].instances.get(resource) or (left(stocks[node].sums, resource),)
+            if resource in PER_DEVICE and need >= UNITS:
+                shares = (sum(share for share in shares if share == UNITS),)
+            index = max(range(len(shares)), key=lambda i: shares[i])
+            if shares[index] > found[0]:
+                found = (shares[index], node, index if by_share else None)
+        return found
+
+    free, node, device = largest(ledger.stocks)
+    total, total_node, _ = largest(ledger.empty)
+    where = f"node {ledger.stocks[node].name}"
+    return Shortage(
+        resource=resource,
+        needed=need / UNITS,
+        largest_free=free / UNITS,
+        free_where=where if device is None else f"{where}, {resource} {device}",
+        largest_total=total / UNITS,
+        total_where=f"node {ledger.stocks[total_node].name}",
+        held_by=tuple(holders_of(ledger, node, resource, device)),
+    )
+
+
+def holders_of(ledger: Ledger, node: int, resource: str, device: int | None) -> list[str]:
+    """Who has the resource on that node: by this plan (on that device), and what already runs."""
+    held: dict[str, float] = {}
+    for label, slot in ledger.placed:
+        if slot.node == node:
+            amount = slot.resources.get(resource, 0.0)
+            if device is not None and resource == "GPU":
+                amount = dict(slot.gpus).get(device, 0.0)
+            held[label] = held.get(label, 0.0) + amount
+    for label, amounts in ledger.holders.get(ledger.stocks[node].name, ()):
+        held[label] = held.get(label, 0.0) + amounts.get(resource, 0.0)
+    most = sorted((label for label in held if held[label]), key=lambda label: -held[label])
+    texts = [f"{label} {format_amount(resource, held[label])}" for label in most[:3]]
+    return texts + [f"{len(most) - 3} others"] * (len(most) > 3)  # noqa: PLR2004
+
+
+class Adviser:
+    """Finds changes that make a misfit fit and push nothing else out. Each is tried by predicting
+    again, as long as the effort lasts."""
+
+    def __init__(self, fittings: Sequence[Fitting], start: Ledger, nodes: Sequence[Node]) -> None:
+        self.demands = [fitting.demand for fitting in fittings]
+        self.fitting = {i for i, fitting in enumerate(fittings) if fitting.fit is Fit.FITS}
+        self.placed = [len(fitting.replicas) for fitting in fittings]
+        self.start = start
+        self.nodes = nodes
+        self.effort = HELP_EFFORT
+
+    def advice(self, index: int, shortage: Shortage) -> Iterator[str]:
+        if shortage.resource:
+            yield from self.lower_amount(index, shortage)
+        yield from self.fewer_replicas(index)
+        yield from self.one_more_node(index)
+
+    def works(self, index: int, change: Mapping[int, Demand], extra: Sequence[Node] = ()) -> bool:
+        demands = [change.get(i, demand) for i, demand in enumerate(self.demands)]
+        added = Ledger.of(extra)
+        ledger = replace(
+            self.start,
+            stocks=self.start.stocks + added.stocks,
+            empty=self.start.empty + added.empty,
+        )
+        self.effort -= len(ledger.stocks) * sum(demand.min_replicas for demand in demands)
+        if self.effort < 0:
+            return False
+        fits = {i for i, f in enumerate(place_all(demands, ledger)[0]) if f.fit is Fit.FITS}
+        return fits >= self.fitting | {index}
+
+    def lower_amount(self, index: int, shortage: Shortage) -> Iterator[str]:
+        """The largest round amount that fits: a part of what is free, or an even part of a GPU."""
+        demand, resource = self.demands[index], shortage.resource
+        parts = range(1, demand.min_replicas + 1)
+        wholes = {1.0, shortage.largest_free} if resource in PER_DEVICE else set()
+        for stock in self.start.stocks:
+            wholes |= {share / UNITS for share in stock.instances.get(resource, ())}
+            wholes.add(left(stock.sums, resource) / UNITS)
+        amounts = {rounded_down(resource, whole / part) for whole in wholes for part in parts}
+        for amount in sorted((a for a in amounts if 0 < a < shortage.needed), reverse=True)[:12]:
+            bundles = tuple(
+                {r: a * amount / shortage.needed if r == resource else a for r, a in b.items()}
+                for b in demand.bundles
+            )
+            changed = replace(demand, bundles=bundles)
+            if self.works(index, {index: changed}):
+                option = {"CPU": "num_cpus", "GPU": "num_gpus"}.get(resource, resource)
+                yield f"lower {option} to {format_amount(resource, changed.reserved[resource])}"
+                return
+
+    def fewer_replicas(self, index: int) -> Iterator[str]:
+        """Its own minimum down to what fits, or the minimum of another deployment."""
+        options = [(index, self.placed[index])] if self.placed[index] else []
+        for other, demand in enumerate(self.demands):
+            if other != index and self.placed[other] > 1:
+                options += [(other, count) for count in {demand.min_replicas - 1: 0, 1: 0}]
+        found: set[bool] = set()
+        for which, count in options:
+            demand = self.demands[which]
+            if (which == index) not in found and self.works(
+                index, {which: replace(demand, min_replicas=count)}
+            ):
+                found.add(which == index)
+                yield (
+                    f"lower min_replicas of {label_of(demand)} "
+                    f"from {demand.min_replicas} to {count}"
+                )
+
+    def one_more_node(self, index: int) -> Iterator[str]:
+        """A copy of a node that there is, or else one that is as large as the replica."""
+        shapes = {tuple(sorted(node.total.items())): node for node in self.nodes}
+        for node in list(shapes.values())[:3]:
+            empty = replace(node, free=node.total, free_gpus=())
+            if self.works(index, {}, [empty]):
+                yield f"add a node like {node.name}"
+                return
+        demand = self.demands[index]
+        count = max(1, demand.min_replicas)
+        total = {
+            r: math.ceil(a * count) if r in PER_DEVICE else a * count
+            for r, a in demand.reserved.items()
+        }
+        if self.works(index, {}, [Node("new", total, total)]):
+            yield f"add a node with {format_amounts(total)}"
+
+
+def rounded_down(resource: str, amount: float) -> float:
+    """A number that one would write: 0.33, 3, a tenth of a gigabyte."""
+    if resource in ("memory", "object_store_memory"):
+        return math.floor(amount / 1e8) * 1e8
+    return math.floor(amount) if amount >= 1 else math.floor(amount * 100 + 1e-6) / 100
+
+
+# -- as text -----------------------------------------------------------------------------------
+
+
+def format_amount(resource: str, amount: float) -> str:
+    """ "0.45", "0.10", "1", "16"; bytes as "2 GB"."""
+    if resource in ("memory", "object_store_memory"):
+        return f"{amount / 1e9:.3g} GB"
+    rounded = round(amount, 4)
+    return (
+        f"{rounded:.0f}"
+        if rounded == int(rounded)
+        else f"{rounded:.4f}"[:-2] + (f"{rounded:.4f}"[-2:].rstrip("0"))
+    )
+
+
+def format_amounts(resources: Resources) -> str:
+    return " + ".join(f"{format_amount(r, a)} {r}" for r, a in sorted(resources.items()))
+
+
+def format_prediction(prediction: Prediction) -> list[str]:
+    """The packing node by node, how far the deployments could grow, and what does not fit."""
+    lines = ["predicted packing at min replicas (Ray decides in the end):"]
+    for index, node in enumerate(prediction.nodes):
+        lines += format_gpus(prediction.ledger, index)
+        if node.total.get("CPU"):
+            lines.append(format_cpus(prediction.ledger, index))
+    for fitting in prediction.fittings:
+        demand = fitting.demand
+        if fitting.shortage is not None:
+            lines.append(format_misfit(fitting))
+        elif demand.max_replicas > demand.min_replicas:
+            lines.append(
+                f"{fitting.label}: room for {fitting.room_for} of {demand.max_replicas} replicas"
+            )
+    return lines
+
+
+def format_gpus(ledger: Ledger, node: int) -> list[str]:
+    """One line a GPU; neighbours with nothing to tell apart share one."""
+    stock, texts = ledger.stocks[node], []
+    for device, free in enumerate(stock.instances.get("GPU", ())):
+        shares = Counter(
+            (label, dict(slot.gpus)[device])
+            for label, slot in ledger.placed
+            if slot.node == node and device in dict(slot.gpus)
+        )
+        held = [
+            f"{label} {f'{count} x ' * (count > 1)}{format_amount('GPU', share)}"
+            for (label, share), count in shares.items()
+        ]
+        running = 1 - free / UNITS - sum(share * count for (_, share), count in shares.items())
+        if round(running, 4) > 0:
+            held.append(f"already running {format_amount('GPU', running)}")
+        texts.append(
+            f"{' + '.join(held)} · " * bool(held) + f"{format_amount('GPU', free / UNITS)} free"
+        )
+    lines, first = [], 0
+    for device, text in enumerate(texts):
+        if device + 1 < len(texts) and texts[device + 1] == text and "+" not in text:
+            continue
+        span = f"{first}" if first == device else f"{first}-{device}, each"
+        lines.append(f"node {stock.name} · GPU {span}: {text}")
+        first = device + 1
+    return lines
+
+
+def format_cpus(ledger: Ledger, node: int) -> str:
+    total, free = ledger.empty[node].sums["CPU"], ledger.stocks[node].sums["CPU"]
+    planned = sum(s.resources.get("CPU", 0.0) for _, s in ledger.placed if s.node == node)
+    running = (total - free) / UNITS - planned
+    others = f", {format_amount('CPU', running)} by what runs" if round(running, 4) > 0 else ""
+    return (
+        f"node {ledger.stocks[node].name} · CPU: {format_amount('CPU', planned)} of "
+        f"{format_amount('CPU', total / UNITS)} used by this plan{others}, "
+        f"{format_amount('CPU', free / UNITS)} free"
+    )
+
+
+def format_misfit(fitting: Fitting) -> str:
+    shortage, demand = fitting.shortage, fitting.demand
+    if shortage is None:
+        return f"{fitting.label}: fits"
+    resource, never = shortage.resource, fitting.fit is Fit.NEVER
+    amount = format_amount(resource, shortage.needed)
+    if not resource:
+        reason = shortage.detail
+    elif never and shortage.largest_total < shortage.needed:
+        largest = format_amount(resource, shortage.largest_total)
+        reason = (
+            f"needs {amount} {resource}; no node has {amount} {resource}: "
+            f"the largest has {largest} ({shortage.total_where})"
+        )
+    else:
+        held = f", held by {' + '.join(shortage.held_by)}" if shortage.held_by else ""
+        shared = resource in PER_DEVICE and shortage.needed < 1
+        kind = "largest free share" if shared else "most that one node has free"
+        largest = format_amount(resource, shortage.largest_free)
+        reason = f"needs {amount} {resource}; the {kind} is {largest} ({shortage.free_where}{held})"
+    found = f"{len(fitting.replicas)} of {demand.min_replicas} replicas fit"
+    parts = [f"predicted: {fitting.fit.value}", *([found] if fitting.replicas else []), reason]
+    parts += [", or ".join(shortage.help)] if shortage.help else []
+    return f"{fitting.label}: {'; '.join(parts)}"
+
+
+# ======================================================================================
+# 6. Ray: the only section that imports Ray, and the only one that knows its private parts
+# ======================================================================================
+
+SERVE_NAMESPACE = "serve"
+SERVE_CONTROLLER = "SERVE_CONTROLLER_ACTOR"
+REPLICA_PREFIX = "SERVE_REPLICA::"
+CONNECT_TIMEOUT_S = 10.0
+CALL_TIMEOUT_S = 5.0
+START_HINT = "start one with `ray start --head`, or give another with --address or RAY_ADDRESS"
+MOST_LOGS, LOG_LINES = 3, 400
+
+
+class Builder:
+    """Imports, builds and submits applications, inside one Ray actor.
+
+    It runs in the application's own `runtime_env`, as the build task of `serve deploy` does, so a
+    builder that lives in a remote `working_dir` is found, and one that calls `os._exit` or hangs
+    takes this process with it and not the program. An actor runs one call at a time, which is the
+    one lock that `RequestRouterConfig` needs (it edits a process-global pickling table,
+    FACTS.md section 2), and keeps what it imported.
+    """
+
+    def __init__(self) -> None:
+        self.targets: dict[str, Any] = {}
+
+    def warm_up(self, module: str) -> None:
+        """Import a builder's module ahead of its first use; errors are the build's to report."""
+        with contextlib.suppress(Exception):
+            importlib.import_module(module)
+
+    def build(self, config: Config, route_prefix: str | None) -> list[Config]:
+        """Build one application and apply its `deployments` overrides with Ray's own code.
+
+        Returns one mapping a deployment, in plain data: see `read_demand`.
+        """
+        from ray import get_runtime_context
+        from ray._common.utils import import_attr
+        from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+        from ray.serve._private.application_state import override_deployment_info
+        from ray.serve._private.build_app import build_app
+        from ray.serve._private.deploy_utils import deploy_args_to_deployment_info, get_deploy_args
+        from ray.serve.schema import ServeApplicationSchema
+
+        schema = ServeApplicationSchema.model_validate(config)
+        target = call_user_app_builder_with_args_if_necessary(
+            import_attr(schema.import_path), schema.args
+        )
+        built = build_app(
+            target,
+            name=schema.name,
+            route_prefix=route_prefix,
+            default_runtime_env=get_runtime_context().runtime_env,
+        )
+        built.validate_single_fastapi_ingress()
+        infos = {
+            deployment.name: deploy_args_to_deployment_info(
+                **get_deploy_args(
+                    deployment.name,
+                    replica_config=deployment._replica_config,
+                    deployment_config=deployment._deployment_config,
+                    ingress=deployment.name == built.ingress_deployment_name,
+                ),
+                app_name=schema.name,
+            )
+            for deployment in built.deployments
+        }
+        infos = override_deployment_info(infos, schema)
+        # build_app lists deployments in the order of the graph below, each once.
+        for node, deployment in zip(graph_nodes(target), built.deployments, strict=True):
+            info, bound = infos[deployment.name], node._bound_deployment
+            bound._name = deployment.name
+            bound._deployment_config = info.deployment_config
+            bound._replica_config.update(
+                ray_actor_options=info.replica_config.ray_actor_options,
+                placement_group_bundles=info.replica_config.placement_group_bundles,
+                placement_group_strategy=info.replica_config.placement_group_strategy,
+                placement_group_bundle_label_selector=(
+                    info.replica_config.placement_group_bundle_label_selector
+                ),
+                placement_group_fallback_strategy=(
+                    info.replica_config.placement_group_fallback_strategy
+                ),
+                max_replicas_per_node=info.replica_config.max_replicas_per_node,
+            )
+        self.targets[schema.name] = target
+        return [
+            describe_deployment(name, info, ingress=name == built.ingress_deployment_name)
+            for name, info in infos.items()
+        ]
+
+    def submit(self, config: Config, route_prefix: str | None, version: str) -> None:
+        """Hand a built application to Serve without waiting for it to run.
+
+        A stable `_version` lets Serve compare for itself: equal ones change in place, others
+        restart (FACTS.md section 3). `serve.run` would draw a random one.
+        """
+        from ray import serve
+
+        target = self.targets[config["name"]]
+        for node in graph_nodes(target):
+            node._bound_deployment._version = version
+        serve.run_many(
+            [
+                serve.RunTarget(
+                    target,
+                    name=config["name"],
+                    route_prefix=route_prefix,
+                    logging_config=config.get("logging_config"),
+                    external_scaler_enabled=bool(config.get("external_scaler_enabled")),
+                )
+            ],
+            wait_for_applications_running=False,
+        )
+
+
+def graph_nodes(target: Any) -> list[Any]:
+    """The bound applications of a graph, children first, each once, as `build_app` visits them."""
+    from ray.dag.py_obj_scanner import _PyObjScanner
+
+    nodes: list[Any] = []
+    seen: set[int] = set()
+
+    def visit(node: Any) -> None:
+        if id(node) in seen:
+            return
+        seen.add(id(node))
+        bound = node._bound_deployment
+        scanner = _PyObjScanner(source_type=type(target))
+        try:
+            children = scanner.find_nodes((bound.init_args, bound.init_kwargs))
+        finally:
+            scanner.clear()
+        for child in children:
+            visit(child)
+        nodes.append(node)
+
+    visit(target)
+    return nodes
+
+
+def describe_deployment(name: str, info: Any, *, ingress: bool) -> Config:
+    """One deployment of a built application in plain data (`read_demand` gives it types)."""
+    replica, options = info.replica_config, info.deployment_config
+    autoscaling = options.autoscaling_config
+    return {
+        "name": name,
+        "ingress": ingress,
+        "bundles": replica.placement_group_bundles or [dict(replica.resource_dict)],
+        "strategy": replica.placement_group_strategy or "PACK",
+        "label_selectors": (replica.placement_group_bundle_label_selector or [])
+        if replica.placement_group_bundles
+        else [replica.ray_actor_options.get("label_selector") or {}],
+        "max_replicas_per_node": replica.max_replicas_per_node,
+        "min_replicas": autoscaling.min_replicas if autoscaling else options.num_replicas,
+        "initial_replicas": autoscaling.initial_replicas if autoscaling else None,
+        "max_replicas": autoscaling.max_replicas if autoscaling else options.num_replicas,
+        "autoscaling": autoscaling is not None,
+    }
+
+
+class RayCluster:
+    """The effects that the program has on one Ray cluster.
+
+    Every wait has a deadline or ends when `patience` says so. `connect` comes first.
+    """
+
+    def __init__(self, worker_logs: bool = False) -> None:
+        self.worker_logs = worker_logs
+        self.address = ""
+        self.dashboard_url = ""
+        self.builders: dict[str, Any] = {}
+        self.holders: dict[str, Any] = {}
+        self.builders_lock = threading.Lock()
+
+    # -- connecting ---------------------------------------------------------------------
+
+    def connect(self, address: str | None) -> None:
+        """Join the running cluster at `address`, at RAY_ADDRESS, or on this machine.
+
+        Raises ClusterError when there is none; it never starts one.
+        """
+        wanted = address or os.environ.get("RAY_ADDRESS") or "auto"
+        if "://" in wanted:
+            raise ClusterError(
+                f"{wanted}: Ray Client and dashboard addresses are not supported",
+                "give HOST:PORT of the head (port 6379 by default), or run on a cluster node",
+            )
+        import ray
+        from ray._private.services import canonicalize_bootstrap_address
+
+        try:
+            # ray.init would wait for ever for a head that is gone.
+            found = canonicalize_bootstrap_address("auto" if wanted == "local" else wanted)
+            check_reachable(found)
+            context = ray.init(
+                address=found,
+                namespace=SERVE_NAMESPACE,
+                log_to_driver=self.worker_logs,
+                logging_level=logging.INFO if self.worker_logs else logging.ERROR,
+            )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ClusterError(
+                f"no Ray cluster{'' if wanted == 'auto' else f' at {wanted}'}: "
+                f"{first_line(str(error))}",
+                START_HINT,
+            ) from error
+        self.dashboard_url = f"http://{context.dashboard_url}" if context.dashboard_url else ""
+        self.address = ray.get_runtime_context().gcs_address
+
+    def disconnect(self) -> None:
+        """Leave the cluster; what was deployed stays."""
+        import ray
+
+        ray.shutdown()
+
+    def alive(self) -> bool:
+        """Whether the head node answers at all. Ray itself kills a driver that has lost it for a
+        minute, without a word (ray gcs_rpc_client/rpc_client.h), so the watcher asks first."""
+        try:
+            check_reachable(self.address, timeout_s=2.0)
+        except ClusterError:
+            return False
+        return True
+
+    def check_schema(self, document: Document) -> None:
+        """Let Ray's own schema look at the normalised config. Raises ConfigError."""
+        from pydantic import ValidationError
+        from ray.serve.schema import ServeDeploySchema
+
+        applications, _ = read_applications(document)
+        config = {**document.data, "applications": [app.config for app in applications]}
+        try:
+            ServeDeploySchema.model_validate(unshared(config))
+        except ValidationError as error:
+            findings = [Finding(row["loc"], row["msg"]) for row in error.errors()]
+            raise ConfigError(problems_of(document, findings)) from error
+
+    # -- Serve --------------------------------------------------------------------------
+
+    def start_serve(self, config: Config) -> tuple[str, ...]:
+        """Start Serve with the config's cluster-wide options, as `serve deploy` does.
+
+        Returns the `http_options` that differ from those of a Serve that is already running (it
+        keeps its own). Raises ClusterError when Serve does not come up.
+        """
+        from ray import serve
+        from ray.serve.schema import ServeDeploySchema
+
+        schema = ServeDeploySchema.model_validate({**config, "applications": []})
+        http_options = schema.http_options.model_dump()
+        running = self.serve_details()
+        quiet_serve_loggers(self.worker_logs)
+        try:
+            serve.start(
+                http_options=http_options,
+                proxy_location=schema.proxy_location,
+                grpc_options=schema.grpc_options.model_dump(),
+                logging_config=schema.logging_config,
+                tracing_config=schema.tracing_config,
+                controller_options=schema.controller_options,
+            )
+        except Exception as error:
+            raise ClusterError(
+                f"Ray Serve did not start: {first_line(str(error))}",
+                "see the controller's log under /tmp/ray/session_latest/logs/serve",
+            ) from error
+        if running is None:
+            return ()
+        current = type(schema.http_options).model_validate(running["http_options"] or {})
+        given = (config.get("http_options") or {}).keys()
+        now = current.model_dump()
+        return tuple(sorted(key for key in given if now.get(key) != http_options.get(key)))
+
+    def serve_details(self) -> Config | None:
+        """What the controller knows, in the shape of Ray's `ServeInstanceDetails`; None when Serve
+        is not running. 1 ms of CPU; `serve.status()` costs 57 (FACTS.md section 6)."""
+        import ray
+
+        try:
+            controller = ray.get_actor(SERVE_CONTROLLER, namespace=SERVE_NAMESPACE)
+        except ValueError:
+            return None
+        call = controller.get_serve_instance_details.remote()
+        try:
+            details: Config = ray.get(call, timeout=CALL_TIMEOUT_S)
+        except ray.exceptions.RayError as error:
+            raise ClusterError(f"the Serve controller does not answer: {error}") from error
+        return details
+
+    def states(self) -> dict[str, ApplicationState]:
+        """The state of every application on the cluster, by name."""
+        details = self.serve_details() or {"applications": {}}
+        return {name: read_state(app) for name, app in details["applications"].items()}
+
+    def endpoint(self) -> str:
+        """The public HTTP address, without a trailing slash: "http://localhost:8000"."""
+        import ray
+        from ray.serve.schema import HTTPOptionsSchema
+
+        details = self.serve_details() or {}
+        options = HTTPOptionsSchema.model_validate(details.get("http_options") or {})
+        proxies = [proxy["node_ip"] for proxy in (details.get("proxies") or {}).values()]
+        here = ray.util.get_node_ip_address()
+        scheme = "https" if options.ssl_certfile else "http"
+        local = not proxies or here in proxies
+        loopback = options.host in ("0.0.0.0", "::", "127.0.0.1", "localhost")
+        host = "localhost" if local and loopback else options.host if local else proxies[0]
+        return f"{scheme}://{host}:{options.port}{options.root_path.rstrip('/')}"
+
+    # -- building and submitting ----------------------------------------------------------
+
+    def prepare(self, applications: Sequence[ApplicationSpec]) -> None:
+        """Start the builders' processes and their imports, which take 10 s for an LLM."""
+        for application in applications:
+            builder = self.builder(application)
+            builder.warm_up.remote(import_module_of(application.config["import_path"]))
+
+    def builder(self, application: ApplicationSpec, *, alone: bool = False) -> Any:
+        """The actor that builds an application, shared by those with one module and runtime_env."""
+        import ray
+
+        runtime_env = application.config.get("runtime_env") or {}
+        key = json.dumps(
+            [
+                application.name if alone else "",
+                import_module_of(application.config["import_path"]),
+                runtime_env,
+            ],
+            sort_keys=True,
+        )
+        with self.builders_lock:
+            if key not in self.builders:
+                actor = ray.remote(num_cpus=0)(Builder)
+                self.builders[key] = actor.options(runtime_env=runtime_env or None).remote()
+            return self.builders[key]
+
+    def build(self, application: ApplicationSpec, patience: Patience) -> tuple[Demand, ...]:
+        """Ray's own build of one application: what each of its deployments reserves.
+
+        Raises ApplicationError when the import, the builder or an override fails.
+        """
+        import ray
+
+        try:
+            try:
+                return self.build_in(self.builder(application), application, patience)
+            except ray.exceptions.ActorDiedError:
+                # Another application of the same module may have killed the shared process.
+                return self.build_in(self.builder(application, alone=True), application, patience)
+        except ray.exceptions.RayError as error:
+            raise build_failure(error) from error
+
+    def build_in(
+        self, builder: Any, application: ApplicationSpec, patience: Patience
+    ) -> tuple[Demand, ...]:
+        import ray
+
+        call = builder.build.remote(application.config, application.route_prefix)
+        try:
+            rows = self.wait_for(call, patience)
+        except StillDeploying:
+            ray.kill(builder)
+            raise
+        self.holders[application.name] = builder
+        return tuple(read_demand(application.name, row) for row in rows)
+
+    def submit(self, application: ApplicationSpec, version: str, patience: Patience) -> None:
+        """Hand a built application to Serve. Raises ApplicationError when Serve refuses it."""
+        import ray
+
+        def call() -> None:
+            builder = self.holders[application.name]
+            arguments = (application.config, application.route_prefix, version)
+            self.wait_for(builder.submit.remote(*arguments), patience)
+
+        try:
+            try:
+                call()
+            except ray.exceptions.ActorDiedError:
+                self.build_in(self.builder(application, alone=True), application, patience)
+                call()
+        except ray.exceptions.RayError as error:
+            raise build_failure(error) from error
+
+    def wait_for(self, reference: Any, patience: Patience) -> Any:
+        """The value of a Ray call; `patience` ends the wait."""
+        import ray
+
+        while not ray.wait([reference], timeout=0.2)[0]:
+            patience.check()
+        return ray.get(reference)
+
+    def release_builders(self) -> None:
+        """End the builders' processes and give back their memory."""
+        import ray
+
+        for builder in self.builders.values():
+            ray.kill(builder)
+        self.builders.clear()
+
+    # -- resources and logs -----------------------------------------------------------------
+
+    def nodes(self, moving: Collection[str] = ()) -> tuple[tuple[Node, ...], Holders]:
+        """The live nodes with what is free on each, and who holds the rest of it there.
+
+        What the replicas of the applications in `moving` hold counts as free: they are about to be
+        deployed again. Ray tells what is free on a node only in sums; a GPU's own free share is
+        worked out from the replicas that hold parts of it.
+        """
+        import ray
+        from ray._private.state import available_resources_per_node
+
+        available = available_resources_per_node()
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        addresses = [node["NodeManagerAddress"] for node in alive]
+        holdings = self.holdings()
+        nodes, holders = [], {}
+        for row in alive:
+            address, node_id = row["NodeManagerAddress"], row["NodeID"]
+            name = address if addresses.count(address) == 1 else f"{address}/{node_id[:6]}"
+            here = [(label, held) for where, label, held in holdings if where == node_id]
+            staying = [(label, held) for label, held in here if label.split("/")[0] not in moving]
+            free = dict(available.get(node_id, {}))
+            for label, held in here:
+                if (label, held) not in staying:
+                    for resource, amount in held.items():
+                        free[resource] = free.get(resource, 0.0) + amount
+            shares = [held["GPU"] for _, held in staying if held.get("GPU")]
+            nodes.append(
+                Node(
+                    name=name,
+                    total=row["Resources"],
+                    free=free,
+                    free_gpus=initial_free_gpus(
+                        row["Resources"].get("GPU", 0.0), shares, free.get("GPU", 0.0)
+                    ),
+                    labels=row.get("Labels") or {},
+                )
+            )
+            holders[name] = staying
+        return tuple(nodes), holders
+
+    def holdings(self) -> list[tuple[str, str, Resources]]:
+        """What every Serve replica holds now: (node id, "application/deployment", resources).
+
+        A replica with a placement group is one row a bundle.
+        """
+        import ray
+
+        rows: list[tuple[str, str, Resources]] = []
+        grouped = set()
+        for group in ray.util.placement_group_table().values():
+            name = group["name"]
+            if group["state"] != "CREATED" or not name.startswith(REPLICA_PREFIX):
+                continue
+            grouped.add(name)
+            application, deployment, _ = name.removeprefix(REPLICA_PREFIX).split("#")
+            for index, bundle in group["bundles"].items():
+                node_id = group["bundles_to_node_id"][index]
+                rows.append((node_id, f"{application}/{deployment}", bundle))
+        for app in (self.serve_details() or {"applications": {}})["applications"].values():
+            for name, deployment in (app.get("deployments") or {}).items():
+                for replica in deployment["replicas"]:
+                    held = deployment.get("required_resources") or {}
+                    if replica.get("node_id") and replica.get("actor_name") not in grouped:
+                        rows.append((replica["node_id"], f"{app['name']}/{name}", held))
+        return rows
+
+    def failure_logs(self, state: ApplicationState) -> list[str]:
+        """The ends of the log files of an application's dead replicas, the latest first."""
+        dead = [replica for d in state.deployments for replica in d.dead_replicas]
+        latest = sorted(dead, key=lambda replica: replica.started_s, reverse=True)
+        return [
+            text
+            for replica in latest[:MOST_LOGS]
+            for suffix in ("err", "out")
+            if (text := self.log_tail(replica.actor_id, suffix))
+        ]
+
+    def log_tail(self, actor_id: str, suffix: str) -> str:
+        """The end of one actor's "err" or "out" file; empty when Ray has it no more."""
+        import ray
+        from ray.util.state import get_log
+
+        with contextlib.suppress(ray.exceptions.RayError, RuntimeError, OSError):
+            return "".join(get_log(actor_id=actor_id, suffix=suffix, tail=LOG_LINES, timeout=10))
+        return ""
+
+
+def read_demand(application: str, row: Config) -> Demand:
+    """`describe_deployment`'s plain data with types."""
+    return Demand(
+        application=application,
+        deployment=row["name"],
+        bundles=tuple(
+            {key: float(amount) for key, amount in bundle.items() if amount}
+            for bundle in row["bundles"]
+        ),
+        strategy=row["strategy"],
+        min_replicas=row["min_replicas"],
+        max_replicas=row["max_replicas"],
+        initial_replicas=row["initial_replicas"],
+        autoscaling=row["autoscaling"],
+        ingress=row["ingress"],
+        max_replicas_per_node=row["max_replicas_per_node"],
+        label_selectors=tuple(row["label_selectors"]),
+    )
+
+
+def read_state(app: Config) -> ApplicationState:
+    """One application of `ServeInstanceDetails` in our own types; what is not known yet is not
+    there (the controller dumps with `exclude_unset`)."""
+    return ApplicationState(
+        name=app["name"],
+        status=plain(app["status"]),
+        message=app.get("message") or "",
+        route_prefix=app.get("route_prefix"),
+        source=plain(app.get("source")),
+        deployments=tuple(
+            DeploymentState(
+                name=name,
+                status=plain(deployment["status"]),
+                message=deployment.get("message") or "",
+                target_replicas=deployment.get("target_num_replicas") or 0,
+                replicas=tuple(read_replica(replica) for replica in deployment["replicas"]),
+                dead_replicas=tuple(
+                    read_replica(replica)
+                    for replica in deployment.get("recent_dead_replicas") or ()
+                ),
+            )
+            for name, deployment in (app.get("deployments") or {}).items()
+        ),
+    )
+
+
+def read_replica(replica: Config) -> ReplicaState:
+    return ReplicaState(
+        replica_id=replica["replica_id"],
+        state=plain(replica["state"]),
+        node=replica.get("node_ip") or "",
+        pid=replica.get("pid") or 0,
+        actor_id=replica.get("actor_id") or "",
+        started_s=replica.get("start_time_s") or 0.0,
+        log_file=replica.get("log_file_path") or "",
+    )
+
+
+def plain(value: Any) -> str:
+    """Serve's enums, which older and newer versions give as such or as text, as text."""
+    return str(getattr(value, "value", value))
+
+
+def build_failure(error: Exception) -> ApplicationError:
+    """What went wrong in a builder's process, for the one application concerned."""
+    import ray
+
+    if isinstance(error, ray.exceptions.RuntimeEnvSetupError):
+        return ApplicationError(f"the runtime_env could not be set up: {error}")
+    if isinstance(error, ray.exceptions.ActorDiedError):
+        return ApplicationError(f"the process that builds the application died: {error}")
+    return ApplicationError(str(error))
+
+
+def check_reachable(address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
+    """Raise ClusterError unless something listens at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s):
+            return
+    except (OSError, ValueError, OverflowError) as error:
+        raise ClusterError(
+            f"no Ray cluster at {address}: {error}",
+            START_HINT,
+        ) from error
+
+
+def import_module_of(import_path: str) -> str:
+    """The module of an import path, in both of Ray's forms: "m.n:attribute" and "m.n.attribute"."""
+    return import_path.partition(":")[0] if ":" in import_path else import_path.rpartition(".")[0]
+
+
+def quiet_serve_loggers(worker_logs: bool) -> None:
+    """Keep Serve's own log lines out of the terminal unless `--logs` asks for them."""
+    if not worker_logs:
+        for name in ("ray", "ray.serve", "ray.data"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+# ======================================================================================
+# 7. Causes: what Serve and the engine say → the root cause, a hint, the phase of a start
+# ======================================================================================
+
+MOST_CAUSE_CHARACTERS, LINES_BELOW = 300, 3
+ANSI = re.compile(r"\x1b\[[0-9;]*m|\[\d+m(?=ray::|\))")
+LOG_PREFIX = re.compile(
+    r"^\s*(?:\([^()]*pid=\d+[^()]*\)\s*)?"  # (EngineCore pid=123)
+    r"(?:(?:ERROR|WARNING|INFO|DEBUG|CRITICAL)\s+[\d-]+\s+[\d:,.]+\s+"
+    r"(?:\[[^]]*\]|serve \d+ --)\s?)?"
+)
+EXCEPTION = re.compile(
+    r"^(?P<type>(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Failure|Died|Killed|"
+    r"Timeout|NotFound|Warning)\w*)(?:\([\w.]+\))?: ?(?P<text>.*)$"
+)
+WRAPPERS = re.compile(
+    "|".join(
+        (
+            r"^RuntimeError: (Traceback|Engine core initialization failed|Engine process failed)",
+            r"^Exception: (WorkerProc initialization failed|Worker failed with error)",
+            r"^(ray\.exceptions\.)?RayTaskError",
+            r"^(\w+\.)*CancelledError",
+            r"^RuntimeError: Failed to update the deployments",
+            r"^SystemExit: ",
+        )
+    )
+)
+"""Exceptions whose text only points elsewhere (vllm/v1/engine/utils.py, vllm/v1/executor)."""
+
+POINTS_ELSEWHERE = re.compile(r"See root cause above|background process|died before|has died")
+
+HINTS: tuple[tuple[str, str], ...] = (
+    # vllm/v1/core/kv_cache_utils.py
+    (
+        r"max seq len\s*\((?P<asked>\d+)\).*?estimated maximum model length is (?P<fits>\d+)",
+        "set engine_kwargs.max_model_len to {fits} or less (it is {asked}), or raise num_gpus",
+    ),
+    (
+        r"max seq len\s*\((?P<asked>\d+)\).*?larger than the available KV cache",
+        "lower engine_kwargs.max_model_len (it is {asked}), or raise num_gpus",
+    ),
+    (
+        r"No available memory for the cache blocks",
+        "the weights leave no room in the share: raise num_gpus or gpu_memory_utilization; if the "
+        "engines started together, set engine_kwargs.kv_cache_memory_bytes",
+    ),
+    # vllm/v1/worker/gpu_worker.py
+    (
+        r"Error in memory profiling",
+        "another engine took or freed memory of this GPU during the measurement: set "
+        "engine_kwargs.kv_cache_memory_bytes, or deploy again with --max-workers 1",
+    ),
+    # vllm/v1/worker/utils.py
+    (
+        r"Free memory on device \S* ?\((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\)",
+        "the GPU has {free} of {total} GiB free: lower num_gpus or gpu_memory_utilization, or stop "
+        "what else runs there (nvidia-smi shows it)",
+    ),
+    (
+        r"Available memory on node \d+ \((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\)",
+        "the CPU engine wants a part of the machine's memory, and {free} of {total} GiB are free: "
+        "lower engine_kwargs.gpu_memory_utilization (it means main memory there)",
+    ),
+    (
+        r"CUDA out of memory|OutOfMemoryError.*CUDA|torch\.OutOfMemoryError",
+        "the GPU's memory is full: raise num_gpus, lower max_model_len, or use a smaller model",
+    ),
+    # vllm/config/model.py
+    (
+        r"max_model_len \((?P<asked>\d+)\) is greater than the derived max_model_len "
+        r"\(\w+=(?P<most>\d+)",
+        "the model can take {most} tokens: set engine_kwargs.max_model_len to {most} or less",
+    ),
+    (
+        r"401 Client Error|403 Client Error|GatedRepo|gated repo|Access to model .* is restricted",
+        "the model is gated: accept its licence on Hugging Face, and set HF_TOKEN in "
+        "runtime_env.env_vars",
+    ),
+    (
+        r"Repo id must be in the form|Incorrect path_or_model_id|local_files_only|"
+        r"is not a local folder and is not a valid model|RepositoryNotFound|404 Client Error|"
+        r"couldn't connect to|Invalid repository ID or local directory|Can't load the config",
+        "there is no such model: check model_source (a Hugging Face id, or a path that exists on "
+        "every node), and whether the node reaches the hub",
+    ),
+    (
+        r"Model architectures \[(?P<name>[^\]]*)\] are not supported|has no vLLM implementation",
+        "this version of vLLM does not know the model's architecture: use another model or vLLM",
+    ),
+    (
+        r"trust_remote_code",
+        "the model brings its own code: set engine_kwargs.trust_remote_code: true if you trust it",
+    ),
+    (
+        r"Cannot schedule .*cannot fit|cannot fit into any bundles",
+        "the engine asks for more of a GPU than the replica's bundles hold: set "
+        "VLLM_RAY_PER_WORKER_GPUS in runtime_env.env_vars to a worker's share, as a text",
+    ),
+    (
+        r"current platform cpu does not support ray|Failed to infer device type|No CUDA GPUs",
+        "the node has no GPU that vLLM can use: set num_gpus: 0 for the CPU engine",
+    ),
+    (r"Unknown engine argument|unexpected keyword argument", "check the spelling of the key"),
+    (r"ModuleNotFoundError|No module named", "install it on the nodes, or name it in runtime_env"),
+    (r"module '[^']*' has no attribute", "check the part of import_path behind the colon"),
+    (r"runtime_env could not be set up|Failed to set up runtime environment", "check runtime_env"),
+    (r"[Aa]ddress already in use|Failed to bind to address", "another process has the port"),
+    (
+        r"running low on memory|OOM",
+        "the node ran out of main memory: fewer replicas on it, or a ray_actor_options.memory",
+    ),
+    (r"Prefix \S+ is being used by application", "give one of the two another route_prefix"),
+)
+"""What a cause's text matches -> what would help; {name}s come from the match."""
+
+
+def root_cause(message: str, logs: Sequence[str] = ()) -> Cause:
+    """The first real exception in what Serve says and in the ends of dead processes' logs.
+
+    Serve's message often only points at a log (FACTS.md section 4); then the logs are asked.
+    """
+    said = real_exceptions(message)
+    logged = [text for log in logs for text in real_exceptions(log)]
+    candidates = said or logged
+    hinted = [text for text in candidates if hint_for(text)]
+    if said:
+        text = (hinted or said)[-1]
+    elif logged:
+        text = (hinted or logged)[0]
+    else:
+        text = plain_cause(message)
+    return Cause(shortened(text, MOST_CAUSE_CHARACTERS), hint_for(text))
+
+
+def real_exceptions(text: str) -> list[str]:
+    """The exceptions in a text that only wrap no other, in their order, each once."""
+    lines = [LOG_PREFIX.sub("", ANSI.sub("", line), count=1).rstrip() for line in text.splitlines()]
+    found = []
+    for index, line in enumerate(lines):
+        if not EXCEPTION.match(line) or WRAPPERS.match(line) or POINTS_ELSEWHERE.search(line):
+            continue
+        # What is wrong with a pydantic model stands in the lines below: a field, then its fault.
+        points_down = line.endswith(":") or " validation error" in line
+        below = lines[index + 1 : index + 1 + LINES_BELOW] if points_down else []
+        further = itertools.takewhile(bool, map(str.strip, below))
+        found.append(" ".join([line, *further]))
+    return list(dict.fromkeys(found))
+
+
+def plain_cause(message: str) -> str:
+    """The last line that says something, of a message without an exception."""
+    lines = [ANSI.sub("", line).strip() for line in message.splitlines()]
+    said = [line for line in lines if line and not line.startswith(("File ", "Traceback", "ray::"))]
+    telling = [line for line in said if not line.startswith("Failed to update the deployments")]
+    return (telling or said or ["(no message)"])[-1]
+
+
+def hint_for(text: str) -> str:
+    """What would help against a known cause, in its own numbers; empty for an unknown one."""
+    for pattern, hint in HINTS:
+        match = re.search(pattern, text, re.DOTALL)
+        if match:
+            return hint.format(**match.groupdict())
+    return ""
+
+
+PHASES: tuple[tuple[str, str], ...] = (
+    (r"Downloading|Fetching \d+ files", "downloading"),
+    # vllm/v1/worker/gpu_model_runner.py, cpu_model_runner.py
+    (r"Starting to load model|Loading safetensors|Loading weights took", "loading weights"),
+    (r"torch\.compile|Dynamo bytecode|Compiling", "compiling"),
+    (r"Model loading took|Memory profiling", "profiling memory"),
+    (r"KV cache size|Maximum concurrency", "making the KV cache"),
+    (r"Capturing .*graph|Graph capturing|Warming up model", "warming up"),
+)
+"""What an engine's log has -> the phase that its start is in; the latest line counts."""
+
+
+def engine_phase(log: str) -> str:
+    """The phase of an engine's start that its log shows; empty when it shows none yet."""
+    for line in reversed(log.splitlines()):
+        for pattern, phase in PHASES:
+            if re.search(pattern, line):
+                return phase
+    return ""
+
+
+def pending_need(message: str) -> tuple[Resources, Resources] | None:
+    """What a replica that Serve can't place needs, and what the cluster has of that.
+
+    None when the message says nothing of the kind, or when there is enough (Serve also words so a
+    replica whose process is just starting: ray/serve/_private/deployment_state.py).
+    """
+    match = re.search(
+        r"Resources required for each replica: (.*?), total resources available: (\{.*?\})\.",
+        message,
+    )
+    if not match:
+        return None
+    try:
+        needed, available = (ast.literal_eval(text) for text in match.groups())
+    except (ValueError, SyntaxError):
+        return None
+    total: dict[str, float] = {}
+    for bundle in needed if isinstance(needed, list) else [needed]:
+        for resource, amount in bundle.items():
+            total[resource] = total.get(resource, 0.0) + amount
+    short_of = any(available.get(resource, 0.0) < amount for resource, amount in total.items())
+    return (total, available) if available and short_of else None
+
+
+# ======================================================================================
+# 8. Deploy: the pool, the one watcher, deadlines, stop signals
+# ======================================================================================
+
+POLL_INTERVAL_S = 1.0
+HEARTBEAT_INTERVAL_S = 5.0
+LOST_AFTER_S = 30.0
+UNHEALTHY_GRACE_S = 30.0
+STOP_GRACE_S = 1.0
+
+
+class Cluster(Protocol):
+    """What deploying needs of a cluster. `RayCluster` is the real one; tests script another."""
+
+    def build(self, application: ApplicationSpec, patience: Patience) -> tuple[Demand, ...]: ...
+    def submit(self, application: ApplicationSpec, version: str, patience: Patience) -> None: ...
+    def nodes(self, moving: Collection[str]) -> tuple[tuple[Node, ...], Holders]: ...
+    def states(self) -> dict[str, ApplicationState]: ...
+    def failure_logs(self, state: ApplicationState) -> list[str]: ...
+    def alive(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one application is doing, in words; times are the board's clock, in seconds."""
+
+    application: ApplicationSpec
+    words: str = "queued"
+    detail: str = ""
+    started: float | None = None
+    ended: float | None = None
+
+
+class Board:
+    """What every application is doing: the one object that the threads share, under one lock."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.changed = threading.Condition()
+        self.progress: dict[str, Progress] = {}
+        self.states: dict[str, ApplicationState] = {}
+        self.polled_at = -math.inf
+        self.stop_code = 0
+        self.stop_reason = ""
+
+    def enter(self, application: ApplicationSpec, words: str, detail: str = "") -> None:
+        """Note what an application does now; "queued" before its turn, a result's word after."""
+        with self.changed:
+            now = self.clock()
+            before = self.progress.get(application.name, Progress(application))
+            over = words in RESULT_WORDS
+            self.progress[application.name] = Progress(
+                application,
+                words,
+                detail,
+                started=before.started if words == "queued" or before.started else now,
+                ended=now if over else None,
+            )
+            self.changed.notify_all()
+
+    def publish(self, states: dict[str, ApplicationState], polled_at: float) -> None:
+        """Take over what the watcher read; `polled_at` is when it began to read."""
+        with self.changed:
+            self.states, self.polled_at = states, polled_at
+            self.changed.notify_all()
+
+    def stop(self, code: int, reason: str) -> None:
+        """End every wait; the first reason stands."""
+        with self.changed:
+            if not self.stop_code:
+                self.stop_code, self.stop_reason = code, reason
+            self.changed.notify_all()
+
+    def wait_for_change(self, timeout_s: float) -> list[Progress]:
+        """What all applications are doing, at the next change or after `timeout_s`."""
+        with self.changed:
+            self.changed.wait(timeout_s)
+            return list(self.progress.values())
+
+    def next_state(
+        self, application: ApplicationSpec, patience: Patience, after: float
+    ) -> ApplicationState | None:
+        """The application's state in the next poll that began later than `after`."""
+        with self.changed:
+            while self.polled_at <= after:
+                patience.check()
+                self.changed.wait(0.5)
+            return self.states.get(application.name)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long one application's waits may last: until its deadline or until the run stops."""
+
+    board: Board
+    deadline: float
+
+    def check(self) -> None:
+        """Raise Stopped or StillDeploying when waiting has to end."""
+        if self.board.stop_code:
+            raise Stopped
+        if self.board.clock() >= self.deadline:
+            raise StillDeploying
+
+
+class Gate:
+    """Asks of each built application whether the cluster can hold it, in the order of arrival."""
+
+    def __init__(self, cluster: Cluster, names: Collection[str], allow_pending: bool) -> None:
+        nodes, holders = cluster.nodes(moving=names)
+        self.ledger = Ledger.of(nodes, holders)
+        self.lock = threading.Lock()
+        self.allow_pending = allow_pending
+
+    def admit(self, demands: Sequence[Demand]) -> str:
+        """Count an application in. Returns what does not fit now, which will wait; empty when all
+        fits. Raises ApplicationError for what can never fit."""
+        with self.lock:
+            fittings, ledger = place_all(demands, self.ledger)
+            never = [fitting for fitting in fittings if fitting.fit is Fit.NEVER]
+            if never and not self.allow_pending:
+                raise ApplicationError("\n".join(format_misfit(fitting) for fitting in never))
+            self.ledger = ledger
+        return "\n".join(
+            format_misfit(fitting) for fitting in fittings if fitting.fit is not Fit.FITS
+        )
+
+
+def worker_count(applications: int, cpu_cores: int, wanted: int | None) -> int:
+    """How many applications deploy at once."""
+    return max(1, wanted or min(applications, max(2, cpu_cores)))
+
+
+def deploy(
+    applications: Sequence[ApplicationSpec],
+    cluster: Cluster,
+    board: Board,
+    options: Options,
+    show: Callable[[list[Progress]], None],
+) -> list[Outcome]:
+    """Deploy all applications concurrently; outcomes come back in the order of the file.
+
+    A worker is held until its application settles, so `max_workers` bounds what starts at once
+    and 1 is V4's sequential mode. `show` gets the progress at every change, in this thread.
+    """
+    for application in applications:
+        board.enter(application, "queued")
+    gate = Gate(cluster, [app.name for app in applications], options.allow_pending)
+    watcher = threading.Thread(target=watch, args=(cluster, board), daemon=True, name="watcher")
+    watcher.start()
+    pool = ThreadPoolExecutor(
+        worker_count(len(applications), os.cpu_count() or 1, options.max_workers),
+        thread_name_prefix="deploy",
+    )
+    futures = [
+        pool.submit(deploy_application, application, cluster, board, gate, options.timeout_s)
+        for application in applications
+    ]
+    while not all(future.done() for future in futures) and not board.stop_code:
+        show(board.wait_for_change(POLL_INTERVAL_S))
+    pool.shutdown(wait=False, cancel_futures=True)
+    wait_for_futures(futures, timeout=STOP_GRACE_S if board.stop_code else None)
+    outcomes = [
+        future.result()
+        if future.done() and not future.cancelled()
+        else unfinished(application, board)
+        for application, future in zip(applications, futures, strict=True)
+    ]
+    show(board.wait_for_change(0))
+    return outcomes
+
+
+def watch(cluster: Cluster, board: Board) -> None:
+    """Poll the cluster for all applications, about once a second, until the run stops.
+
+    One poller, because a poll costs CPU and N threads would pay it N times (FACTS.md section 6).
+    """
+    heartbeat_at = alive_at = board.clock()
+    while not board.stop_code:
+        polled_at = board.clock()
+        try:
+            board.publish(cluster.states(), polled_at)
+        except ClusterError:
+            pass  # a controller that restarts is silent for a while
+        except Exception:  # noqa: BLE001
+            # Without its watcher every application would wait for its deadline.
+            board.stop(EXIT_CLUSTER, traceback.format_exc())
+        if board.clock() - heartbeat_at >= HEARTBEAT_INTERVAL_S:
+            heartbeat_at = board.clock()
+            alive_at = heartbeat_at if cluster.alive() else alive_at
+            if heartbeat_at - alive_at > LOST_AFTER_S:
+                board.stop(EXIT_CLUSTER, "the head node has not answered for 30 s")
+        time.sleep(POLL_INTERVAL_S)
+
+
+def deploy_application(
+    application: ApplicationSpec, cluster: Cluster, board: Board, gate: Gate, timeout_s: float
+) -> Outcome:
+    """Take one application from its config to a result. Runs in a worker thread; never raises."""
+    started = board.clock()
+    patience = Patience(board, started + timeout_s if timeout_s else math.inf)
+    partial: dict[str, Any] = {}
+
+    def end(result: Result, cause: Cause | None = None, detail: str = "") -> Outcome:
+        board.enter(application, result.value, cause.text if cause else "")
+        seconds = board.clock() - started
+        return Outcome(application, result, seconds, cause, detail, **partial)
+
+    try:
+        board.enter(application, "building")
+        demands = partial["demands"] = cluster.build(application, patience)
+        board.enter(application, "submitting", gate.admit(demands))
+        partial["submitted"] = True
+        patience = Patience(board, board.clock() + timeout_s if timeout_s else math.inf)
+        cluster.submit(application, version_of(application), patience)
+        partial["state"] = settled(application, board, patience)
+        return end(Result.RUNNING)
+    except ApplicationError as error:
+        state = board.states.get(application.name) if partial.get("submitted") else None
+        logs = cluster.failure_logs(state) if state else []
+        partial["state"] = state
+        return end(Result.FAILED, root_cause(str(error), logs), str(error))
+    except StillDeploying:
+        state = partial["state"] = board.states.get(application.name)
+        message = "\n".join(d.message for d in state.deployments) if state else ""
+        return end(Result.STILL_DEPLOYING, root_cause(message) if message else None)
+    except Stopped:
+        lost = board.stop_code == EXIT_CLUSTER
+        return end(Result.UNKNOWN if lost else Result.INTERRUPTED)
+    except Exception as error:  # noqa: BLE001
+        # Isolation: a defect that one application meets must not hide what became of the others.
+        return end(Result.FAILED, root_cause(repr(error)), traceback.format_exc())
+
+
+def settled(application: ApplicationSpec, board: Board, patience: Patience) -> ApplicationState:
+    """Wait until an application runs. Raises ApplicationError when Serve gives up on it."""
+    after = board.clock()
+    unhealthy_since: float | None = None
+    while True:
+        state = board.next_state(application, patience, after)
+        after = board.polled_at
+        if state is None or state.status in ("DELETING", "NOT_STARTED"):
+            raise ApplicationError("the application was deleted while it was being deployed")
+        if state.status == "RUNNING":
+            return state
+        if state.status == "DEPLOY_FAILED":
+            raise ApplicationError(failure_message(state))
+        if state.status == "UNHEALTHY":
+            unhealthy_since = unhealthy_since or board.clock()
+            if board.clock() - unhealthy_since > UNHEALTHY_GRACE_S:
+                raise ApplicationError(failure_message(state))
+        else:
+            unhealthy_since = None
+        board.enter(application, *describe_state(state))
+
+
+def failure_message(state: ApplicationState) -> str:
+    """All that Serve says about a failed application: its own message, then its deployments'."""
+    messages = [state.message, *(d.message for d in state.deployments if d.status != "HEALTHY")]
+    return "\n".join(message for message in messages if message)
+
+
+def describe_state(state: ApplicationState) -> tuple[str, str]:
+    """What a deploying application does, in words, and what it waits for."""
+    waiting = [d for d in state.deployments if d.running < d.target_replicas]
+    for deployment in waiting:
+        need = pending_need(deployment.message)
+        if need:
+            needed, available = need
+            return (
+                "waiting for resources",
+                f"{deployment.name} needs {format_resources(needed)}; "
+                f"the cluster has {format_resources(available)} free",
+            )
+    running = sum(d.running for d in state.deployments)
+    target = sum(d.target_replicas for d in state.deployments)
+    message = next((d.message for d in waiting if d.message), "")
+    detail = root_cause(message).text.splitlines()[0] if message else ""
+    return f"starting replicas {running}/{target}", detail
+
+
+def unfinished(application: ApplicationSpec, board: Board) -> Outcome:
+    """The outcome of an application whose worker did not come to its end."""
+    progress = board.progress[application.name]
+    lost = board.stop_code == EXIT_CLUSTER
+    begun = progress.started is not None
+    return Outcome(
+        application,
+        Result.UNKNOWN if lost and begun else Result.INTERRUPTED,
+        board.clock() - progress.started if progress.started is not None else 0.0,
+        submitted=begun and progress.words not in ("queued", "building"),
+        state=board.states.get(application.name),
+    )
+
+
+def build_all(
+    applications: Sequence[ApplicationSpec],
+    cluster: Cluster,
+    board: Board,
+    options: Options,
+    show: Callable[[list[Progress]], None],
+) -> list[tuple[Demand, ...] | Cause]:
+    """Build every application and deploy none: its demands, or why it can't be built."""
+
+    def build(application: ApplicationSpec) -> tuple[Demand, ...] | Cause:
+        patience = Patience(board, board.clock() + (options.timeout_s or math.inf))
+        board.enter(application, "building")
+        try:
+            demands = cluster.build(application, patience)
+        except ApplicationError as error:
+            cause = root_cause(str(error))
+        except StillDeploying:
+            cause = Cause("the builder did not return in time", "raise --timeout")
+        except Stopped:
+            cause = Cause("interrupted", "")
+        else:
+            board.enter(application, "built")
+            return demands
+        board.enter(application, Result.FAILED.value, cause.text)
+        return cause
+
+    with ThreadPoolExecutor(max(1, len(applications)), thread_name_prefix="build") as pool:
+        futures = [pool.submit(build, application) for application in applications]
+        while not all(future.done() for future in futures):
+            show(board.wait_for_change(POLL_INTERVAL_S))
+    return [future.result() for future in futures]
+
+
+def exit_code(outcomes: Sequence[Outcome], stop_code: int) -> int:
+    """130/143 before 3 before 1 before 4 before 0."""
+    results = {outcome.result for outcome in outcomes}
+    if stop_code:
+        return stop_code
+    if Result.UNKNOWN in results:
+        return EXIT_CLUSTER
+    if Result.FAILED in results:
+        return EXIT_FAILED
+    return EXIT_TIMEOUT if Result.STILL_DEPLOYING in results else EXIT_OK
+
+
+# ======================================================================================
+# 9. Report: outcomes → text, live view, JSON
+# ======================================================================================
+
+RULE = "=" * 80
+THIN_RULE = "-" * 80
+LLM_ENDPOINTS = (
+    ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/completions"),
+    ("GET", "/v1/models"),
+)
+
+
+def format_replicas(demand: Demand) -> str:
+    """ "1 → 3 (autoscaling)" or "2"."""
+    if demand.autoscaling:
+        return f"{demand.min_replicas} → {demand.max_replicas} (autoscaling)"
+    return str(demand.max_replicas)
+
+
+def format_bundles(demand: Demand) -> str:
+    """A replica's sum, and its bundles where there are several."""
+    text = format_resources(demand.reserved)
+    if len(demand.bundles) > 1:
+        bundles = " + ".join(f"[{format_resources(bundle)}]" for bundle in demand.bundles)
+        text += f" in all: {bundles}, {demand.strategy}"
+    return text
+
+
+def demand_of(model: ModelSpec, demands: Sequence[Demand]) -> Demand | None:
+    """The deployment that serves a model; Ray names it "<server class>:<deployment name>"."""
+    suffix = ":" + model.deployment_name
+    return next((demand for demand in demands if demand.deployment.endswith(suffix)), None)
+
+
+def format_running(outcome: Outcome, base_url: str) -> list[str]:
+    """The summary of one application that runs, in the layout that V5's users know."""
+    application = outcome.application
+    lines = [f"• {application.name}"]
+    served = set()
+    for model in application.models:
+        lines += [f"   Model: {model.source}", f"   Model ID: {model.model_id}"]
+        demand = demand_of(model, outcome.demands)
+        if demand:
+            served.add(demand.deployment)
+            lines += [
+                f"   Resources per replica: {format_bundles(demand)}",
+                f"   Replicas: {format_replicas(demand)}",
+            ]
+        lines += [f"   Note: {note}" for note in model.notes]
+    for demand in outcome.demands:
+        if demand.deployment not in served:
+            kind = "Ingress" if demand.ingress else "Deployment"
+            lines.append(
+                f"   {kind} {demand.deployment}: {format_bundles(demand)} per replica, "
+                f"replicas {format_replicas(demand)}"
+            )
+    route = application.route_prefix
+    if route is None:
+        return [*lines, "   No HTTP route (route_prefix: null)"]
+    prefix = route.rstrip("/")
+    lines += [f"   Base URL: {base_url}{quote(prefix) or '/'}", "   Endpoints:"]
+    if application.models:
+        lines += [f"     • {method:<4} {prefix}{path}" for method, path in LLM_ENDPOINTS]
+    else:
+        lines.append(f"     • ANY  {route}")
+    return lines
+
+
+def format_unfinished(outcome: Outcome, dashboard_url: str) -> list[str]:
+    """The summary of one application that does not run: what happened, why, where to look."""
+    name = outcome.application.name
+    lines = [f"• {name}: {outcome.result.value} after {format_seconds(outcome.seconds)}"]
+    if outcome.cause:
+        lines += format_cause(outcome.cause)
+    if outcome.result is Result.INTERRUPTED:
+        lines.append(
+            "   It was submitted and goes on deploying; this program no longer watches it"
+            if outcome.submitted
+            else "   It was not submitted"
+        )
+    if outcome.result is Result.STILL_DEPLOYING and outcome.state:
+        lines.append(f"   Last state: {' · '.join(filter(None, describe_state(outcome.state)))}")
+        lines.append("   The cluster goes on deploying it")
+    if outcome.submitted and dashboard_url:
+        lines.append(f"   Dashboard: {dashboard_url}/#/serve/applications/{quote(name, safe='')}")
+    return lines
+
+
+def format_seconds(seconds: float) -> str:
+    """ "42 s" or "3 min 05 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def format_summary(
+    outcomes: Sequence[Outcome], base_url: str, dashboard_url: str, seconds: float
+) -> list[str]:
+    """The whole summary, line by line."""
+    running = [outcome for outcome in outcomes if outcome.result is Result.RUNNING]
+    others = [outcome for outcome in outcomes if outcome.result is not Result.RUNNING]
+    lines = [
+        RULE,
+        f"{'⚠️ ' if others else '✅'} Deployment Summary",
+        RULE,
+        f"Total applications deployed: {len(running)}/{len(outcomes)} in {format_seconds(seconds)}",
+    ]
+    if running:
+        lines += ["", "📋 Successfully Deployed Applications:", THIN_RULE]
+    for outcome in running:
+        lines += ["", *format_running(outcome, base_url)]
+    if others:
+        lines += ["", "❌ Not Running:", THIN_RULE]
+    for outcome in others:
+        lines += ["", *format_unfinished(outcome, dashboard_url)]
+    lines += ["", RULE]
+    if not others:
+        lines.append("🔥 All deployments completed!")
+    if dashboard_url:
+        lines.append(f"💡 Ray Dashboard: {dashboard_url}")
+        lines.append("💡 Check deployment status and resource usage in the dashboard")
+    return [*lines, RULE]
+
+
+def format_plan(
+    applications: Sequence[ApplicationSpec],
+    built: Sequence[tuple[Demand, ...] | Cause],
+    prediction: Prediction,
+) -> list[str]:
+    """What `--plan` prints: what each replica would reserve, and where all of it would go."""
+    lines = [RULE, "📋 Plan (nothing was changed)", RULE]
+    for application, result in zip(applications, built, strict=True):
+        lines += ["", f"• {application.name}  {application.route_prefix or '(no HTTP route)'}"]
+        if isinstance(result, Cause):
+            lines += format_cause(result)
+            continue
+        lines += [
+            f"   {demand.deployment}{' (ingress)' if demand.ingress else ''}: "
+            f"{format_bundles(demand)} per replica, replicas {format_replicas(demand)}"
+            for demand in result
+        ]
+        lines += [f"   Note: {note}" for model in application.models for note in model.notes]
+    return [*lines, "", THIN_RULE, *format_prediction(prediction), RULE]
+
+
+def format_cause(cause: Cause) -> list[str]:
+    """A cause's lines, and its hint."""
+    first, *rest = cause.text.splitlines() or [""]
+    lines = [f"   Cause: {first}", *(f"          {line}" for line in rest)]
+    return [*lines, f"   Hint: {cause.hint}"] if cause.hint else lines
+
+
+def format_progress(progress: Progress, now: float) -> str:
+    """One line about one application: "falcon3-app  starting replicas 1/2  12 s  …"."""
+    parts = [progress.application.name, progress.words]
+    if progress.started is not None:
+        parts.append(format_seconds((progress.ended or now) - progress.started))
+    return "  ".join([*parts, *filter(None, [progress.detail])])
+
+
+class Terminal:
+    """The one place that writes: progress and messages to stderr, the summary to stdout."""
+
+    def __init__(self, clock: Callable[[], float], *, live: bool | None = None) -> None:
+        self.clock = clock
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.live_view: Live | None = None
+        self.live = self.console.is_terminal if live is None else live
+        self.shown: dict[str, tuple[str, str]] = {}
+        self.secrets: frozenset[str] = frozenset()
+
+    def say(self, text: str) -> None:
+        """A message about the run as a whole."""
+        self.console.print(text, markup=False)
+
+    def show(self, progress: Sequence[Progress]) -> None:
+        """The progress of all applications: one live line each, or one line a change."""
+        if self.live:
+            self.draw(progress)
+            return
+        for item in progress:
+            now = (item.words, item.detail)
+            if self.shown.get(item.application.name) != now:
+                self.shown[item.application.name] = now
+                stamp = time.strftime("%H:%M:%S")
+                self.say(f"{stamp}  {format_progress(item, self.clock())}")
+
+    def draw(self, progress: Sequence[Progress]) -> None:
+        """Redraw the live lines; a spinner turns where something is being waited for."""
+        if self.live_view is None:
+            self.live_view = Live(console=self.console, auto_refresh=False)
+            self.live_view.start()
+        table = Table.grid(padding=(0, 2))
+        for item in progress:
+            elapsed = (item.ended or self.clock()) - (item.started or self.clock())
+            table.add_row(
+                STATE_ICONS.get(item.words, "🚀"),
+                Text(item.application.name, style="bold"),
+                Text(item.words, style=STATE_STYLES.get(item.words, "yellow")),
+                Text(format_seconds(elapsed) if item.started is not None else "", style="dim"),
+                Text(item.detail, style="dim", overflow="ellipsis", no_wrap=True),
+            )
+        self.live_view.update(table, refresh=True)
+
+    def close(self) -> None:
+        """End the live view; its last picture stays on the screen."""
+        if self.live_view is not None:
+            self.live_view.stop()
+            self.live_view = None
+
+    def print_lines(self, lines: Sequence[str]) -> None:
+        """The plan or the summary, to stdout."""
+        print("\n".join(lines), flush=True)
+
+
+STATE_ICONS = {"queued": "⏳", "RUNNING": "✅", "FAILED": "❌"}
+STATE_STYLES = {"queued": "dim", "RUNNING": "green", "FAILED": "red"}
+
+
+# ======================================================================================
+# 10. Command line: options, main() -> int, the one place where exceptions become exit codes
+# ======================================================================================
+
+
+def parse_options(argv: Sequence[str] | None) -> Options:
+    """The command line as Options; argparse exits with 2 by itself when it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="app_v5.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", metavar="CONFIG.yaml", help="a Ray Serve config")
+    parser.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="the cluster (default: RAY_ADDRESS, or this machine's)",
+    )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="show what would go where, change nothing; exit 1 when something can't fit",
+    )
+    parser.add_argument(
+        "--allow-pending",
+        action="store_true",
+        help="deploy what no node can hold, too: the cluster will grow",
+    )
+    parser.add_argument(
+        "--max-workers",
+        type=positive_int,
+        metavar="N",
+        help="applications that deploy at once (default: min(applications, max(2, CPU cores))); "
+        "1 deploys one after the other, as V4 did",
+    )
+    parser.add_argument(
+        "--timeout",
+        dest="timeout_s",
+        type=timeout_seconds,
+        default=DEFAULT_TIMEOUT_S,
+        metavar="SECONDS",
+        help="how long to wait for an application from its submission (default 1800, 0: for ever)",
+    )
+    parser.add_argument(
+        "--logs",
+        dest="worker_logs",
+        action="store_true",
+        help="show the workers' logs and tracebacks",
+    )
+    return Options(**vars(parser.parse_args(argv)))
+
+
+def positive_int(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
+
+
+def timeout_seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError("must be 0 (no limit) or a number of seconds")
+    return seconds
+
+
+def run(
+    options: Options,
+    environ: Mapping[str, str],
+    cluster: RayCluster,
+    terminal: Terminal,
+    board: Board,
+) -> int:
+    """Load, normalise, deploy, report. Returns the exit code.
+
+    Raises ConfigError (nothing was touched) and ClusterError.
+    """
+    started = board.clock()
+    document = load_document(options.config, environ)
+    terminal.secrets = document.secrets
+    applications = checked_applications(document, terminal)
+    terminal.say(f"📖 Loaded config: {options.config}")
+    terminal.say(f"📦 Found {len(applications)} application(s) to deploy")
+    terminal.say("🔧 Connecting to Ray...")
+    cluster.connect(options.address)
+    cluster.check_schema(document)
+    cluster.prepare(applications)
+    if options.plan:
+        return plan(applications, options, cluster, terminal, board)
+    terminal.say("🔧 Starting Ray Serve...")
+    ignored = cluster.start_serve(document.data)
+    if ignored:
+        terminal.say(
+            f"⚠️  Serve is already running and keeps its own http_options ({', '.join(ignored)}); "
+            "`serve shutdown` and a new run would change them"
+        )
+    terminal.say("🔄 Starting concurrent deployment...")
+    with stop_signals(board):
+        outcomes = deploy(applications, cluster, board, options, terminal.show)
+    terminal.close()
+    code = exit_code(outcomes, board.stop_code)
+    if code == EXIT_CLUSTER:
+        terminal.say(f"❌ Lost sight of the cluster: {board.stop_reason}")
+    base_url = "" if board.stop_code else cluster.endpoint()
+    terminal.print_lines(
+        format_summary(outcomes, base_url, cluster.dashboard_url, board.clock() - started)
+    )
+    if options.worker_logs:
+        for outcome in outcomes:
+            if outcome.detail:
+                terminal.say(f"--- {outcome.application.name}\n{outcome.detail}")
+    return code
+
+
+def plan(
+    applications: Sequence[ApplicationSpec],
+    options: Options,
+    cluster: RayCluster,
+    terminal: Terminal,
+    board: Board,
+) -> int:
+    """Build, predict, print. Returns 0 when all fits, 1 when something does not."""
+    with stop_signals(board):
+        built = build_all(applications, cluster, board, options, terminal.show)
+    terminal.close()
+    if board.stop_code:
+        return board.stop_code
+    demands = [demand for result in built if isinstance(result, tuple) for demand in result]
+    nodes, holders = cluster.nodes(moving=[application.name for application in applications])
+    prediction = predict(demands, nodes, holders)
+    terminal.print_lines(format_plan(applications, built, prediction))
+    failed = any(isinstance(result, Cause) for result in built)
+    return EXIT_FAILED if failed or prediction.misfits else EXIT_OK
+
+
+def checked_applications(document: Document, terminal: Terminal) -> tuple[ApplicationSpec, ...]:
+    """The document's applications; warnings go to the terminal. Raises ConfigError."""
+    problems = check_document(document, known_keys())
+    if not has_errors(problems):
+        applications, findings = read_applications(document)
+        problems = sorted(problems + problems_of(document, findings), key=position)
+    if has_errors(problems):
+        raise ConfigError(problems)
+    for problem in problems:
+        terminal.say(f"⚠️  {format_problem(problem)}")
+    return applications
+
+
+def has_errors(problems: Sequence[Problem]) -> bool:
+    return any(problem.severity is Severity.ERROR for problem in problems)
+
+
+@contextlib.contextmanager
+def stop_signals(board: Board) -> Iterator[None]:
+    """Ctrl-C and SIGTERM stop the waiting; a second one ends the program at once."""
+
+    def stop(number: int, frame: object) -> None:
+        code = EXIT_SIGNALS[signal.Signals(number)]
+        if board.stop_code:
+            os._exit(code)
+        board.stop(code, signal.Signals(number).name)
+
+    before = {number: signal.signal(number, stop) for number in EXIT_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def raise_interrupt(number: int, frame: object) -> None:
+    """Before anything is deployed a signal ends the run where it stands."""
+    raise Interrupted(EXIT_SIGNALS[signal.Signals(number)])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, run, and turn every known exception into one clear message and its exit code."""
+    options = parse_options(argv)
+    board = Board()
+    terminal = Terminal(board.clock)
+    cluster = RayCluster(options.worker_logs)
+    for number in EXIT_SIGNALS:
+        signal.signal(number, raise_interrupt)
+    try:
+        code = run(options, os.environ, cluster, terminal, board)
+    except ConfigError as error:
+        for problem in error.problems:
+            terminal.say(f"❌ {format_problem(problem)}")
+        code = EXIT_CONFIG
+    except ClusterError as error:
+        terminal.say(f"❌ {error}" + (f"\n   {error.hint}" if error.hint else ""))
+        code = EXIT_CLUSTER
+    except Interrupted as error:
+        terminal.say("🛑 Interrupted before anything was deployed")
+        code = error.code
+    terminal.close()
+    if code in (EXIT_CLUSTER, *EXIT_SIGNALS.values()):
+        # A thread may still wait for a cluster that does not answer, and Python would join it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,303 @@
+"""Section 8 on a scripted cluster: what overlaps, what waits, what ends a wait."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import pytest
+
+import app_v5 as app
+
+CPU_NODE = app.Node("node", {"CPU": 4.0}, {"CPU": 4.0})
+
+
+def spec(name: str, **config: Any) -> app.ApplicationSpec:
+    return app.ApplicationSpec(0, name, f"/{name}", {"name": name, "import_path": "m:a", **config})
+
+
+def demand(name: str, cpus: float = 1.0) -> app.Demand:
+    return app.Demand(name, "D", ({"CPU": cpus},), "PACK", 1, 1)
+
+
+def state(name: str, status: str, message: str = "") -> app.ApplicationState:
+    return app.ApplicationState(name, status, message)
+
+
+class ScriptedCluster:
+    """A cluster whose applications run as soon as they are submitted, unless a script says else.
+
+    `script` gives an application's states, one a poll after its submission; the last one stays.
+    """
+
+    def __init__(
+        self, script: dict[str, Sequence[app.ApplicationState | None]] | None = None
+    ) -> None:
+        self.script = script or {}
+        self.lock = threading.Lock()
+        self.submitted: list[str] = []
+        self.polls: dict[str, int] = {}
+        self.building = self.most_building = 0
+        self.gates: dict[str, threading.Event] = {}
+        self.errors: dict[str, Exception] = {}
+        self.is_alive = True
+        self.demands: dict[str, tuple[app.Demand, ...]] = {}
+
+    def build(
+        self, application: app.ApplicationSpec, patience: app.Patience
+    ) -> tuple[app.Demand, ...]:
+        with self.lock:
+            self.building += 1
+            self.most_building = max(self.most_building, self.building)
+        gate = self.gates.get(application.name)
+        while gate and not gate.wait(0.01):
+            patience.check()
+        with self.lock:
+            self.building -= 1
+        if application.name in self.errors:
+            raise self.errors[application.name]
+        return self.demands.get(application.name, (demand(application.name),))
+
+    def submit(
+        self, application: app.ApplicationSpec, version: str, patience: app.Patience
+    ) -> None:
+        with self.lock:
+            self.submitted.append(application.name)
+
+    def states(self) -> dict[str, app.ApplicationState]:
+        with self.lock:
+            found = {}
+            for name in self.submitted:
+                states = self.script.get(name, [state(name, "RUNNING")])
+                index = min(self.polls.get(name, 0), len(states) - 1)
+                self.polls[name] = index + 1
+                now = states[index]
+                if now is not None:
+                    found[name] = now
+            return found
+
+    def nodes(self, moving: Collection[str] = ()) -> tuple[tuple[app.Node, ...], app.Holders]:
+        return (CPU_NODE,), {}
+
+    def failure_logs(self, state: app.ApplicationState) -> list[str]:
+        return []
+
+    def alive(self) -> bool:
+        return self.is_alive
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "POLL_INTERVAL_S", 0.01)
+    monkeypatch.setattr(app, "HEARTBEAT_INTERVAL_S", 0.01)
+
+
+def run(
+    cluster: ScriptedCluster,
+    *names: str,
+    show: Callable[[list[app.Progress]], None] = lambda progress: None,
+    board: app.Board | None = None,
+    **options: Any,
+) -> list[app.Outcome]:
+    return app.deploy(
+        [spec(name) for name in names],
+        cluster,
+        board or app.Board(),
+        app.Options("config.yaml", **options),
+        show,
+    )
+
+
+def results(outcomes: Sequence[app.Outcome]) -> dict[str, str]:
+    return {outcome.application.name: outcome.result.value for outcome in outcomes}
+
+
+def test_applications_deploy_at_once_and_outcomes_keep_the_order_of_the_file() -> None:
+    cluster = ScriptedCluster()
+    cluster.gates = {name: threading.Event() for name in "abc"}
+
+    def open_gates_when_all_build(progress: list[app.Progress]) -> None:
+        if cluster.building == 3:
+            for gate in cluster.gates.values():
+                gate.set()
+
+    outcomes = run(cluster, "a", "b", "c", show=open_gates_when_all_build, max_workers=3)
+    assert cluster.most_building == 3
+    assert list(results(outcomes).items()) == [(name, "RUNNING") for name in "abc"]
+
+
+def test_one_worker_starts_the_next_when_the_one_before_has_settled() -> None:
+    deploying = state("a", "DEPLOYING")
+    cluster = ScriptedCluster({"a": [deploying, deploying, state("a", "RUNNING")]})
+    seen: list[tuple[str, ...]] = []
+    run(
+        cluster,
+        "a",
+        "b",
+        max_workers=1,
+        show=lambda progress: seen.append(tuple(item.words for item in progress)),
+    )
+    assert cluster.most_building == 1
+    assert all(b == "queued" for a, b in seen if a != "RUNNING")
+
+
+@pytest.mark.parametrize(
+    ("applications", "cores", "wanted", "expected"),
+    [
+        pytest.param(10, 4, None, 4, id="as many as cores"),
+        pytest.param(10, 1, None, 2, id="at least two"),
+        pytest.param(1, 8, None, 1, id="no more than applications"),
+        pytest.param(3, 8, 1, 1, id="as wanted"),
+        pytest.param(0, 8, None, 1, id="none at all"),
+    ],
+)
+def test_how_many_workers(applications: int, cores: int, wanted: int | None, expected: int) -> None:
+    assert app.worker_count(applications, cores, wanted) == expected
+
+
+def test_one_that_fails_to_build_or_to_start_leaves_the_others_running() -> None:
+    cluster = ScriptedCluster(
+        {"b": [state("b", "DEPLOYING"), state("b", "DEPLOY_FAILED", "oh no")]}
+    )
+    cluster.errors["a"] = app.ApplicationError("ModuleNotFoundError: No module named 'x'")
+    outcomes = run(cluster, "a", "b", "c")
+    assert results(outcomes) == {"a": "FAILED", "b": "FAILED", "c": "RUNNING"}
+    causes = [outcome.cause.text for outcome in outcomes if outcome.cause]
+    assert causes == ["ModuleNotFoundError: No module named 'x'", "oh no"]
+    assert app.exit_code(outcomes, 0) == 1
+
+
+def test_a_defect_met_with_one_application_is_its_failure_alone() -> None:
+    cluster = ScriptedCluster()
+    cluster.errors["a"] = KeyError("unforeseen")
+    outcomes = run(cluster, "a", "b")
+    assert results(outcomes) == {"a": "FAILED", "b": "RUNNING"}
+    assert "Traceback" in outcomes[0].detail
+
+
+def test_time_runs_out_for_one_and_the_others_are_not_held_up() -> None:
+    cluster = ScriptedCluster({"a": [state("a", "DEPLOYING")]})
+    outcomes = run(cluster, "a", "b", timeout_s=0.3)
+    assert results(outcomes) == {"a": "STILL DEPLOYING", "b": "RUNNING"}
+    assert app.exit_code(outcomes, 0) == 4
+
+
+def test_a_builder_that_hangs_runs_out_of_time_too() -> None:
+    cluster = ScriptedCluster()
+    cluster.gates["a"] = threading.Event()
+    outcomes = run(cluster, "a", "b", timeout_s=0.3)
+    assert results(outcomes) == {"a": "STILL DEPLOYING", "b": "RUNNING"}
+    assert not outcomes[0].submitted
+
+
+def test_a_stop_ends_every_wait_and_says_what_was_submitted() -> None:
+    cluster = ScriptedCluster({"a": [state("a", "DEPLOYING")]})
+    board = app.Board()
+
+    def stop_when_submitted(progress: list[app.Progress]) -> None:
+        if cluster.submitted:
+            board.stop(130, "SIGINT")
+
+    started = time.monotonic()
+    outcomes = run(cluster, "a", "b", max_workers=1, show=stop_when_submitted, board=board)
+    assert time.monotonic() - started < 5
+    assert results(outcomes) == {"a": "INTERRUPTED", "b": "INTERRUPTED"}
+    assert [outcome.submitted for outcome in outcomes] == [True, False]
+    assert app.exit_code(outcomes, board.stop_code) == 130
+
+
+def test_a_head_node_that_is_gone_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "LOST_AFTER_S", 0.2)
+    cluster = ScriptedCluster({"a": [state("a", "DEPLOYING")]})
+    cluster.is_alive = False
+    board = app.Board()
+    outcomes = run(cluster, "a", board=board)
+    assert results(outcomes) == {"a": "UNKNOWN"}
+    assert app.exit_code(outcomes, board.stop_code) == 3
+    assert "head node" in board.stop_reason
+
+
+def test_a_controller_that_is_silent_for_a_while_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster = ScriptedCluster()
+    answers = iter([app.ClusterError("restarting"), app.ClusterError("restarting")])
+    real = cluster.states
+
+    def states() -> dict[str, app.ApplicationState]:
+        for error in answers:
+            raise error
+        return real()
+
+    monkeypatch.setattr(cluster, "states", states)
+    assert results(run(cluster, "a")) == {"a": "RUNNING"}
+
+
+def test_a_watcher_with_a_defect_does_not_leave_everybody_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster = ScriptedCluster()
+
+    def states() -> dict[str, app.ApplicationState]:
+        raise KeyError("node_ip")
+
+    monkeypatch.setattr(cluster, "states", states)
+    board = app.Board()
+    assert results(run(cluster, "a", board=board)) == {"a": "UNKNOWN"}
+    assert "KeyError: 'node_ip'" in board.stop_reason
+
+
+def test_an_application_deleted_by_somebody_else_is_not_waited_for() -> None:
+    cluster = ScriptedCluster({"a": [state("a", "DEPLOYING"), None]})
+    (outcome,) = run(cluster, "a")
+    assert outcome.result is app.Result.FAILED
+    assert outcome.cause is not None
+    assert "deleted" in outcome.cause.text
+
+
+def test_unhealthy_for_a_moment_is_not_a_failure_and_for_long_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    blip = [state("a", "UNHEALTHY"), state("a", "RUNNING")]
+    assert results(run(ScriptedCluster({"a": blip}), "a")) == {"a": "RUNNING"}
+    monkeypatch.setattr(app, "UNHEALTHY_GRACE_S", 0.1)
+    stays = ScriptedCluster({"a": [state("a", "UNHEALTHY", "check_health raised")]})
+    assert results(run(stays, "a")) == {"a": "FAILED"}
+
+
+def test_what_can_never_fit_fails_before_it_is_submitted_and_what_waits_is_deployed() -> None:
+    cluster = ScriptedCluster()
+    cluster.demands = {
+        "never": (demand("never", 5),),
+        "first": (demand("first", 3),),
+        "waits": (demand("waits", 2),),
+    }
+    outcomes = run(cluster, "first", "never", "waits", max_workers=1)
+    assert results(outcomes) == {"first": "RUNNING", "never": "FAILED", "waits": "RUNNING"}
+    assert cluster.submitted == ["first", "waits"]
+    assert outcomes[1].cause is not None
+    assert "no node has 5 CPU: the largest has 4" in outcomes[1].cause.text
+
+
+def test_a_cluster_that_grows_gets_what_no_node_can_hold_yet() -> None:
+    cluster = ScriptedCluster()
+    cluster.demands = {"big": (demand("big", 5),)}
+    assert results(run(cluster, "big", allow_pending=True)) == {"big": "RUNNING"}
+
+
+@pytest.mark.parametrize(
+    ("found", "stop", "code"),
+    [
+        pytest.param([], 0, 0, id="nothing to do"),
+        pytest.param(["RUNNING"], 0, 0, id="all run"),
+        pytest.param(["RUNNING", "STILL DEPLOYING"], 0, 4, id="time ran out"),
+        pytest.param(["STILL DEPLOYING", "FAILED"], 0, 1, id="a failure before a timeout"),
+        pytest.param(["FAILED", "UNKNOWN"], 0, 3, id="a lost cluster before a failure"),
+        pytest.param(["FAILED", "UNKNOWN"], 143, 143, id="a signal before all"),
+    ],
+)
+def test_exit_codes_when_mixed(found: list[str], stop: int, code: int) -> None:
+    outcomes = [app.Outcome(spec("a"), app.Result(word), 0.0) for word in found]
+    assert app.exit_code(outcomes, stop) == code

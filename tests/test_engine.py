@@ -1,0 +1,120 @@
+"""The real vLLM engine on tiny models, deployed as a user deploys."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import RayHead, chat, run_app_v5, wait_until
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+ENGINE = {"max_model_len": 128, "enforce_eager": True, "dtype": "bfloat16"}
+
+
+@pytest.fixture
+def one_gpu_head() -> Iterator[RayHead]:
+    """A cluster with one logical GPU, which vLLM takes for a real one."""
+    with RayHead(num_gpus=1, logical_gpus=True) as head:
+        yield head
+
+
+def application(
+    name: str, model: Path, deployment: dict[str, Any], **engine: Any
+) -> dict[str, Any]:
+    """An application with one LLM, as in multi_model_config.yaml."""
+    return {
+        "name": f"{name}-app",
+        "route_prefix": f"/{name}",
+        "import_path": "ray.serve.llm:build_openai_app",
+        "args": {
+            "llm_configs": [
+                {
+                    "model_loading_config": {"model_id": name, "model_source": str(model)},
+                    "deployment_config": deployment,
+                    "engine_kwargs": {**ENGINE, **engine},
+                }
+            ]
+        },
+    }
+
+
+def deploy(
+    head: RayHead, path: Path, port: int, *applications: dict[str, Any], timeout_s: float = 600
+) -> str:
+    """Deploy with app_v5.py, and return what it prints; it must end with 0."""
+    config = path / "config.yaml"
+    document = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": applications}
+    config.write_text(json.dumps(document))
+    finished = run_app_v5(config, head=head, timeout_s=timeout_s)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout
+
+
+def reserved(head: RayHead) -> list[list[dict[str, float]]]:
+    """The bundles of every placement group that is there now, as Ray has them."""
+    script = (
+        "import json, os, ray; ray.init(address=os.environ['RAY_ADDRESS'], log_to_driver=False);"
+        "groups = ray.util.placement_group_table().values();"
+        "print(json.dumps([[g['bundles'][i] for i in sorted(g['bundles'])] "
+        "for g in groups if g['state'] == 'CREATED']))"
+    )
+    groups: list[list[dict[str, float]]] = json.loads(head.run("-c", script).stdout)
+    return groups
+
+
+def wait_for_gpu_line(head: RayHead, expected: str) -> None:
+    """`ray status` is the autoscaler's report, a few seconds old."""
+    wait_until(
+        lambda: re.search(expected, head.ray_status()), 30, f"`ray status` to say {expected}"
+    )
+
+
+def test_both_architectures_answer_and_reserve_exactly_their_cpu(
+    serve_head: RayHead, tmp_path: Path, http_port: int, tiny_llama: Path, tiny_falcon_h1: Path
+) -> None:
+    share = {"num_cpus": 1, "num_gpus": 0}
+    summary = deploy(
+        serve_head,
+        tmp_path,
+        http_port,
+        application("falcon3", tiny_llama, share),
+        application("falcon-h1", tiny_falcon_h1, share),
+    )
+    assert "Total applications deployed: 2/2" in summary
+    assert summary.count("Resources per replica: 1.0 CPUs\n") == 2
+    for name in ("falcon3", "falcon-h1"):
+        assert f"Base URL: http://localhost:{http_port}/{name}\n" in summary
+        assert isinstance(chat(f"http://localhost:{http_port}/{name}", name), str)
+    assert reserved(serve_head) == [[{"CPU": 1.0}], [{"CPU": 1.0}]]
+
+
+def test_two_replicas_on_the_gpu_code_path_share_one_gpu(
+    one_gpu_head: RayHead, tmp_path: Path, http_port: int, tiny_llama: Path
+) -> None:
+    share = {"num_cpus": 1, "num_gpus": 0.45, "num_replicas": 2}
+    summary = deploy(one_gpu_head, tmp_path, http_port, application("falcon3", tiny_llama, share))
+    assert "Resources per replica: 1.0 CPUs, 0.45 GPUs\n" in summary
+    assert reserved(one_gpu_head) == [[{"CPU": 1.0, "GPU": 0.45}]] * 2
+    wait_for_gpu_line(one_gpu_head, r"0\.9/1\.0 GPU \(0\.9 used of 0\.9 reserved")
+    assert isinstance(chat(f"http://localhost:{http_port}/falcon3", "falcon3"), str)
+
+
+def test_tensor_parallel_workers_share_what_the_replica_declares(
+    gpu_serve_head: RayHead, tmp_path: Path, http_port: int, tiny_llama: Path
+) -> None:
+    share = {"num_cpus": 1, "num_gpus": 0.9}
+    deploy(
+        gpu_serve_head,
+        tmp_path,
+        http_port,
+        application("falcon3", tiny_llama, share, tensor_parallel_size=2),
+    )
+    assert reserved(gpu_serve_head) == [[{"CPU": 1.0, "GPU": 0.45}, {"GPU": 0.45}]]
+    wait_for_gpu_line(gpu_serve_head, r"0\.9/2\.0 GPU \(0\.9 used of 0\.9 reserved")
+    assert isinstance(chat(f"http://localhost:{http_port}/falcon3", "falcon3"), str)

@@ -1,0 +1,315 @@
+"""Section 4: short keys, the engine's share, and what may need a restart."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+import app_v5 as app
+
+Config = dict[str, Any]
+
+
+def llm(deployment: Config | None = None, **keys: Any) -> Config:
+    """An LLM config as a user writes it."""
+    return {
+        "model_loading_config": {"model_id": "m"},
+        "deployment_config": deployment or {},
+        **keys,
+    }
+
+
+def application(*llms: Config, **keys: Any) -> Config:
+    return {
+        "name": "a",
+        "import_path": "ray.serve.llm:build_openai_app",
+        "args": {"llm_configs": list(llms)},
+        **keys,
+    }
+
+
+def normalised(config: Config, **keys: Any) -> tuple[Config, list[str]]:
+    """The first LLM of an application that holds `config`, and what was found."""
+    result, findings = app.normalise_application(application(config, **keys), ())
+    return result["args"]["llm_configs"][0], [finding.message for finding in findings]
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        pytest.param({"num_cpus": 2}, {"num_cpus": 2.0}, id="num_cpus"),
+        pytest.param(
+            {"cpus": 2, "gpus": 1}, {"num_cpus": 2.0, "num_gpus": 1.0}, id="cpus and gpus"
+        ),
+        pytest.param(
+            {"num_gpus": 1, "ray_actor_options": {"memory": 2e9, "resources": {"r": 1}}},
+            {"num_gpus": 1.0, "memory": 2e9, "resources": {"r": 1}},
+            id="what stands in ray_actor_options stays",
+        ),
+        pytest.param(
+            {"gpus": 0.5, "ray_actor_options": {"num_gpus": 0.5}},
+            {"num_gpus": 0.5},
+            id="the same twice",
+        ),
+        pytest.param({"num_cpus": None}, None, id="null is not given"),
+        pytest.param({"num_replicas": 2}, None, id="nothing to move"),
+    ],
+)
+def test_short_keys_of_a_deployment_go_into_ray_actor_options(
+    given: Config, options: Config | None
+) -> None:
+    config = application(deployments=[{"name": "d", **given}])
+    result, findings = app.normalise_application(config, ())
+    assert findings == []
+    (deployment,) = result["deployments"]
+    assert deployment.get("ray_actor_options") == options
+    assert not {"num_cpus", "cpus", "num_gpus", "gpus"} & deployment.keys()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        pytest.param(
+            {"num_cpus": 1, "cpus": 2}, "num_cpus: 1 and cpus: 2 disagree", id="two spellings"
+        ),
+        pytest.param(
+            {"gpus": 0.5, "ray_actor_options": {"num_gpus": 0.45}},
+            "gpus: 0.5 and ray_actor_options.num_gpus: 0.45 disagree",
+            id="short and long",
+        ),
+    ],
+)
+def test_two_keys_that_disagree_are_an_error_that_names_both(given: Config, message: str) -> None:
+    _, found = normalised(llm(given))
+    assert message in found
+
+
+def test_normalising_never_changes_its_input_nor_shares_an_object() -> None:
+    shared: Config = {"num_gpus": 0.5}
+    one, two = llm(shared), llm(shared)
+    config = application(one, two)
+    before = copy.deepcopy(config)
+    result, _ = app.normalise_application(config, ())
+    assert config == before
+    first, second = result["args"]["llm_configs"]
+    assert first == second
+    assert first["deployment_config"] is not second["deployment_config"]
+    assert first["runtime_env"]["env_vars"] is not second["runtime_env"]["env_vars"]
+
+
+@pytest.mark.parametrize(
+    ("config", "placement", "options"),
+    [
+        pytest.param(
+            llm({"num_cpus": 1, "num_gpus": 0.45}),
+            {"bundle_per_worker": {"GPU": 0.45}},
+            {"num_cpus": 1.0, "num_gpus": 0.0},
+            id="a share of one GPU",
+        ),
+        pytest.param(
+            llm({"num_gpus": 0.9}, engine_kwargs={"tensor_parallel_size": 2}),
+            {"bundle_per_worker": {"GPU": 0.45}},
+            {"num_gpus": 0.0},
+            id="spread over two workers",
+        ),
+        pytest.param(
+            llm(
+                {"num_gpus": 4},
+                engine_kwargs={"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+            ),
+            {"bundle_per_worker": {"GPU": 1.0}},
+            {"num_gpus": 0.0},
+            id="whole GPUs over tensor and pipeline",
+        ),
+        pytest.param(
+            llm({"num_cpus": 2, "num_gpus": 0}),
+            {"bundles": [{"CPU": 0}]},
+            {"num_cpus": 2.0, "num_gpus": 0.0},
+            id="num_gpus 0 is the CPU engine",
+        ),
+        pytest.param(
+            llm({"num_cpus": 2}, accelerator_config={"kind": "cpu"}),
+            {"bundles": [{"CPU": 0}]},
+            {"num_cpus": 2.0},
+            id="a CPU engine reserves its CPUs once",
+        ),
+        pytest.param(
+            llm({"num_cpus": 1, "num_gpus": 0.45}, accelerator_config={"kind": "cpu"}),
+            {"bundles": [{"CPU": 0, "GPU": 0.45}]},
+            {"num_cpus": 1.0, "num_gpus": 0.0},
+            id="a CPU engine that holds a logical GPU",
+        ),
+        pytest.param(
+            llm({"num_cpus": 3}), None, {"num_cpus": 3.0}, id="no num_gpus: Ray's default"
+        ),
+        pytest.param(
+            llm({"num_gpus": 1}, server_cls="my.Server"),
+            None,
+            {"num_gpus": 1.0},
+            id="a server class of the user's own is left alone",
+        ),
+        pytest.param(
+            llm({"num_cpus": 1}, accelerator_config={"kind": "tpu"}),
+            None,
+            {"num_cpus": 1.0},
+            id="TPUs are left alone",
+        ),
+        pytest.param(
+            llm(
+                {"num_cpus": 1, "num_gpus": 0},
+                placement_group_config={"bundle_per_worker": {"GPU": 0.3}},
+            ),
+            {"bundle_per_worker": {"GPU": 0.3}},
+            {"num_cpus": 1.0, "num_gpus": 0.0},
+            id="a placement group of the user's own stays",
+        ),
+    ],
+)
+def test_an_engine_reserves_what_its_deployment_declares(
+    config: Config, placement: Config | None, options: Config
+) -> None:
+    result, found = normalised(config)
+    assert found == []
+    assert result.get("placement_group_config") == placement
+    assert result["deployment_config"]["ray_actor_options"] == options
+
+
+def test_a_share_below_one_gpu_is_told_to_the_engine_as_text() -> None:
+    result, _ = normalised(llm({"num_gpus": 0.9}, engine_kwargs={"tensor_parallel_size": 2}))
+    assert result["runtime_env"] == {"env_vars": {"VLLM_RAY_PER_WORKER_GPUS": "0.45"}}
+    assert result["engine_kwargs"]["gpu_memory_utilization"] == 0.405
+
+
+def test_whole_gpus_leave_the_engine_as_it_is() -> None:
+    result, _ = normalised(llm({"num_gpus": 1}))
+    assert "runtime_env" not in result
+    assert "engine_kwargs" not in result
+
+
+@pytest.mark.parametrize(
+    ("own", "actor", "application_env", "expected"),
+    [
+        pytest.param({"A": "1"}, {"B": "1"}, {"C": "1"}, {"A": "1"}, id="the LLM's own win"),
+        pytest.param(None, {"B": "1"}, {"C": "1"}, {"B": "1"}, id="then the actor's"),
+        pytest.param(None, None, {"C": "1"}, {"C": "1"}, id="then the application's"),
+    ],
+)
+def test_the_variable_does_not_hide_environment_variables_from_elsewhere(
+    own: Config | None, actor: Config | None, application_env: Config, expected: Config
+) -> None:
+    deployment: Config = {"num_gpus": 0.5}
+    if actor:
+        deployment["ray_actor_options"] = {"runtime_env": {"env_vars": actor}}
+    keys = {"runtime_env": {"env_vars": own, "pip": ["x"]}} if own else {}
+    result, _ = normalised(llm(deployment, **keys), runtime_env={"env_vars": application_env})
+    assert result["runtime_env"]["env_vars"] == {"VLLM_RAY_PER_WORKER_GPUS": "0.5", **expected}
+    if own:
+        assert result["runtime_env"]["pip"] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "expected"),
+    [
+        pytest.param({"gpu_memory_utilization": 0.3}, 0.3, id="set by the user"),
+        pytest.param({"kv_cache_memory_bytes": 10**9}, None, id="memory given in bytes"),
+    ],
+)
+def test_memory_that_the_user_set_stays(engine: Config, expected: float | None) -> None:
+    result, found = normalised(llm({"num_gpus": 0.45}, engine_kwargs=engine))
+    assert result["engine_kwargs"].get("gpu_memory_utilization") == expected
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        pytest.param(
+            llm({"num_gpus": 0.45}, engine_kwargs={"gpu_memory_utilization": 0.9}),
+            "0.9 of the card's memory is more than the 0.45 GPU that a worker reserves: "
+            "engines that share the card may run out of memory",
+            id="more memory than the share",
+        ),
+        pytest.param(
+            llm({"num_gpus": 0.45}, placement_group_config={"bundle_per_worker": {"GPU": 1}}),
+            "1 GPU here and num_gpus: 0.45 count twice: a replica reserves 1.45 GPU",
+            id="counted twice",
+        ),
+        pytest.param(
+            llm({"num_gpus": 1.5}),
+            "num_gpus: 1.5 over 1 engine worker(s) is 1.5 GPU a worker; "
+            "above 1 Ray takes whole GPUs only",
+            id="a fraction above 1",
+        ),
+        pytest.param(
+            llm({"num_gpus": 2}),
+            "num_gpus: 2 reserves 2 GPUs for each of 1 engine worker(s), and a worker uses one",
+            id="more GPUs than workers",
+        ),
+        pytest.param(
+            llm({"num_gpus": 1}, engine_kwargs={"tensor_parallel_size": 3}),
+            "num_gpus: 1 does not divide evenly over 3 engine workers: "
+            "a replica reserves 0.9999 GPU",
+            id="not divisible",
+        ),
+        pytest.param(
+            llm({"num_gpus": 0}, accelerator_type="A10G"),
+            "num_gpus: 0 asks for the CPU engine, but accelerator_type asks for GPUs",
+            id="CPU engine on an accelerator",
+        ),
+    ],
+)
+def test_what_there_is_to_say_about_a_share(config: Config, message: str) -> None:
+    _, found = normalised(config)
+    assert found == [message]
+
+
+def test_prefill_and_decode_are_fitted_each() -> None:
+    shared = llm({"num_gpus": 0.5})
+    config = {"name": "pd", "args": {"prefill_config": shared, "decode_config": shared}}
+    result, _ = app.normalise_application(config, ())
+    for key in ("prefill_config", "decode_config"):
+        assert result["args"][key]["placement_group_config"] == {"bundle_per_worker": {"GPU": 0.5}}
+    assert result["args"]["prefill_config"] is not result["args"]["decode_config"]
+
+
+def edited(**change: Any) -> app.ApplicationSpec:
+    """One application with one LLM, after an edit of the LLM's deployment or of the LLM."""
+    deployment = {"num_gpus": 0.45, **change.pop("deployment", {})}
+    config, _ = app.normalise_application(application(llm(deployment, **change)), ())
+    return app.ApplicationSpec(0, "a", "/", config)
+
+
+@pytest.mark.parametrize(
+    ("change", "restarts"),
+    [
+        pytest.param({"deployment": {"max_ongoing_requests": 7}}, False, id="max_ongoing_requests"),
+        pytest.param(
+            {"deployment": {"autoscaling_config": {"max_replicas": 9}}}, False, id="autoscaling"
+        ),
+        pytest.param({"deployment": {"user_config": {"a": 1}}}, False, id="user_config"),
+        pytest.param({"deployment": {"health_check_period_s": 3}}, False, id="health check"),
+        pytest.param({"engine_kwargs": {"max_model_len": 4096}}, True, id="engine argument"),
+        pytest.param({"deployment": {"num_gpus": 0.5}}, True, id="GPU share"),
+        pytest.param({"runtime_env": {"pip": ["x"]}}, True, id="runtime environment"),
+    ],
+)
+def test_only_what_needs_new_replicas_changes_the_version(change: Config, restarts: bool) -> None:
+    assert (app.version_of(edited(**change)) != app.version_of(edited())) is restarts
+
+
+@pytest.mark.parametrize(
+    ("resources", "text"),
+    [
+        pytest.param({"CPU": 1.0, "GPU": 0.45}, "1.0 CPUs, 0.45 GPUs", id="CPU and GPU"),
+        pytest.param(
+            {"GPU": 1.0, "memory": 2e9, "accelerator_type:A100": 0.001},
+            "1.0 GPUs, accelerator_type:A100 0.001, memory 2.0 GB",
+            id="others",
+        ),
+        pytest.param({}, "nothing", id="nothing"),
+    ],
+)
+def test_resources_read_as_in_the_summary(resources: dict[str, float], text: str) -> None:
+    assert app.format_resources(resources) == text

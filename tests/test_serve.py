@@ -1,0 +1,166 @@
+"""A real Ray Serve with fixture applications: what a user sees, and what Serve got."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import APP_V5, PYTHON, RayHead, get_json, run_app_v5
+
+pytestmark = pytest.mark.serve
+
+Config = dict[str, Any]
+
+
+def app(name: str, builder: str = "good", **keys: Any) -> Config:
+    """One application of fixture_apps, under its own route."""
+    return {
+        "name": name,
+        "route_prefix": f"/{name}",
+        "import_path": f"fixture_apps:{builder}",
+        **keys,
+    }
+
+
+class User:
+    """Writes configs and runs app_v5.py on them."""
+
+    def __init__(self, head: RayHead, path: Path, port: int) -> None:
+        self.head, self.path, self.port = head, path, port
+
+    def write(self, *applications: Config, **top: Any) -> Path:
+        http_options = {"host": "127.0.0.1", "port": self.port}
+        document = {"http_options": http_options, **top, "applications": applications}
+        file = self.path / "config.yaml"
+        file.write_text(json.dumps(document))
+        return file
+
+    def run(
+        self, *arguments: str, config: Path, timeout_s: float = 120
+    ) -> subprocess.CompletedProcess[str]:
+        return run_app_v5(config, *arguments, head=self.head, timeout_s=timeout_s)
+
+    def deploy(self, *applications: Config, **top: Any) -> subprocess.CompletedProcess[str]:
+        return self.run(config=self.write(*applications, **top))
+
+    def get(self, route: str) -> Any:
+        return get_json(f"http://127.0.0.1:{self.port}{route}")
+
+
+@pytest.fixture
+def user(serve_head: RayHead, tmp_path: Path, http_port: int) -> User:
+    return User(serve_head, tmp_path, http_port)
+
+
+def about(name: str, summary: str) -> str:
+    """The lines of a summary that are about one application."""
+    found = re.search(rf"^• {re.escape(name)}\b.*?(?=^\s*$)", summary, re.MULTILINE | re.DOTALL)
+    assert found, summary
+    return found[0]
+
+
+def test_a_good_a_failing_and_a_slow_application_do_not_touch_each_other(user: User) -> None:
+    config = user.write(
+        app("good"), app("failing", "failing"), app("slow", "slow", args={"seconds": 25})
+    )
+    process = subprocess.Popen(
+        [PYTHON, str(APP_V5), str(config)],
+        env=user.head.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    answered_while_running = False
+    while process.poll() is None:
+        try:
+            answered_while_running |= user.get("/good")["text"] == "good"
+        except (OSError, ValueError):
+            time.sleep(0.2)
+    summary = process.communicate()[0]
+    assert answered_while_running
+    assert process.returncode == 1
+    assert "Total applications deployed: 2/3" in summary
+    assert "FAILED after" in about("failing", summary)
+    assert "ZeroDivisionError: this constructor always fails" in about("failing", summary)
+    assert f"Base URL: http://localhost:{user.port}/slow" in about("slow", summary)
+
+
+@pytest.mark.parametrize(
+    ("builder", "cause"),
+    [
+        pytest.param("nothing", "has no attribute 'nothing'", id="missing attribute"),
+        pytest.param("raises", "LookupError: the builder found nothing", id="builder raises"),
+        pytest.param("returns_nothing", "must return an `Application`", id="builder returns None"),
+        pytest.param("exits", "died", id="builder calls sys.exit"),
+        pytest.param("dies", "died", id="builder kills its process"),
+    ],
+)
+def test_a_builder_that_fails_leaves_the_others_running(
+    user: User, builder: str, cause: str
+) -> None:
+    finished = user.deploy(app("bad", builder), app("good"))
+    assert finished.returncode == 1
+    assert cause in about("bad", finished.stdout)
+    assert "Traceback" not in finished.stdout + finished.stderr
+    assert user.get("/good")["text"] == "good"
+
+
+def test_a_missing_module_names_itself(user: User) -> None:
+    finished = user.deploy({"name": "bad", "import_path": "no_such_module:app"}, app("good"))
+    assert finished.returncode == 1
+    assert "ModuleNotFoundError: No module named 'no_such_module'" in about("bad", finished.stdout)
+
+
+def test_time_runs_out_for_the_one_that_hangs(user: User) -> None:
+    config = user.write(
+        app("hangs", "hangs"), app("slow", "slow", args={"seconds": 60}), app("good")
+    )
+    finished = user.run("--timeout", "15", config=config)
+    assert finished.returncode == 4
+    for name in ("hangs", "slow"):
+        assert "STILL DEPLOYING" in about(name, finished.stdout)
+    assert user.get("/good")["text"] == "good"
+
+
+def test_bound_applications_builders_and_families_all_deploy(user: User) -> None:
+    finished = user.deploy(
+        app("bound", "bound"),
+        app("family", "family", args={"text": "hello"}),
+        app("quiet", route_prefix=None),
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert user.get("/bound")["text"] == "bound"
+    assert get_text(user, "/family") == "hello"
+    assert "No HTTP route" in about("quiet", finished.stdout)
+
+
+def get_text(user: User, route: str) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{user.port}{route}") as answer:
+        text: str = answer.read().decode()
+        return text
+
+
+def test_what_no_node_can_ever_hold_fails_at_once_and_alone(user: User) -> None:
+    big = app("big", deployments=[{"name": "Good", "num_gpus": 99}])
+    finished = user.deploy(big, app("good"))
+    assert finished.returncode == 1
+    assert "no node has 99 GPU: the largest has 2" in about("big", finished.stdout)
+    assert "big" not in user.head.serve_details()["applications"]
+    assert user.get("/good")["text"] == "good"
+
+
+def test_no_cluster_ends_with_3_and_says_how_to_start_one(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps({"applications": [app("a")]}))
+    finished = run_app_v5(config, "--address", "127.0.0.1:1")
+    assert finished.returncode == 3
+    assert re.search(r"no Ray cluster at \S+:1: ", finished.stderr)
+    assert "ray start --head" in finished.stderr
+    assert "Traceback" not in finished.stderr
