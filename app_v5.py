@@ -27,8 +27,10 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import dataclasses
 import difflib
 import enum
+import fnmatch
 import functools
 import hashlib
 import importlib
@@ -199,6 +201,8 @@ class ApplicationSpec:
     route_prefix: str | None
     config: Config
     models: tuple[ModelSpec, ...] = ()
+    sealed: Config = field(default_factory=dict)
+    """`config` with fingerprints in the place of secrets: what may be kept and shown."""
 
 
 @dataclass(frozen=True)
@@ -241,6 +245,52 @@ class ApplicationState:
     source: str = "imperative"
     deployments: tuple[DeploymentState, ...] = ()
 
+    @property
+    def broken(self) -> bool:
+        return self.status in ("DEPLOY_FAILED", "UNHEALTHY")
+
+
+@dataclass(frozen=True)
+class Running:
+    """An application that is on the cluster already, and what this program knows about it.
+
+    `versions` are its deployments' versions. `record` is what the run that gave them left in the
+    cluster, None when the application came there by other means.
+    """
+
+    state: ApplicationState
+    versions: frozenset[str] = frozenset()
+    record: Record | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run leaves in the cluster about an application: enough to tell what a later one would
+    change. Secrets stand in `config` as fingerprints."""
+
+    version: str
+    config: Config
+    demands: tuple[Demand, ...]
+
+
+class Change(enum.Enum):
+    """What deploying an application does to what runs under its name."""
+
+    CREATE = "create"
+    UNCHANGED = "unchanged"
+    IN_PLACE = "in place"
+    RESTART = "RESTART"
+
+
+@dataclass(frozen=True)
+class Action:
+    """What a run does with one application, and why. Serve compares `version` for itself."""
+
+    application: ApplicationSpec
+    change: Change
+    version: str
+    reasons: tuple[str, ...] = ()
+
 
 class Result(enum.Enum):
     """How an application's deployment ended."""
@@ -265,7 +315,7 @@ class Cause:
 class Outcome:
     """What became of one application; `seconds` count from its turn to its end."""
 
-    application: ApplicationSpec
+    action: Action
     result: Result
     seconds: float
     cause: Cause | None = None
@@ -273,6 +323,11 @@ class Outcome:
     demands: tuple[Demand, ...] = ()
     state: ApplicationState | None = None
     submitted: bool = False
+    deleted: bool = False
+
+    @property
+    def application(self) -> ApplicationSpec:
+        return self.action.application
 
 
 class ApplicationError(Exception):
@@ -319,6 +374,10 @@ class Options:
     worker_logs: bool = False
     plan: bool = False
     allow_pending: bool = False
+    force: bool = False
+    only: tuple[str, ...] = ()
+    json: bool = False
+    on_failure: str = "keep"
 
 
 # ======================================================================================
@@ -344,6 +403,7 @@ SECRET_WORDS = frozenset(
     ("token", "key", "apikey", "password", "passwd", "secret", "credential", "credentials")
 )
 SHORTEST_SECRET = 4
+SEAL = "sha256:"
 
 
 LLM_ARGS = ("llm_config", "prefill_config", "decode_config")
@@ -670,6 +730,17 @@ def secrets_in(value: Any, key: str = "") -> set[str]:
         return set().union(*(secrets_in(item, key) for item in value))
     long_enough = isinstance(value, str) and len(value) >= SHORTEST_SECRET
     return {value} if long_enough and is_secret_key(key) else set()
+
+
+def seal(value: Any, secrets: Collection[str]) -> Any:
+    """A copy in which each text with a secret in it is a fingerprint: equal only if it is equal."""
+    if isinstance(value, dict):
+        return {key: seal(item, secrets) for key, item in value.items()}
+    if isinstance(value, list):
+        return [seal(item, secrets) for item in value]
+    if isinstance(value, str) and any(secret in value for secret in secrets):
+        return SEAL + hashlib.sha256(value.encode()).hexdigest()[:16]
+    return value
 
 
 def mask(text: str, secrets: Collection[str]) -> str:
@@ -1230,6 +1301,7 @@ def read_applications(document: Document) -> tuple[tuple[ApplicationSpec, ...], 
                 route_prefix=config.get("route_prefix", DEFAULT_ROUTE),
                 config=config,
                 models=tuple(describe_model(llm) for _, llm in llm_configs(config)),
+                sealed=seal(config, document.secrets),
             )
         )
     return tuple(applications), findings
@@ -1513,6 +1585,11 @@ LIGHTWEIGHT_OPTIONS = (
     "health_check_timeout_s",
     "graceful_shutdown_wait_loop_s",
     "graceful_shutdown_timeout_s",
+    "backpressure_config",
+    "logging_config",
+    "max_constructor_retry_count",
+    "rolling_update_percentage",
+    "max_surge_percent",
 )
 """Deployment options that Serve changes in place, without a new replica."""
 
@@ -1547,7 +1624,9 @@ def version_of(application: ApplicationSpec) -> str:
 #   2. Each picked raylet allocates *instances*: a share of a GPU comes from one GPU
 #      (resource_instance_set.cc). It may refuse what GCS picked (ray-project/ray#52133, #54729).
 #   3. After a refusal GCS wrongly keeps the refused amounts deducted from its view of that node,
-#      until something changes there. So its next attempts try the other nodes.
+#      until something changes there. So its next attempts try the other nodes; but what it could
+#      place there meanwhile has to wait as well. What comes of that is a matter of timing: such
+#      verdicts are not `sure`.
 
 UNITS = 10_000
 """Ray counts resources in steps of 1/10000 (fixed_point.h); all amounts in this section do."""
@@ -1563,6 +1642,11 @@ IMPLICIT = "node:__internal_implicit_resource_"
 """Every node has 1 of each resource named so; Serve's `max_replicas_per_node` takes 1/n of it."""
 
 ORDERS_TRIED = 8
+
+UNSURE = (
+    "fits, but Ray may be slow to see it: it picks nodes by the sum of their free GPU shares, and "
+    "single GPUs refuse (ray-project/ray#52133)"
+)
 HELP_EFFORT = 60_000
 """How many times a replica may be tried on a node while looking for help: about half a second."""
 
@@ -1630,6 +1714,7 @@ class Fitting:
     replicas: tuple[Replica, ...]
     room_for: int = 0
     shortage: Shortage | None = None
+    sure: bool = True  # False: Ray's answer depends on the moment of its attempts
 
     @property
     def label(self) -> str:
@@ -1898,31 +1983,40 @@ PICKERS: Mapping[str, Callable[[Sequence[Bundle], View], dict[int, int] | None]]
 # -- both together: one replica ----------------------------------------------------------------
 
 
-def place_replica(
-    stocks: Sequence[Stock], bundles: Sequence[Bundle], strategy: str
-) -> tuple[tuple[Stock, ...], Replica] | None:
-    """Place one replica as GCS and raylets do in the end, or None if it would stay pending.
+@dataclass(frozen=True)
+class Placing:
+    """One replica placed, or not (`slots` is None); `refused`: a raylet refused what GCS picked."""
+
+    stocks: tuple[Stock, ...]
+    slots: Replica | None
+    refused: bool
+
+
+def place_replica(stocks: tuple[Stock, ...], bundles: Sequence[Bundle], strategy: str) -> Placing:
+    """Place one replica as GCS and raylets do in the end.
 
     Among equal nodes GCS takes a random one, and another one at its next attempt: so one order in
     which it works is enough.
     """
     labels = {node: stock.labels for node, stock in enumerate(stocks)}
     fresh = View({node: stock.sums for node, stock in enumerate(stocks)}, labels)
+    refused_once = False
     for shift in range(min(max(1, len(stocks)), ORDERS_TRIED)):
         view = fresh.copy([*range(shift, len(stocks)), *range(shift)])
         while (picked := PICKERS[strategy](bundles, view.copy())) is not None:
-            placed, refused = prepare(stocks, bundles, picked)
+            (after, slots), refused = prepare(stocks, bundles, picked)
             if not refused:
-                return placed
+                return Placing(after, slots, refused_once)
+            refused_once = True
             outright = [node for node, first in refused.items() if first]
             if not outright:
-                break  # the same nodes again, for ever
+                break  # the same nodes again, mostly for ever
             for index, node in picked.items():
                 if node in outright:
                     view.deduct(node, bundles[index].needs)
-        if picked is None and shift == 0 and view.sums == fresh.sums:
-            return None  # not even by sums
-    return None
+        if not refused_once:
+            break  # not even by sums
+    return Placing(stocks, None, refused_once)
 
 
 def prepare(
@@ -1961,6 +2055,7 @@ class Ledger:
     empty: tuple[Stock, ...]
     holders: Holders = field(default_factory=dict)
     placed: tuple[tuple[str, Slot], ...] = ()
+    contended: bool = False  # something waits that GCS picks nodes for, in vain
 
     @classmethod
     def of(
@@ -1974,39 +2069,59 @@ class Ledger:
 
     def place(self, demand: Demand) -> tuple[Fitting, Ledger]:
         """Place the minimum of replicas; those that fit stay placed even if others do not."""
-        bundles = bundles_of(demand)
-        replicas, stocks = fill(self.stocks, bundles, demand.strategy, demand.min_replicas)
+        bundles, wanted = bundles_of(demand), demand.min_replicas
+        filling = fill(self.stocks, bundles, demand.strategy, wanted)
+        replicas = filling.replicas
         slots = tuple((label_of(demand), slot) for replica in replicas for slot in replica)
-        after = replace(self, stocks=stocks, placed=self.placed + slots)
-        if replicas and len(replicas) == demand.min_replicas:
-            return Fitting(demand, Fit.FITS, replicas, len(replicas)), after
-        wanted = max(1, demand.min_replicas)  # what scales from zero must be able to have one
-        alone, emptied = fill(self.empty, bundles, demand.strategy, wanted)
-        if len(alone) < wanted:
-            shortage = explain(replace(self, stocks=emptied, placed=(), holders={}), demand)
-            return Fitting(demand, Fit.NEVER, replicas, len(replicas), shortage), after
-        if len(replicas) < demand.min_replicas:
-            shortage = explain(after, demand)
-            return Fitting(demand, Fit.NOT_NOW, replicas, len(replicas), shortage), after
-        return Fitting(demand, Fit.FITS, (), 0), after
+        after = replace(
+            self,
+            stocks=filling.stocks,
+            placed=self.placed + slots,
+            contended=self.contended or filling.waits_refused,
+        )
+        if replicas and len(replicas) == wanted:
+            sure = not (filling.refused or self.contended)
+            return Fitting(demand, Fit.FITS, replicas, wanted, sure=sure), after
+        # What scales from zero must be able to have one replica.
+        alone = fill(self.empty, bundles, demand.strategy, max(1, wanted))
+        if len(alone.replicas) < max(1, wanted):
+            emptied = replace(self, stocks=alone.stocks, placed=(), holders={})
+            shortage, fit, waits = explain(emptied, demand), Fit.NEVER, alone.waits_refused
+        elif len(replicas) < wanted:
+            shortage, fit, waits = explain(after, demand), Fit.NOT_NOW, filling.waits_refused
+        else:
+            return Fitting(demand, Fit.FITS, (), 0), after
+        sure = len(bundles) == 1 or not waits  # one bundle that all raylets refuse fits nowhere
+        return Fitting(demand, fit, replicas, len(replicas), shortage, sure), after
 
     def room_for(self, demand: Demand, limit: int) -> int:
         """How many more replicas of this deployment would fit, up to `limit`."""
-        return len(fill(self.stocks, bundles_of(demand), demand.strategy, limit)[0])
+        return len(fill(self.stocks, bundles_of(demand), demand.strategy, limit).replicas)
+
+
+@dataclass(frozen=True)
+class Filling:
+    """Equal replicas placed one after the other, up to the first that finds no place."""
+
+    replicas: tuple[Replica, ...]
+    stocks: tuple[Stock, ...]
+    refused: bool = False
+    waits_refused: bool = False
 
 
 def fill(
     stocks: tuple[Stock, ...], bundles: Sequence[Bundle], strategy: str, count: int
-) -> tuple[tuple[Replica, ...], tuple[Stock, ...]]:
-    """Place up to `count` equal replicas one after the other."""
+) -> Filling:
     replicas: list[Replica] = []
+    refused = False
     while len(replicas) < count:
-        placed = place_replica(stocks, bundles, strategy)
-        if placed is None:
-            break
-        stocks = placed[0]
-        replicas.append(placed[1])
-    return tuple(replicas), stocks
+        placing = place_replica(stocks, bundles, strategy)
+        refused = refused or placing.refused
+        if placing.slots is None:
+            return Filling(tuple(replicas), stocks, refused, placing.refused)
+        stocks = placing.stocks
+        replicas.append(placing.slots)
+    return Filling(tuple(replicas), stocks, refused)
 
 
 def place_all(demands: Sequence[Demand], ledger: Ledger) -> tuple[tuple[Fitting, ...], Ledger]:
@@ -2242,7 +2357,10 @@ def format_prediction(prediction: Prediction) -> list[str]:
         demand = fitting.demand
         if fitting.shortage is not None:
             lines.append(format_misfit(fitting))
-        elif demand.max_replicas > demand.min_replicas:
+            continue
+        if not fitting.sure:
+            lines.append(f"{fitting.label}: {UNSURE}")
+        if demand.max_replicas > demand.min_replicas:
             lines.append(
                 f"{fitting.label}: room for {fitting.room_for} of {demand.max_replicas} replicas"
             )
@@ -2316,6 +2434,97 @@ def format_misfit(fitting: Fitting) -> str:
     return f"{fitting.label}: {'; '.join(parts)}"
 
 
+# -- what a run would change ----------------------------------------------------------------------
+
+
+def decide(
+    application: ApplicationSpec, running: Running | None, *, mark: str, force: bool = False
+) -> Action:
+    """Compare one application with what runs under its name.
+
+    A version is a fingerprint, and after a dot a mark where equal fingerprints have to restart:
+    Serve takes an application with the version of a failed one for the failed one. `mark` is such
+    a mark that was not used before.
+    """
+    fingerprint = version_of(application)
+    if running is None:
+        return Action(application, Change.CREATE, fingerprint)
+    if force:
+        reason = "--force"
+    elif running.state.source == "declarative":
+        reason = "it was deployed by `serve deploy`"
+    elif running.record is None or running.versions != {running.record.version}:
+        reason = "it was deployed by other means: there is nothing to compare with"
+    elif running.state.broken:
+        reason = f"it is {running.state.status}"
+    else:
+        return compare(application, running, running.record)
+    used = any(version.partition(".")[0] == fingerprint for version in running.versions)
+    version = f"{fingerprint}.{mark}" if used else fingerprint
+    return Action(application, Change.RESTART, version, (reason,))
+
+
+def compare(application: ApplicationSpec, running: Running, record: Record) -> Action:
+    """What an edit needs, for an application whose last deployment is known."""
+    edits = differences(record.config, application.sealed)
+    heavy = tuple(edit.text for edit in edits if edit.restarts)
+    light = tuple(edit.text for edit in edits if not edit.restarts)
+    fingerprint = version_of(application)
+    same = record.version.partition(".")[0] == fingerprint
+    version = record.version if same else fingerprint
+    if heavy or not same:
+        return Action(application, Change.RESTART, version, heavy)
+    if light:
+        return Action(application, Change.IN_PLACE, version, light)
+    if running.state.status != "RUNNING":
+        return Action(application, Change.IN_PLACE, version, (f"it is {running.state.status}",))
+    return Action(application, Change.UNCHANGED, version)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One edit of a normalised config, as people read it."""
+
+    text: str
+    restarts: bool
+
+
+def differences(before: Any, after: Any, path: KeyPath = ()) -> tuple[Difference, ...]:
+    """What was edited: "args.llm_configs[0].engine_kwargs.max_model_len: 2048 → 4096"."""
+    pairs: list[tuple[Any, Any, Any]]
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = [*before, *(key for key in after if key not in before)]
+        pairs = [(key, before.get(key), after.get(key)) for key in keys]
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        pairs = [(index, old, after[index]) for index, old in enumerate(before)]
+    elif before == after:
+        return ()
+    else:
+        text = f"{format_key(path)}: {format_value(before)} → {format_value(after)}"
+        return (Difference(text, restarts=needs_restart(path)),)
+    return tuple(edit for key, old, new in pairs for edit in differences(old, new, (*path, key)))
+
+
+def needs_restart(path: KeyPath) -> bool:
+    """Whether a change at this place of an application needs new replicas."""
+    if path[:1] in (("route_prefix",), ("logging_config",), ("external_scaler_enabled",)):
+        return False
+    for parent, option in itertools.pairwise(path):
+        if parent in ("deployment_config", "ingress_deployment_config"):
+            return option not in LIGHTWEIGHT_OPTIONS
+    if path[:1] == ("deployments",):
+        return not {*path[2:3]} <= {*LIGHTWEIGHT_OPTIONS, "name"}
+    return True
+
+
+def format_value(value: Any) -> str:
+    """A value in one line; a secret's never."""
+    if isinstance(value, str) and value.startswith(SEAL):
+        return "***"
+    text = "(not given)" if value is None else json.dumps(value, default=str)
+    return shortened(text, MOST_VALUE_CHARACTERS)
+
+
 # ======================================================================================
 # 6. Ray: the only section that imports Ray, and the only one that knows its private parts
 # ======================================================================================
@@ -2323,6 +2532,7 @@ def format_misfit(fitting: Fitting) -> str:
 SERVE_NAMESPACE = "serve"
 SERVE_CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 REPLICA_PREFIX = "SERVE_REPLICA::"
+RECORDS = "app_v5"
 CONNECT_TIMEOUT_S = 10.0
 CALL_TIMEOUT_S = 5.0
 START_HINT = "start one with `ray start --head`, or give another with --address or RAY_ADDRESS"
@@ -2384,6 +2594,9 @@ class Builder:
             for deployment in built.deployments
         }
         infos = override_deployment_info(infos, schema)
+        for info in infos.values():
+            if schema.logging_config and info.deployment_config.logging_config is None:
+                info.deployment_config.logging_config = schema.logging_config.model_dump()
         # build_app lists deployments in the order of the graph below, each once.
         for node, deployment in zip(graph_nodes(target), built.deployments, strict=True):
             info, bound = infos[deployment.name], node._bound_deployment
@@ -2424,7 +2637,6 @@ class Builder:
                     target,
                     name=config["name"],
                     route_prefix=route_prefix,
-                    logging_config=config.get("logging_config"),
                     external_scaler_enabled=bool(config.get("external_scaler_enabled")),
                 )
             ],
@@ -2611,6 +2823,53 @@ class RayCluster:
         details = self.serve_details() or {"applications": {}}
         return {name: read_state(app) for name, app in details["applications"].items()}
 
+    def delete(self, name: str) -> None:
+        """Have Serve remove an application; it is gone some seconds later."""
+        from ray import serve
+        from ray.experimental.internal_kv import _internal_kv_del
+
+        serve.delete(name, _blocking=False)
+        _internal_kv_del(name, namespace=RECORDS)
+
+    def running(self, applications: Sequence[ApplicationSpec]) -> dict[str, Running]:
+        """Those of the applications that are on the cluster already, by name."""
+        import ray
+        from ray.experimental.internal_kv import _internal_kv_get
+        from ray.serve.generated.serve_pb2 import DeploymentRoute
+
+        found = {}
+        states = self.states()
+        for application in applications:
+            state = states.get(application.name)
+            if state is None or state.status == "DELETING":
+                continue
+            controller = ray.get_actor(SERVE_CONTROLLER, namespace=SERVE_NAMESPACE)
+            calls = [
+                controller.get_deployment_info.remote(deployment.name, state.name)
+                for deployment in state.deployments
+            ]
+            answers = ray.get(calls, timeout=CALL_TIMEOUT_S)
+            infos = [DeploymentRoute.FromString(answer).deployment_info for answer in answers]
+            kept = _internal_kv_get(state.name, namespace=RECORDS)
+            found[state.name] = Running(
+                state,
+                frozenset(info.version for info in infos),
+                read_record(json.loads(kept)) if kept else None,
+            )
+        return found
+
+    def remember(self, action: Action, demands: Sequence[Demand]) -> None:
+        """Leave in the cluster what a later run needs to tell what it would change.
+
+        It lies in the key-value store of the head node, as Serve's own state does; the version in
+        it tells whether somebody else has deployed the application since.
+        """
+        from ray.experimental.internal_kv import _internal_kv_put
+
+        record = Record(action.version, action.application.sealed, tuple(demands))
+        text = json.dumps(dataclasses.asdict(record), default=str)
+        _internal_kv_put(action.application.name, text, overwrite=True, namespace=RECORDS)
+
     def endpoint(self) -> str:
         """The public HTTP address, without a trailing slash: "http://localhost:8000"."""
         import ray
@@ -2683,13 +2942,15 @@ class RayCluster:
         self.holders[application.name] = builder
         return tuple(read_demand(application.name, row) for row in rows)
 
-    def submit(self, application: ApplicationSpec, version: str, patience: Patience) -> None:
+    def submit(self, action: Action, demands: Sequence[Demand], patience: Patience) -> None:
         """Hand a built application to Serve. Raises ApplicationError when Serve refuses it."""
         import ray
 
+        application = action.application
+
         def call() -> None:
             builder = self.holders[application.name]
-            arguments = (application.config, application.route_prefix, version)
+            arguments = (application.config, application.route_prefix, action.version)
             self.wait_for(builder.submit.remote(*arguments), patience)
 
         try:
@@ -2700,6 +2961,7 @@ class RayCluster:
                 call()
         except ray.exceptions.RayError as error:
             raise build_failure(error) from error
+        self.remember(action, demands)
 
     def wait_for(self, reference: Any, patience: Patience) -> Any:
         """The value of a Ray call; `patience` ends the wait."""
@@ -2824,6 +3086,15 @@ def read_demand(application: str, row: Config) -> Demand:
         max_replicas_per_node=row["max_replicas_per_node"],
         label_selectors=tuple(row["label_selectors"]),
     )
+
+
+def read_record(record: Config) -> Record:
+    """A record as `remember` left it."""
+    demands = []
+    for row in record["demands"]:
+        tuples = {key: tuple(row[key]) for key in ("bundles", "label_selectors")}
+        demands.append(Demand(**{**row, **tuples}))
+    return Record(record["version"], record["config"], tuple(demands))
 
 
 def read_state(app: Config) -> ApplicationState:
@@ -3135,10 +3406,11 @@ class Cluster(Protocol):
     """What deploying needs of a cluster. `RayCluster` is the real one; tests script another."""
 
     def build(self, application: ApplicationSpec, patience: Patience) -> tuple[Demand, ...]: ...
-    def submit(self, application: ApplicationSpec, version: str, patience: Patience) -> None: ...
+    def submit(self, action: Action, demands: Sequence[Demand], patience: Patience) -> None: ...
     def nodes(self, moving: Collection[str]) -> tuple[tuple[Node, ...], Holders]: ...
     def states(self) -> dict[str, ApplicationState]: ...
     def failure_logs(self, state: ApplicationState) -> list[str]: ...
+    def delete(self, name: str) -> None: ...
     def alive(self) -> bool: ...
 
 
@@ -3162,6 +3434,7 @@ class Board:
         self.progress: dict[str, Progress] = {}
         self.states: dict[str, ApplicationState] = {}
         self.polled_at = -math.inf
+        self.closed = False
         self.stop_code = 0
         self.stop_reason = ""
 
@@ -3192,6 +3465,10 @@ class Board:
             if not self.stop_code:
                 self.stop_code, self.stop_reason = code, reason
             self.changed.notify_all()
+
+    def close(self) -> None:
+        """Every application has its outcome: the watcher may go."""
+        self.closed = True
 
     def wait_for_change(self, timeout_s: float) -> list[Progress]:
         """What all applications are doing, at the next change or after `timeout_s`."""
@@ -3253,8 +3530,22 @@ def worker_count(applications: int, cpu_cores: int, wanted: int | None) -> int:
     return max(1, wanted or min(applications, max(2, cpu_cores)))
 
 
+@dataclass(frozen=True)
+class Run:
+    """What the workers of one run have in common."""
+
+    cluster: Cluster
+    board: Board
+    gate: Gate
+    options: Options
+
+    def patience(self) -> Patience:
+        """As long as one application may take from now on."""
+        return Patience(self.board, self.board.clock() + (self.options.timeout_s or math.inf))
+
+
 def deploy(
-    applications: Sequence[ApplicationSpec],
+    actions: Sequence[Action],
     cluster: Cluster,
     board: Board,
     options: Options,
@@ -3265,28 +3556,25 @@ def deploy(
     A worker is held until its application settles, so `max_workers` bounds what starts at once
     and 1 is V4's sequential mode. `show` gets the progress at every change, in this thread.
     """
-    for application in applications:
-        board.enter(application, "queued")
-    gate = Gate(cluster, [app.name for app in applications], options.allow_pending)
+    for action in actions:
+        board.enter(action.application, "queued")
+    moving = [action.application.name for action in actions]
+    run = Run(cluster, board, Gate(cluster, moving, options.allow_pending), options)
     watcher = threading.Thread(target=watch, args=(cluster, board), daemon=True, name="watcher")
     watcher.start()
     pool = ThreadPoolExecutor(
-        worker_count(len(applications), os.cpu_count() or 1, options.max_workers),
+        worker_count(len(actions), os.cpu_count() or 1, options.max_workers),
         thread_name_prefix="deploy",
     )
-    futures = [
-        pool.submit(deploy_application, application, cluster, board, gate, options.timeout_s)
-        for application in applications
-    ]
+    futures = [pool.submit(deploy_application, action, run) for action in actions]
     while not all(future.done() for future in futures) and not board.stop_code:
         show(board.wait_for_change(POLL_INTERVAL_S))
     pool.shutdown(wait=False, cancel_futures=True)
     wait_for_futures(futures, timeout=STOP_GRACE_S if board.stop_code else None)
+    board.close()
     outcomes = [
-        future.result()
-        if future.done() and not future.cancelled()
-        else unfinished(application, board)
-        for application, future in zip(applications, futures, strict=True)
+        future.result() if future.done() and not future.cancelled() else unfinished(action, board)
+        for action, future in zip(actions, futures, strict=True)
     ]
     show(board.wait_for_change(0))
     return outcomes
@@ -3298,7 +3586,7 @@ def watch(cluster: Cluster, board: Board) -> None:
     One poller, because a poll costs CPU and N threads would pay it N times (FACTS.md section 6).
     """
     heartbeat_at = alive_at = board.clock()
-    while not board.stop_code:
+    while not board.stop_code and not board.closed:
         polled_at = board.clock()
         try:
             board.publish(cluster.states(), polled_at)
@@ -3315,38 +3603,40 @@ def watch(cluster: Cluster, board: Board) -> None:
         time.sleep(POLL_INTERVAL_S)
 
 
-def deploy_application(
-    application: ApplicationSpec, cluster: Cluster, board: Board, gate: Gate, timeout_s: float
-) -> Outcome:
+def deploy_application(action: Action, run: Run) -> Outcome:
     """Take one application from its config to a result. Runs in a worker thread; never raises."""
+    application, board = action.application, run.board
     started = board.clock()
-    patience = Patience(board, started + timeout_s if timeout_s else math.inf)
-    partial: dict[str, Any] = {}
+    reached: dict[str, Any] = {}
 
     def end(result: Result, cause: Cause | None = None, detail: str = "") -> Outcome:
+        ended = result in (Result.FAILED, Result.STILL_DEPLOYING)
+        if ended and run.options.on_failure == "delete" and action.change is Change.CREATE:
+            run.cluster.delete(application.name)
+            reached["deleted"] = True
         board.enter(application, result.value, cause.text if cause else "")
-        seconds = board.clock() - started
-        return Outcome(application, result, seconds, cause, detail, **partial)
+        return Outcome(action, result, board.clock() - started, cause, detail, **reached)
 
     try:
         board.enter(application, "building")
-        demands = partial["demands"] = cluster.build(application, patience)
-        board.enter(application, "submitting", gate.admit(demands))
-        partial["submitted"] = True
-        patience = Patience(board, board.clock() + timeout_s if timeout_s else math.inf)
-        cluster.submit(application, version_of(application), patience)
-        partial["state"] = settled(application, board, patience)
+        reached["demands"] = run.cluster.build(application, run.patience())
+        waits_for = run.gate.admit(reached["demands"])
+        board.enter(application, "submitting", waits_for)
+        patience = run.patience()
+        reached["submitted"] = True
+        run.cluster.submit(action, reached["demands"], patience)
+        reached["state"] = settled(application, board, patience, waits_for)
         return end(Result.RUNNING)
     except ApplicationError as error:
-        state = board.states.get(application.name) if partial.get("submitted") else None
-        logs = cluster.failure_logs(state) if state else []
-        partial["state"] = state
+        state = reached["state"] = board.states.get(application.name)
+        logs = run.cluster.failure_logs(state) if state and reached.get("submitted") else []
         return end(Result.FAILED, root_cause(str(error), logs), str(error))
     except StillDeploying:
-        state = partial["state"] = board.states.get(application.name)
-        message = "\n".join(d.message for d in state.deployments) if state else ""
+        state = reached["state"] = board.states.get(application.name)
+        message = failure_message(state) if state else ""
         return end(Result.STILL_DEPLOYING, root_cause(message) if message else None)
     except Stopped:
+        reached["state"] = board.states.get(application.name)
         lost = board.stop_code == EXIT_CLUSTER
         return end(Result.UNKNOWN if lost else Result.INTERRUPTED)
     except Exception as error:  # noqa: BLE001
@@ -3354,8 +3644,13 @@ def deploy_application(
         return end(Result.FAILED, root_cause(repr(error)), traceback.format_exc())
 
 
-def settled(application: ApplicationSpec, board: Board, patience: Patience) -> ApplicationState:
-    """Wait until an application runs. Raises ApplicationError when Serve gives up on it."""
+def settled(
+    application: ApplicationSpec, board: Board, patience: Patience, waits_for: str = ""
+) -> ApplicationState:
+    """Wait until a submitted application runs. Raises ApplicationError when Serve gives up on it.
+
+    Only states that are read from now on count: earlier ones are of what ran before.
+    """
     after = board.clock()
     unhealthy_since: float | None = None
     while True:
@@ -3373,7 +3668,7 @@ def settled(application: ApplicationSpec, board: Board, patience: Patience) -> A
                 raise ApplicationError(failure_message(state))
         else:
             unhealthy_since = None
-        board.enter(application, *describe_state(state))
+        board.enter(application, *describe_state(state, waits_for))
 
 
 def failure_message(state: ApplicationState) -> str:
@@ -3382,36 +3677,37 @@ def failure_message(state: ApplicationState) -> str:
     return "\n".join(message for message in messages if message)
 
 
-def describe_state(state: ApplicationState) -> tuple[str, str]:
-    """What a deploying application does, in words, and what it waits for."""
+def describe_state(state: ApplicationState, waits_for: str = "") -> tuple[str, str]:
+    """What a deploying application does, in words, and what it waits for.
+
+    `waits_for` is what the plan says does not fit now, and who holds it.
+    """
     waiting = [d for d in state.deployments if d.running < d.target_replicas]
-    for deployment in waiting:
-        need = pending_need(deployment.message)
-        if need:
-            needed, available = need
-            return (
-                "waiting for resources",
-                f"{deployment.name} needs {format_resources(needed)}; "
-                f"the cluster has {format_resources(available)} free",
-            )
+    message = next((d.message for d in waiting if d.message), "")
+    cause = root_cause(message).text.splitlines()[0] if real_exceptions(message) else ""
+    unplaced = [d for d in waiting if any(not replica.node for replica in d.replicas)]
+    need = next((need for d in unplaced if (need := pending_need(d.message))), None)
+    if unplaced and (waits_for or need):
+        return (
+            "waiting for resources",
+            waits_for or f"needs {format_resources(need[0] if need else {})}",
+        )
     running = sum(d.running for d in state.deployments)
     target = sum(d.target_replicas for d in state.deployments)
-    message = next((d.message for d in waiting if d.message), "")
-    detail = root_cause(message).text.splitlines()[0] if message else ""
-    return f"starting replicas {running}/{target}", detail
+    return f"starting replicas {running}/{target}", cause
 
 
-def unfinished(application: ApplicationSpec, board: Board) -> Outcome:
+def unfinished(action: Action, board: Board) -> Outcome:
     """The outcome of an application whose worker did not come to its end."""
-    progress = board.progress[application.name]
+    progress = board.progress[action.application.name]
     lost = board.stop_code == EXIT_CLUSTER
     begun = progress.started is not None
     return Outcome(
-        application,
+        action,
         Result.UNKNOWN if lost and begun else Result.INTERRUPTED,
         board.clock() - progress.started if progress.started is not None else 0.0,
         submitted=begun and progress.words not in ("queued", "building"),
-        state=board.states.get(application.name),
+        state=board.states.get(action.application.name),
     )
 
 
@@ -3499,6 +3795,10 @@ def format_running(outcome: Outcome, base_url: str) -> list[str]:
     """The summary of one application that runs, in the layout that V5's users know."""
     application = outcome.application
     lines = [f"• {application.name}"]
+    if outcome.action.change is Change.UNCHANGED:
+        lines.append("   Unchanged: it runs already, and was left alone")
+    elif outcome.action.reasons:
+        lines += format_action(outcome.action)
     served = set()
     for model in application.models:
         lines += [f"   Model: {model.source}", f"   Model ID: {model.model_id}"]
@@ -3543,7 +3843,10 @@ def format_unfinished(outcome: Outcome, dashboard_url: str) -> list[str]:
         )
     if outcome.result is Result.STILL_DEPLOYING and outcome.state:
         lines.append(f"   Last state: {' · '.join(filter(None, describe_state(outcome.state)))}")
-        lines.append("   The cluster goes on deploying it")
+        if not outcome.deleted:
+            lines.append("   The cluster goes on deploying it")
+    if outcome.deleted:
+        lines.append("   It was deleted again (--on-failure delete)")
     if outcome.submitted and dashboard_url:
         lines.append(f"   Dashboard: {dashboard_url}/#/serve/applications/{quote(name, safe='')}")
     return lines
@@ -3555,44 +3858,108 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def format_summary(
-    outcomes: Sequence[Outcome], base_url: str, dashboard_url: str, seconds: float
-) -> list[str]:
+@dataclass(frozen=True)
+class Report:
+    """How a run ended. `base_url` is empty when the cluster was lost."""
+
+    outcomes: Sequence[Outcome]
+    code: int
+    base_url: str
+    dashboard_url: str
+    seconds: float
+
+
+def format_summary(report: Report) -> list[str]:
     """The whole summary, line by line."""
-    running = [outcome for outcome in outcomes if outcome.result is Result.RUNNING]
-    others = [outcome for outcome in outcomes if outcome.result is not Result.RUNNING]
+    running = [outcome for outcome in report.outcomes if outcome.result is Result.RUNNING]
+    others = [outcome for outcome in report.outcomes if outcome.result is not Result.RUNNING]
     lines = [
         RULE,
         f"{'⚠️ ' if others else '✅'} Deployment Summary",
         RULE,
-        f"Total applications deployed: {len(running)}/{len(outcomes)} in {format_seconds(seconds)}",
+        f"Total applications deployed: {len(running)}/{len(report.outcomes)}"
+        f" in {format_seconds(report.seconds)}",
     ]
     if running:
         lines += ["", "📋 Successfully Deployed Applications:", THIN_RULE]
     for outcome in running:
-        lines += ["", *format_running(outcome, base_url)]
+        lines += ["", *format_running(outcome, report.base_url)]
     if others:
         lines += ["", "❌ Not Running:", THIN_RULE]
     for outcome in others:
-        lines += ["", *format_unfinished(outcome, dashboard_url)]
+        lines += ["", *format_unfinished(outcome, report.dashboard_url)]
     lines += ["", RULE]
     if not others:
         lines.append("🔥 All deployments completed!")
-    if dashboard_url:
-        lines.append(f"💡 Ray Dashboard: {dashboard_url}")
+    if report.dashboard_url:
+        lines.append(f"💡 Ray Dashboard: {report.dashboard_url}")
         lines.append("💡 Check deployment status and resource usage in the dashboard")
     return [*lines, RULE]
 
 
+JSON_VERSION = 1
+
+
+def report_json(report: Report) -> Config:
+    """The report for programs; the README documents it. A key that is gone or means another thing
+    raises the version, a new one does not."""
+    return {
+        "version": JSON_VERSION,
+        "exit_code": report.code,
+        "seconds": round(report.seconds, 1),
+        "dashboard": report.dashboard_url,
+        "applications": [outcome_json(outcome, report.base_url) for outcome in report.outcomes],
+    }
+
+
+def outcome_json(outcome: Outcome, base_url: str) -> Config:
+    """One application of the report."""
+    application, state = outcome.application, outcome.state
+    route = application.route_prefix
+    return {
+        "name": application.name,
+        "result": outcome.result.value,
+        "change": outcome.action.change.value,
+        "reasons": list(outcome.action.reasons),
+        "seconds": round(outcome.seconds, 1),
+        "submitted": outcome.submitted,
+        "deleted": outcome.deleted,
+        "status": state.status if state else None,
+        "cause": outcome.cause.text if outcome.cause else None,
+        "hint": outcome.cause.hint if outcome.cause else None,
+        "route_prefix": route,
+        "base_url": None if route is None else base_url + quote(route.rstrip("/")),
+        "models": [
+            {"model_id": model.model_id, "source": model.source, "notes": list(model.notes)}
+            for model in application.models
+        ],
+        "deployments": [
+            {
+                "name": demand.deployment,
+                "ingress": demand.ingress,
+                "reserved_per_replica": demand.reserved,
+                "bundles": [dict(bundle) for bundle in demand.bundles],
+                "strategy": demand.strategy,
+                "min_replicas": demand.min_replicas,
+                "max_replicas": demand.max_replicas,
+            }
+            for demand in outcome.demands
+        ],
+    }
+
+
 def format_plan(
-    applications: Sequence[ApplicationSpec],
-    built: Sequence[tuple[Demand, ...] | Cause],
+    actions: Sequence[Action],
+    built: Mapping[str, tuple[Demand, ...] | Cause],
     prediction: Prediction,
 ) -> list[str]:
     """What `--plan` prints: what each replica would reserve, and where all of it would go."""
     lines = [RULE, "📋 Plan (nothing was changed)", RULE]
-    for application, result in zip(applications, built, strict=True):
+    for action in actions:
+        application = action.application
         lines += ["", f"• {application.name}  {application.route_prefix or '(no HTTP route)'}"]
+        lines += format_action(action)
+        result = built.get(application.name, ())
         if isinstance(result, Cause):
             lines += format_cause(result)
             continue
@@ -3603,6 +3970,13 @@ def format_plan(
         ]
         lines += [f"   Note: {note}" for model in application.models for note in model.notes]
     return [*lines, "", THIN_RULE, *format_prediction(prediction), RULE]
+
+
+def format_action(action: Action) -> list[str]:
+    """ "RESTART because args...max_model_len: 2048 → 4096", one line a reason."""
+    first, *more = action.reasons or ("",)
+    lines = [f"   {action.change.value}" + (f" because {first}" if first else "")]
+    return [*lines, *(f"      and {reason}" for reason in more)]
 
 
 def format_cause(cause: Cause) -> list[str]:
@@ -3633,7 +4007,7 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """A message about the run as a whole."""
-        self.console.print(text, markup=False)
+        self.console.print(mask(text, self.secrets), markup=False)
 
     def show(self, progress: Sequence[Progress]) -> None:
         """The progress of all applications: one live line each, or one line a change."""
@@ -3660,7 +4034,9 @@ class Terminal:
                 Text(item.application.name, style="bold"),
                 Text(item.words, style=STATE_STYLES.get(item.words, "yellow")),
                 Text(format_seconds(elapsed) if item.started is not None else "", style="dim"),
-                Text(item.detail, style="dim", overflow="ellipsis", no_wrap=True),
+                Text(
+                    mask(item.detail, self.secrets), style="dim", overflow="ellipsis", no_wrap=True
+                ),
             )
         self.live_view.update(table, refresh=True)
 
@@ -3670,9 +4046,19 @@ class Terminal:
             self.live_view.stop()
             self.live_view = None
 
+    def print_report(self, report: Report, options: Options) -> None:
+        """The summary, or its JSON, to stdout; tracebacks to stderr when `--logs` asks for them."""
+        if options.json:
+            self.print_lines([json.dumps(report_json(report), indent=2)])
+        else:
+            self.print_lines(format_summary(report))
+        for outcome in report.outcomes:
+            if options.worker_logs and outcome.detail:
+                self.say(f"--- {outcome.application.name}\n{outcome.detail}")
+
     def print_lines(self, lines: Sequence[str]) -> None:
         """The plan or the summary, to stdout."""
-        print("\n".join(lines), flush=True)
+        print(mask("\n".join(lines), self.secrets), flush=True)
 
 
 STATE_ICONS = {"queued": "⏳", "RUNNING": "✅", "FAILED": "❌"}
@@ -3723,12 +4109,33 @@ def parse_options(argv: Sequence[str] | None) -> Options:
         help="how long to wait for an application from its submission (default 1800, 0: for ever)",
     )
     parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only the applications of this name; may be a pattern such as 'falcon*', and repeated",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="deploy again what runs unchanged, too"
+    )
+    parser.add_argument(
+        "--on-failure",
+        choices=("keep", "delete"),
+        default="keep",
+        help="what to do with an application that failed or ran out of time and did not run before "
+        "(default: keep)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document to stdout, all else to stderr"
+    )
+    parser.add_argument(
         "--logs",
         dest="worker_logs",
         action="store_true",
         help="show the workers' logs and tracebacks",
     )
-    return Options(**vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    return Options(**{**given, "only": tuple(given["only"])})
 
 
 def positive_int(text: str) -> int:
@@ -3752,22 +4159,29 @@ def run(
     terminal: Terminal,
     board: Board,
 ) -> int:
-    """Load, normalise, deploy, report. Returns the exit code.
+    """Load, normalise, plan, deploy, report. Returns the exit code.
 
     Raises ConfigError (nothing was touched) and ClusterError.
     """
     started = board.clock()
     document = load_document(options.config, environ)
     terminal.secrets = document.secrets
-    applications = checked_applications(document, terminal)
+    applications = chosen(checked_applications(document, terminal), options.only)
     terminal.say(f"📖 Loaded config: {options.config}")
     terminal.say(f"📦 Found {len(applications)} application(s) to deploy")
     terminal.say("🔧 Connecting to Ray...")
     cluster.connect(options.address)
     cluster.check_schema(document)
-    cluster.prepare(applications)
+    running = cluster.running(applications)
+    mark = f"{time.time_ns():x}"
+    actions = [
+        decide(application, running.get(application.name), mark=mark, force=options.force)
+        for application in applications
+    ]
     if options.plan:
-        return plan(applications, options, cluster, terminal, board)
+        return plan(actions, options, cluster, terminal, board)
+    changing = [action for action in actions if action.change is not Change.UNCHANGED]
+    cluster.prepare([action.application for action in changing])
     terminal.say("🔧 Starting Ray Serve...")
     ignored = cluster.start_serve(document.data)
     if ignored:
@@ -3777,30 +4191,61 @@ def run(
         )
     terminal.say("🔄 Starting concurrent deployment...")
     with stop_signals(board):
-        outcomes = deploy(applications, cluster, board, options, terminal.show)
+        deployed = iter(deploy(changing, cluster, board, options, terminal.show))
+    outcomes = [
+        unchanged(action, running[action.application.name])
+        if action.change is Change.UNCHANGED
+        else next(deployed)
+        for action in actions
+    ]
     terminal.close()
-    code = exit_code(outcomes, board.stop_code)
-    if code == EXIT_CLUSTER:
-        terminal.say(f"❌ Lost sight of the cluster: {board.stop_reason}")
-    base_url = "" if board.stop_code else cluster.endpoint()
-    terminal.print_lines(
-        format_summary(outcomes, base_url, cluster.dashboard_url, board.clock() - started)
+    if board.stop_code:
+        terminal.say(f"🛑 Stopped: {board.stop_reason}")
+    report = Report(
+        outcomes,
+        exit_code(outcomes, board.stop_code),
+        "" if board.stop_code == EXIT_CLUSTER else cluster.endpoint(),
+        cluster.dashboard_url,
+        board.clock() - started,
     )
-    if options.worker_logs:
-        for outcome in outcomes:
-            if outcome.detail:
-                terminal.say(f"--- {outcome.application.name}\n{outcome.detail}")
-    return code
+    terminal.print_report(report, options)
+    return report.code
+
+
+def chosen(
+    applications: tuple[ApplicationSpec, ...], patterns: Sequence[str]
+) -> tuple[ApplicationSpec, ...]:
+    """The applications whose names match one of the patterns; all when there are none."""
+    for pattern in patterns:
+        if not fnmatch.filter([application.name for application in applications], pattern):
+            names = ", ".join(application.name for application in applications)
+            message = f"--only {pattern}: no application has that name"
+            raise ConfigError([Problem("command line", None, (), message, f"there are {names}")])
+    return tuple(
+        application
+        for application in applications
+        if not patterns
+        or any(fnmatch.fnmatchcase(application.name, pattern) for pattern in patterns)
+    )
+
+
+def unchanged(action: Action, running: Running) -> Outcome:
+    """The outcome of an application that runs as the config says, and was left alone."""
+    demands = running.record.demands if running.record else ()
+    return Outcome(action, Result.RUNNING, 0.0, demands=demands, state=running.state)
 
 
 def plan(
-    applications: Sequence[ApplicationSpec],
+    actions: Sequence[Action],
     options: Options,
     cluster: RayCluster,
     terminal: Terminal,
     board: Board,
 ) -> int:
     """Build, predict, print. Returns 0 when all fits, 1 when something does not."""
+    changing = [action for action in actions if action.change is not Change.UNCHANGED]
+    applications = [action.application for action in changing]
+    cluster.prepare(applications)
     with stop_signals(board):
         built = build_all(applications, cluster, board, options, terminal.show)
     terminal.close()
@@ -3809,7 +4254,8 @@ def plan(
     demands = [demand for result in built if isinstance(result, tuple) for demand in result]
     nodes, holders = cluster.nodes(moving=[application.name for application in applications])
     prediction = predict(demands, nodes, holders)
-    terminal.print_lines(format_plan(applications, built, prediction))
+    results = dict(zip([application.name for application in applications], built, strict=True))
+    terminal.print_lines(format_plan(actions, results, prediction))
     failed = any(isinstance(result, Cause) for result in built)
     return EXIT_FAILED if failed or prediction.misfits else EXIT_OK
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -33,11 +33,12 @@ class ScriptedCluster:
     """
 
     def __init__(
-        self, script: dict[str, Sequence[app.ApplicationState | None]] | None = None
+        self, script: Mapping[str, Sequence[app.ApplicationState | None]] | None = None
     ) -> None:
         self.script = script or {}
         self.lock = threading.Lock()
         self.submitted: list[str] = []
+        self.deleted: list[str] = []
         self.polls: dict[str, int] = {}
         self.building = self.most_building = 0
         self.gates: dict[str, threading.Event] = {}
@@ -61,10 +62,10 @@ class ScriptedCluster:
         return self.demands.get(application.name, (demand(application.name),))
 
     def submit(
-        self, application: app.ApplicationSpec, version: str, patience: app.Patience
+        self, action: app.Action, demands: Sequence[app.Demand], patience: app.Patience
     ) -> None:
         with self.lock:
-            self.submitted.append(application.name)
+            self.submitted.append(action.application.name)
 
     def states(self) -> dict[str, app.ApplicationState]:
         with self.lock:
@@ -84,6 +85,9 @@ class ScriptedCluster:
     def failure_logs(self, state: app.ApplicationState) -> list[str]:
         return []
 
+    def delete(self, name: str) -> None:
+        self.deleted.append(name)
+
     def alive(self) -> bool:
         return self.is_alive
 
@@ -102,7 +106,7 @@ def run(
     **options: Any,
 ) -> list[app.Outcome]:
     return app.deploy(
-        [spec(name) for name in names],
+        [app.Action(spec(name), app.Change.CREATE, "1") for name in names],
         cluster,
         board or app.Board(),
         app.Options("config.yaml", **options),
@@ -299,5 +303,22 @@ def test_a_cluster_that_grows_gets_what_no_node_can_hold_yet() -> None:
     ],
 )
 def test_exit_codes_when_mixed(found: list[str], stop: int, code: int) -> None:
-    outcomes = [app.Outcome(spec("a"), app.Result(word), 0.0) for word in found]
+    action = app.Action(spec("a"), app.Change.CREATE, "1")
+    outcomes = [app.Outcome(action, app.Result(word), 0.0) for word in found]
     assert app.exit_code(outcomes, stop) == code
+
+
+def test_what_failed_or_ran_out_of_time_is_deleted_only_when_asked_and_new() -> None:
+    script = {"a": [state("a", "DEPLOY_FAILED", "oh no")], "b": [state("b", "DEPLOYING")]}
+    kept = ScriptedCluster(script)
+    run(kept, "a", "b", "c", timeout_s=0.3)
+    assert kept.deleted == []
+    cleaned = ScriptedCluster(script)
+    outcomes = run(cleaned, "a", "b", "c", timeout_s=0.3, on_failure="delete")
+    assert sorted(cleaned.deleted) == ["a", "b"]
+    assert [outcome.deleted for outcome in outcomes] == [True, True, False]
+    ran_before = ScriptedCluster(script)
+    action = app.Action(spec("a"), app.Change.RESTART, "1")
+    options = app.Options("config.yaml", on_failure="delete")
+    app.deploy([action], ran_before, app.Board(), options, lambda progress: None)
+    assert ran_before.deleted == []
