@@ -189,6 +189,7 @@ class ModelSpec:
     model_id: str
     source: str
     deployment_name: str
+    memory_fraction: float = 0.0  # of each card that a worker of its engine uses; 0: no GPU
     notes: tuple[str, ...] = ()
 
 
@@ -1280,6 +1281,7 @@ WHOLE_GPU_MEMORY_FRACTION = 0.9
 """What an engine takes of a card that it has to itself; vLLM's own default is 0.92, and engines
 that share a card need room for one CUDA context each."""
 
+MOST_SHARE_FOR_TWO = 0.5
 GPU_STEP = 10_000
 """Ray counts resources in steps of 1/10000."""
 
@@ -1330,6 +1332,9 @@ def describe_model(llm: Config) -> ModelSpec:
         model_id=model_id,
         source=str(source),
         deployment_name=deployment.get("name") or model_id.replace("/", "--").replace(".", "_"),
+        memory_fraction=0.0
+        if accelerator_kind(llm) in ("cpu", "tpu") or "kv_cache_memory_bytes" in engine
+        else float(engine.get("gpu_memory_utilization") or WHOLE_GPU_MEMORY_FRACTION),
         notes=tuple(notes),
     )
 
@@ -1456,7 +1461,7 @@ def fit_cpu_engine(llm: Config, path: KeyPath) -> Findings:
 def fit_gpu_engine(llm: Config, path: KeyPath, gpus: float, app_env: Config) -> Findings:
     """`gpus` GPUs in all for one replica, spread evenly over its engine's workers."""
     workers = engine_workers(llm)
-    share = round(gpus / workers * GPU_STEP) / GPU_STEP
+    share = math.floor(round(gpus / workers * GPU_STEP, 3)) / GPU_STEP
     findings: Findings = []
     if share > 1 and share != int(share):
         return [
@@ -1484,6 +1489,16 @@ def fit_gpu_engine(llm: Config, path: KeyPath, gpus: float, app_env: Config) -> 
                 f"num_gpus: {short(gpus)} does not divide evenly over {workers} engine workers: "
                 f"a replica reserves {short(share * workers)} GPU",
                 severity=Severity.WARNING,
+            )
+        )
+    if workers > 1 and share <= MOST_SHARE_FOR_TWO:
+        findings.append(
+            Finding(
+                (*path, "deployment_config"),
+                f"{workers} engine workers of {short(share)} GPU fit on one card, and Ray may put "
+                "them there; on real GPUs NCCL refuses two workers on one",
+                "give each worker more than half a GPU, or use one worker",
+                Severity.WARNING,
             )
         )
     llm["deployment_config"]["ray_actor_options"]["num_gpus"] = 0.0
@@ -3021,6 +3036,15 @@ class RayCluster:
             holders[name] = staying
         return tuple(nodes), holders
 
+    def grows(self) -> bool:
+        """Whether an autoscaler may add nodes. Without one the head's monitor calls each node a
+        type of its own, `node_<id>` (ray/autoscaler/_private/util.py format_readonly_node_type)."""
+        from ray.experimental.internal_kv import _internal_kv_get
+
+        status = json.loads(_internal_kv_get("__autoscaling_status") or "{}")
+        active = (status.get("autoscaler_report") or {}).get("active_nodes") or {}
+        return any(not re.fullmatch(r"node_[0-9a-f]{28,}", kind) for kind in active)
+
     def holdings(self) -> list[tuple[str, str, Resources]]:
         """What every Serve replica holds now: (node id, "application/deployment", resources).
 
@@ -3506,23 +3530,22 @@ class Gate:
     """Asks of each built application whether the cluster can hold it, in the order of arrival."""
 
     def __init__(self, cluster: Cluster, names: Collection[str], allow_pending: bool) -> None:
-        nodes, holders = cluster.nodes(moving=names)
-        self.ledger = Ledger.of(nodes, holders)
+        self.nodes, self.holders = cluster.nodes(moving=names)
+        self.demands: tuple[Demand, ...] = ()
         self.lock = threading.Lock()
         self.allow_pending = allow_pending
 
-    def admit(self, demands: Sequence[Demand]) -> str:
-        """Count an application in. Returns what does not fit now, which will wait; empty when all
+    def admit(self, demands: tuple[Demand, ...]) -> str:
+        """Count an application in. Returns what does not fit now, and will wait; empty when all
         fits. Raises ApplicationError for what can never fit."""
         with self.lock:
-            fittings, ledger = place_all(demands, self.ledger)
-            never = [fitting for fitting in fittings if fitting.fit is Fit.NEVER]
+            prediction = predict([*self.demands, *demands], self.nodes, self.holders)
+            mine = prediction.fittings[len(self.demands) :]
+            never = [fitting for fitting in mine if fitting.fit is Fit.NEVER]
             if never and not self.allow_pending:
                 raise ApplicationError("\n".join(format_misfit(fitting) for fitting in never))
-            self.ledger = ledger
-        return "\n".join(
-            format_misfit(fitting) for fitting in fittings if fitting.fit is not Fit.FITS
-        )
+            self.demands += demands
+        return "\n".join(format_misfit(item) for item in mine if item.fit is not Fit.FITS)
 
 
 def worker_count(applications: int, cpu_cores: int, wanted: int | None) -> int:
@@ -3969,7 +3992,34 @@ def format_plan(
             for demand in result
         ]
         lines += [f"   Note: {note}" for model in application.models for note in model.notes]
-    return [*lines, "", THIN_RULE, *format_prediction(prediction), RULE]
+    crowded = format_crowded(actions, built, prediction)
+    return [*lines, "", THIN_RULE, *format_prediction(prediction), *crowded, RULE]
+
+
+def format_crowded(
+    actions: Sequence[Action],
+    built: Mapping[str, tuple[Demand, ...] | Cause],
+    prediction: Prediction,
+) -> list[str]:
+    """The GPUs whose predicted engines want more than all of the card's memory in sum."""
+    wanted: dict[str, float] = {}
+    for action in actions:
+        demands = built.get(action.application.name, ())
+        for model in action.application.models:
+            demand = demand_of(model, demands) if isinstance(demands, tuple) else None
+            if demand:
+                wanted[label_of(demand)] = model.memory_fraction
+    sums: dict[tuple[int, int], float] = {}
+    for label, slot in prediction.ledger.placed:
+        for device, _ in slot.gpus:
+            place = (slot.node, device)
+            sums[place] = sums.get(place, 0.0) + wanted.get(label, 0.0)
+    return [
+        f"⚠️  node {prediction.nodes[node].name} · GPU {device}: gpu_memory_utilization adds up to "
+        f"{short(total)}; engines that want more than 1 of a card run out of memory"
+        for (node, device), total in sorted(sums.items())
+        if round(total, 4) > 1
+    ]
 
 
 def format_action(action: Action) -> list[str]:
@@ -4180,6 +4230,9 @@ def run(
     ]
     if options.plan:
         return plan(actions, options, cluster, terminal, board)
+    if cluster.grows() and not options.allow_pending:
+        terminal.say("⚠️  An autoscaler is active: what no node can hold yet is deployed and waits")
+        options = replace(options, allow_pending=True)
     changing = [action for action in actions if action.change is not Change.UNCHANGED]
     cluster.prepare([action.application for action in changing])
     terminal.say("🔧 Starting Ray Serve...")

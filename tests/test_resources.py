@@ -109,8 +109,8 @@ def test_normalising_never_changes_its_input_nor_shares_an_object() -> None:
             id="a share of one GPU",
         ),
         pytest.param(
-            llm({"num_gpus": 0.9}, engine_kwargs={"tensor_parallel_size": 2}),
-            {"bundle_per_worker": {"GPU": 0.45}},
+            llm({"num_gpus": 1.2}, engine_kwargs={"tensor_parallel_size": 2}),
+            {"bundle_per_worker": {"GPU": 0.6}},
             {"num_gpus": 0.0},
             id="spread over two workers",
         ),
@@ -248,10 +248,16 @@ def test_memory_that_the_user_set_stays(engine: Config, expected: float | None) 
             id="more GPUs than workers",
         ),
         pytest.param(
-            llm({"num_gpus": 1}, engine_kwargs={"tensor_parallel_size": 3}),
-            "num_gpus: 1 does not divide evenly over 3 engine workers: "
-            "a replica reserves 0.9999 GPU",
+            llm({"num_gpus": 2}, engine_kwargs={"tensor_parallel_size": 3}),
+            "num_gpus: 2 does not divide evenly over 3 engine workers: "
+            "a replica reserves 1.9998 GPU",
             id="not divisible",
+        ),
+        pytest.param(
+            llm({"num_gpus": 1}, engine_kwargs={"tensor_parallel_size": 2}),
+            "2 engine workers of 0.5 GPU fit on one card, and Ray may put them there; "
+            "on real GPUs NCCL refuses two workers on one",
+            id="two workers that fit on one card",
         ),
         pytest.param(
             llm({"num_gpus": 0}, accelerator_type="A10G"),
