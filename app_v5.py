@@ -35,6 +35,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -3082,6 +3083,16 @@ class RayCluster:
             if (text := self.log_tail(replica.actor_id, suffix))
         ]
 
+    def starting_log(self, state: ApplicationState) -> str:
+        """The ends of the logs of an application's replicas that start now."""
+        return "".join(
+            self.log_tail(replica.actor_id, suffix)
+            for deployment in state.deployments
+            for replica in deployment.replicas
+            if replica.state == "STARTING" and replica.node
+            for suffix in ("out", "err")
+        )
+
     def log_tail(self, actor_id: str, suffix: str) -> str:
         """The end of one actor's "err" or "out" file; empty when Ray has it no more."""
         import ray
@@ -3421,6 +3432,7 @@ def pending_need(message: str) -> tuple[Resources, Resources] | None:
 
 POLL_INTERVAL_S = 1.0
 HEARTBEAT_INTERVAL_S = 5.0
+LOG_INTERVAL_S = 5.0
 LOST_AFTER_S = 30.0
 UNHEALTHY_GRACE_S = 30.0
 STOP_GRACE_S = 1.0
@@ -3434,6 +3446,7 @@ class Cluster(Protocol):
     def nodes(self, moving: Collection[str]) -> tuple[tuple[Node, ...], Holders]: ...
     def states(self) -> dict[str, ApplicationState]: ...
     def failure_logs(self, state: ApplicationState) -> list[str]: ...
+    def starting_log(self, state: ApplicationState) -> str: ...
     def delete(self, name: str) -> None: ...
     def alive(self) -> bool: ...
 
@@ -3458,6 +3471,7 @@ class Board:
         self.progress: dict[str, Progress] = {}
         self.states: dict[str, ApplicationState] = {}
         self.polled_at = -math.inf
+        self.phases: dict[str, str] = {}
         self.closed = False
         self.stop_code = 0
         self.stop_reason = ""
@@ -3583,8 +3597,9 @@ def deploy(
         board.enter(action.application, "queued")
     moving = [action.application.name for action in actions]
     run = Run(cluster, board, Gate(cluster, moving, options.allow_pending), options)
-    watcher = threading.Thread(target=watch, args=(cluster, board), daemon=True, name="watcher")
-    watcher.start()
+    for target in (watch, follow_logs):
+        name = target.__name__
+        threading.Thread(target=target, args=(cluster, board), daemon=True, name=name).start()
     pool = ThreadPoolExecutor(
         worker_count(len(actions), os.cpu_count() or 1, options.max_workers),
         thread_name_prefix="deploy",
@@ -3624,6 +3639,19 @@ def watch(cluster: Cluster, board: Board) -> None:
             if heartbeat_at - alive_at > LOST_AFTER_S:
                 board.stop(EXIT_CLUSTER, "the head node has not answered for 30 s")
         time.sleep(POLL_INTERVAL_S)
+
+
+def follow_logs(cluster: Cluster, board: Board) -> None:
+    """Tell from the logs of starting replicas which phase their engines are in.
+
+    In a thread of its own: a node that is slow to send a log must not hold up the watcher.
+    """
+    while not board.stop_code and not board.closed:
+        time.sleep(LOG_INTERVAL_S)
+        for name, state in list(board.states.items()):
+            progress = board.progress.get(name)
+            if progress and progress.words.startswith("starting"):
+                board.phases[name] = engine_phase(cluster.starting_log(state))
 
 
 def deploy_application(action: Action, run: Run) -> Outcome:
@@ -3691,7 +3719,8 @@ def settled(
                 raise ApplicationError(failure_message(state))
         else:
             unhealthy_since = None
-        board.enter(application, *describe_state(state, waits_for))
+        phase = board.phases.get(application.name, "")
+        board.enter(application, *describe_state(state, waits_for, phase))
 
 
 def failure_message(state: ApplicationState) -> str:
@@ -3700,24 +3729,25 @@ def failure_message(state: ApplicationState) -> str:
     return "\n".join(message for message in messages if message)
 
 
-def describe_state(state: ApplicationState, waits_for: str = "") -> tuple[str, str]:
+def describe_state(
+    state: ApplicationState, waits_for: str = "", phase: str = ""
+) -> tuple[str, str]:
     """What a deploying application does, in words, and what it waits for.
 
-    `waits_for` is what the plan says does not fit now, and who holds it.
+    `waits_for` is what the plan says does not fit now, and who holds it; `phase` is the engine's.
     """
     waiting = [d for d in state.deployments if d.running < d.target_replicas]
-    message = next((d.message for d in waiting if d.message), "")
-    cause = root_cause(message).text.splitlines()[0] if real_exceptions(message) else ""
     unplaced = [d for d in waiting if any(not replica.node for replica in d.replicas)]
     need = next((need for d in unplaced if (need := pending_need(d.message))), None)
-    if unplaced and (waits_for or need):
-        return (
-            "waiting for resources",
-            waits_for or f"needs {format_resources(need[0] if need else {})}",
-        )
+    if unplaced and waits_for:
+        return "waiting for resources", waits_for
+    if need:
+        return "waiting for resources", f"needs {format_resources(need[0])}"
     running = sum(d.running for d in state.deployments)
     target = sum(d.target_replicas for d in state.deployments)
-    return f"starting replicas {running}/{target}", cause
+    exceptions = [text for d in waiting for text in real_exceptions(d.message)]
+    failed = f"a replica failed: {root_cause(exceptions[-1]).text}" if exceptions else ""
+    return f"starting replicas {running}/{target}", failed or phase
 
 
 def unfinished(action: Action, board: Board) -> Outcome:
@@ -4355,6 +4385,11 @@ def raise_interrupt(number: int, frame: object) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, and turn every known exception into one clear message and its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(
+                errors="replace"
+            )  # a terminal that has no emoji shows question marks
     options = parse_options(argv)
     board = Board()
     terminal = Terminal(board.clock)
@@ -4373,6 +4408,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as error:
         terminal.say("🛑 Interrupted before anything was deployed")
         code = error.code
+    except BrokenPipeError:
+        # Whoever read the output has gone, as `| head` does; Python would complain at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_FAILED
     terminal.close()
     if code in (EXIT_CLUSTER, *EXIT_SIGNALS.values()):
         # A thread may still wait for a cluster that does not answer, and Python would join it.

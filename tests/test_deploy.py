@@ -39,6 +39,7 @@ class ScriptedCluster:
         self.lock = threading.Lock()
         self.submitted: list[str] = []
         self.deleted: list[str] = []
+        self.log = ""
         self.polls: dict[str, int] = {}
         self.building = self.most_building = 0
         self.gates: dict[str, threading.Event] = {}
@@ -85,6 +86,9 @@ class ScriptedCluster:
     def failure_logs(self, state: app.ApplicationState) -> list[str]:
         return []
 
+    def starting_log(self, state: app.ApplicationState) -> str:
+        return self.log
+
     def delete(self, name: str) -> None:
         self.deleted.append(name)
 
@@ -96,6 +100,7 @@ class ScriptedCluster:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "POLL_INTERVAL_S", 0.01)
     monkeypatch.setattr(app, "HEARTBEAT_INTERVAL_S", 0.01)
+    monkeypatch.setattr(app, "LOG_INTERVAL_S", 0.01)
 
 
 def run(
@@ -322,3 +327,55 @@ def test_what_failed_or_ran_out_of_time_is_deleted_only_when_asked_and_new() -> 
     options = app.Options("config.yaml", on_failure="delete")
     app.deploy([action], ran_before, app.Board(), options, lambda progress: None)
     assert ran_before.deleted == []
+
+
+def replica(node: str, status: str = "STARTING") -> app.ReplicaState:
+    return app.ReplicaState("r", status, node, 1)
+
+
+def deploying(message: str = "", *replicas: app.ReplicaState) -> app.ApplicationState:
+    deployment = app.DeploymentState("D", "UPDATING", message, 2, replicas)
+    return app.ApplicationState("a", "DEPLOYING", "", "/a", "imperative", (deployment,))
+
+
+@pytest.mark.parametrize(
+    ("state", "waits_for", "phase", "expected"),
+    [
+        pytest.param(
+            deploying("", replica("n", "RUNNING"), replica("n")),
+            "",
+            "loading weights",
+            ("starting replicas 1/2", "loading weights"),
+            id="an engine's phase",
+        ),
+        pytest.param(
+            deploying("", replica("")),
+            "needs 0.45 GPU; held by x",
+            "",
+            ("waiting for resources", "needs 0.45 GPU; held by x"),
+            id="what the plan says that it waits for",
+        ),
+        pytest.param(
+            deploying("", replica("n")),
+            "needs 0.45 GPU; held by x",
+            "",
+            ("starting replicas 0/2", ""),
+            id="placed after all",
+        ),
+        pytest.param(
+            deploying(
+                "A replica failed to start with exception. Retrying. Error:\n"
+                "Traceback (most recent call last):\nZeroDivisionError: no",
+                replica("n"),
+            ),
+            "",
+            "",
+            ("starting replicas 0/2", "a replica failed: ZeroDivisionError: no"),
+            id="the cause from the first attempt on",
+        ),
+    ],
+)
+def test_what_a_deploying_application_does_in_words(
+    state: app.ApplicationState, waits_for: str, phase: str, expected: tuple[str, str]
+) -> None:
+    assert app.describe_state(state, waits_for, phase) == expected

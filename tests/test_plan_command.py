@@ -94,7 +94,7 @@ def test_what_can_never_fit_and_what_does_not_fit_now(head: RayHead, tmp_path: P
 def test_memory_that_adds_up_to_more_than_a_card_is_warned_about(
     head: RayHead, tmp_path: Path
 ) -> None:
-    greedy = {"engine_kwargs": {"gpu_memory_utilization": 0.6}}
+    greedy: Config = {"engine_kwargs": {"gpu_memory_utilization": 0.6}}
     finished = plan(
         head,
         tmp_path,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import time
 import urllib.request
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from cluster import APP_V5, PYTHON, RayHead, get_json, run_app_v5
+from cluster import APP_V5, PYTHON, RayHead, get_json, run_app_v5, wait_until
 
 pytestmark = pytest.mark.serve
 
@@ -164,3 +166,94 @@ def test_no_cluster_ends_with_3_and_says_how_to_start_one(tmp_path: Path) -> Non
     assert re.search(r"no Ray cluster at \S+:1: ", finished.stderr)
     assert "ray start --head" in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+def interrupt(user: User, config: Path, number: int, count: int = 1) -> tuple[int, str, str, float]:
+    """Send a signal once the slow application starts; return how the program ended, and when."""
+    process = subprocess.Popen(
+        [PYTHON, str(APP_V5), str(config)],
+        env=user.head.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    said = ""
+    for line in process.stderr:
+        said += line
+        if "slow  starting" in line:
+            break
+    time.sleep(1)
+    signalled = time.monotonic()
+    for _ in range(count):
+        os.killpg(process.pid, number)
+        time.sleep(0.2)
+    out, err = process.communicate(timeout=30)
+    return process.returncode, out, said + err, time.monotonic() - signalled
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        pytest.param(signal.SIGINT, 130, id="Ctrl-C"),
+        pytest.param(signal.SIGTERM, 143, id="SIGTERM"),
+    ],
+)
+def test_a_signal_stops_the_waiting_and_nothing_else(user: User, number: int, code: int) -> None:
+    config = user.write(app("good"), app("slow", "slow", args={"seconds": 15}))
+    returncode, out, err, seconds = interrupt(user, config, number)
+    assert returncode == code, err
+    assert seconds < 5
+    assert "RUNNING" not in about("slow", out)
+    assert "It was submitted and goes on deploying" in about("slow", out)
+    assert "Traceback" not in err
+    assert user.get("/good")["text"] == "good"
+    wait_until(lambda: get_text(user, "/slow") == "slow", 60, "the slow application to come up")
+
+
+def test_a_second_signal_ends_the_program_at_once(user: User) -> None:
+    config = user.write(app("slow", "slow", args={"seconds": 20}))
+    returncode, _, err, seconds = interrupt(user, config, signal.SIGINT, count=2)
+    assert returncode == 130
+    assert seconds < 3
+    assert "Traceback" not in err
+
+
+def test_a_rerun_leaves_alone_what_runs_and_retries_what_failed(user: User, tmp_path: Path) -> None:
+    flag = tmp_path / "flag"
+    applications = [app("good"), app("later", "fails_without", args={"path": str(flag)})]
+    assert user.deploy(*applications).returncode == 1
+    pid = user.get("/good")["pid"]
+    flag.write_text("")
+    finished = user.deploy(*applications)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "Unchanged: it runs already" in about("good", finished.stdout)
+    assert "RESTART because it is DEPLOY_FAILED" in about("later", finished.stdout)
+    assert get_text(user, "/later") == "now it is"
+    edited = app("good", deployments=[{"name": "Good", "max_ongoing_requests": 9}])
+    finished = user.run("--only", "go*", config=user.write(edited, applications[1]))
+    assert "in place because" in about("good", finished.stdout)
+    assert "Total applications deployed: 1/1" in finished.stdout
+    assert user.get("/good")["pid"] == pid
+
+
+def test_json_is_one_document_on_stdout(user: User) -> None:
+    config = user.write(app("good"), app("bad", "raises"))
+    finished = user.run("--json", config=config)
+    report = json.loads(finished.stdout)
+    assert (finished.returncode, report["exit_code"], report["version"]) == (1, 1, 1)
+    good, bad = report["applications"]
+    assert (good["result"], good["change"], good["cause"]) == ("RUNNING", "create", None)
+    assert good["base_url"] == f"http://localhost:{user.port}/good"
+    assert good["deployments"][0]["reserved_per_replica"] == {"CPU": 0.1}
+    assert (bad["result"], bad["cause"]) == ("FAILED", "LookupError: the builder found nothing")
+
+
+def test_secrets_are_shown_nowhere(user: User) -> None:
+    secret = app("good", runtime_env={"env_vars": {"HF_TOKEN": "hf_abcdefgh"}})
+    assert user.deploy(secret).returncode == 0
+    secret["runtime_env"]["env_vars"]["HF_TOKEN"] = "hf_ijklmnop"
+    finished = user.run("--plan", config=user.write(secret))
+    assert "RESTART because runtime_env.env_vars.HF_TOKEN: *** → ***" in finished.stdout
+    assert "hf_" not in finished.stdout + finished.stderr
