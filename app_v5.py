@@ -709,7 +709,7 @@ def llm_configs(application: Config) -> list[tuple[KeyPath, Config]]:
     args = application.get("args") or {}
     found: list[tuple[KeyPath, Any]] = [
         (("args", "llm_configs", index), llm)
-        for index, llm in enumerate(args.get("llm_configs") or [])
+        for index, llm in enumerate(as_list(args.get("llm_configs")))
     ]
     found += [(("args", key), args[key]) for key in LLM_ARGS if key in args]
     return [(path, llm) for path, llm in found if isinstance(llm, dict)]
@@ -771,7 +771,7 @@ SCHEMA_SOURCES = (
 
 SHORT_RESOURCES = frozenset(("num_cpus", "cpus", "num_gpus", "gpus"))
 LLM_LISTS = {"llm_configs", *LLM_ARGS}
-ENGINE, OPTIONS, LLM_BUILDER = "engine", "deployment options", "LLM builder"
+ENGINE, OPTIONS, LLM_BUILDER, BUNDLE = "engine", "deployment options", "LLM builder", "bundle"
 
 SCHEMA_PARTS: Mapping[str, tuple[str, ...]] = {
     ENGINE: ("EngineArgs", "AsyncEngineArgs", "FrontendArgs", "BaseFrontendArgs"),
@@ -807,6 +807,8 @@ CHILDREN: Mapping[tuple[str, str], str] = {
     ("LLMConfig", "lora_config"): "LoraConfig",
     ("LLMConfig", "placement_group_config"): "PlacementGroupConfig",
     ("LLMConfig", "accelerator_config"): "accelerator",
+    ("PlacementGroupConfig", "bundle_per_worker"): BUNDLE,
+    ("PlacementGroupConfig", "bundles"): BUNDLE,
     ("ModelLoadingConfig", "model_source"): "model source",
 }
 """Which schema the value of a field has, where it is a mapping or a list of mappings."""
@@ -943,7 +945,11 @@ RULES: Mapping[str, Rule] = {
         MAPPING,
     ),
     **dict.fromkeys(("model_loading_config", "http_options", "grpc_options", "resources"), MAPPING),
-    **dict.fromkeys(("placement_group_config", "accelerator_config"), MAPPING),
+    **dict.fromkeys(("placement_group_config", "accelerator_config", "lora_config"), MAPPING),
+    **dict.fromkeys(("autoscaling_config", "logging_config", "bundle_per_worker"), MAPPING),
+    **dict.fromkeys(("tracing_config", "controller_options", *LLM_ARGS), MAPPING),
+    **dict.fromkeys(("request_router_config", "gang_scheduling_config"), MAPPING),
+    "ingress_deployment_config": MAPPING,
     **dict.fromkeys(("applications", "deployments", "llm_configs", "bundles"), LIST),
     "proxy_location": Rule((str,), "EveryNode, HeadOnly or Disabled"),
 }
@@ -976,14 +982,12 @@ def check_document(document: Document, known: KnownKeys) -> list[Problem]:
         if document.data.get(key) is not None:
             findings.append(Finding((key,), *UNSUPPORTED))
     applications = as_list(document.data.get("applications"))
-    if not applications and "applications" in document.data:
+    if document.data.get("applications") == []:
         findings.append(Finding(("applications",), "there is no application", "", Severity.WARNING))
     for index, application in enumerate(applications):
         path = ("applications", index)
         if isinstance(application, dict):
             findings += check_application(application, path, known)
-        else:
-            findings.append(Finding(path, "expected a mapping with `import_path`"))
     findings += check_unique_applications(applications)
     return problems_of(document, findings)
 
@@ -1013,10 +1017,12 @@ def check_schema(value: Config, schema: str, path: KeyPath, known: KnownKeys) ->
         for place, below in children(item, here):
             if child and isinstance(below, dict):
                 findings += check_schema(below, child, place, known)
-            elif child and isinstance(item, list):
+            elif child and (isinstance(item, list) or (rule is None and below is not None)):
                 findings.append(Finding(place, f"{show_value(below)} is not a mapping"))
         if key == "runtime_env" and isinstance(item, dict):
             findings += check_runtime_env(item, here)
+        if (child == BUNDLE or key == "resources") and not findings:
+            findings += check_amounts(item, here)
     if schema in ("DeploymentSchema", OPTIONS):
         findings += check_replicas(value, path)
     return findings
@@ -1027,6 +1033,16 @@ def children(item: Any, path: KeyPath) -> list[tuple[KeyPath, Any]]:
     if isinstance(item, list):
         return [((*path, index), below) for index, below in enumerate(item)]
     return [(path, item)]
+
+
+def check_amounts(item: Any, path: KeyPath) -> Findings:
+    """The amounts of a resource mapping, or of a list of them."""
+    return [
+        Finding((*place, resource), f"{show_value(amount)} is not {AMOUNT.words}")
+        for place, below in children(item, path)
+        for resource, amount in (below or {}).items()
+        if AMOUNT.broken_by(amount)
+    ]
 
 
 def unknown_key(key: Any, schema: str, path: KeyPath, fields: frozenset[str]) -> Finding:
@@ -1143,10 +1159,9 @@ def check_application(application: Config, path: KeyPath, known: KnownKeys) -> F
     ]
     findings += check_unique(names, "deployment")
     args = application.get("args")
-    if isinstance(args, dict) and args.keys() & LLM_LISTS:
-        findings += check_llm_args(
-            args, (*path, "args"), known, str(application.get("import_path"))
-        )
+    rays_own = str(application.get("import_path")).startswith("ray.serve.llm")
+    if isinstance(args, dict) and (rays_own or args.keys() & LLM_LISTS):
+        findings += check_llm_args(args, (*path, "args"), known, rays_own)
     return findings
 
 
@@ -1168,7 +1183,7 @@ def check_route(route: Any, path: KeyPath) -> Findings:
     if not route.startswith("/"):
         return [Finding(path, f"{route!r} does not start with '/'", f"write /{route}")]
     if route.endswith("/"):
-        return [Finding(path, f"{route!r} ends with '/'", f"write {route.rstrip('/') or '/'}")]
+        return [Finding(path, f"{route!r} ends with '/'", "leave the last '/' out")]
     if "{" in route or "}" in route:
         return [Finding(path, f"{route!r} has a wildcard, which Serve does not take")]
     return []
@@ -1200,11 +1215,12 @@ def check_unique(values: Sequence[tuple[KeyPath, Any]], what: str) -> Findings:
     return findings
 
 
-def check_llm_args(args: Config, path: KeyPath, known: KnownKeys, import_path: str) -> Findings:
+def check_llm_args(args: Config, path: KeyPath, known: KnownKeys, rays_own: bool) -> Findings:
     """The arguments of a builder that takes LLMs; a builder of the user's own may take more."""
-    rays_own = import_path.startswith("ray.serve.llm")
     fields = {key: value for key, value in args.items() if rays_own or key in LLM_LISTS}
     findings = check_schema(fields, LLM_BUILDER, path, known)
+    if not args.keys() & LLM_LISTS:
+        findings.append(Finding(path, "there is no LLM", "give llm_configs, a list of them"))
     models, names = [], []
     for llm_path, llm in llm_configs({"args": args}):
         where = (*path, *llm_path[1:])
@@ -1245,7 +1261,7 @@ def problems_of(document: Document, findings: Findings) -> list[Problem]:
                 document.marks.get(place, Mark(1, 1)),
                 finding.path,
                 mask(finding.message, document.secrets),
-                finding.hint,
+                mask(finding.hint, document.secrets),
                 finding.severity,
             )
         )

@@ -1,0 +1,1173 @@
+"""Section 3: what a config may say, and what is said about one that is wrong."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import app_v5 as app
+from cluster import APP_V5, PYTHON, ROOT, run_app_v5
+
+ONE = "applications:\n- {name: a, import_path: m:a"
+LLM = """applications:
+- import_path: ray.serve.llm:build_openai_app
+  args:
+    llm_configs:
+    - model_loading_config: {model_id: m}
+"""
+ALIAS_BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{name}: &{name} [{','.join(['*' + before] * 9)}]\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+BROKEN = [
+    pytest.param(
+        "a: [",
+        [(":1:5: not YAML: expected the node content, but found '<stream end>'; the line: a: [")],
+        id="not closed",
+    ),
+    pytest.param(
+        "applications:\n\t- name: a\n",
+        [
+            (
+                ":2:1: not YAML: found character '\\t' that cannot start any token (indent with "
+                "spaces, not tabs); the line: - name: a"
+            )
+        ],
+        id="tab indent",
+    ),
+    pytest.param(
+        "applications: a: b\n",
+        [(":1:16: not YAML: mapping values are not allowed here; the line: applications: a: b")],
+        id="colon in a value",
+    ),
+    pytest.param("", [": is empty; expected a mapping with `applications`"], id="empty"),
+    pytest.param(
+        "# nothing\n", [": is empty; expected a mapping with `applications`"], id="only a comment"
+    ),
+    pytest.param(
+        "- a\n- b\n", [":1:1: expected a mapping with `applications`, this is a list"], id="a list"
+    ),
+    pytest.param(
+        "hello\n",
+        [":1:1: expected a mapping with `applications`, this is a single value"],
+        id="a text",
+    ),
+    pytest.param(
+        "applications: []\n---\napplications: []\n",
+        [":3:1: a second document starts here; keep one document in the file"],
+        id="two documents",
+    ),
+    pytest.param(
+        "apiVersion: v1\nkind: Pod\n",
+        [(":1:1: this is a Kubernetes manifest (Pod); expected a mapping with `applications`")],
+        id="a manifest",
+    ),
+    pytest.param(
+        "apiVersion: ray.io/v1\nkind: RayService\nspec: {}\n",
+        [
+            (
+                ":1:1: this is a Kubernetes manifest (RayService); its spec.serveConfigV2 holds "
+                "the Serve config: save that text as a file"
+            )
+        ],
+        id="a RayService",
+    ),
+    pytest.param(
+        "application: []\n",
+        [
+            (
+                ":1:1: expected a mapping with `applications`; did you mean 'applications' by "
+                "'application'?"
+            )
+        ],
+        id="applications misspelt",
+    ),
+    pytest.param(
+        b"applications: []\n# caf\xe9\n",
+        [": byte 22 is not UTF-8: invalid continuation byte; save the file as UTF-8"],
+        id="latin-1",
+    ),
+    pytest.param(
+        "applications: []".encode("utf-16-le"),
+        [": byte 1 is a NUL: this is not UTF-8 text; save the file as UTF-8"],
+        id="UTF-16",
+    ),
+    pytest.param(
+        b"applications: []\x00",
+        [": byte 16 is a NUL: this is not UTF-8 text; save the file as UTF-8"],
+        id="NUL",
+    ),
+    pytest.param("[" * 10_000, [":1:101: nested deeper than 100 levels"], id="nested too deep"),
+    pytest.param(
+        ALIAS_BOMB,
+        [
+            (
+                ":1:10: f[0][3][3][7][2][1]: excessive aliasing: more than 100000 values when "
+                "aliases are expanded"
+            )
+        ],
+        id="alias bomb",
+    ),
+    pytest.param(
+        "applications: &x\n- b: *x\n",
+        [":1:15: applications[0].b: an alias stands inside of what it refers to"],
+        id="alias of itself",
+    ),
+    pytest.param(
+        "applications: *nowhere\n",
+        [(":1:15: not YAML: found undefined alias 'nowhere'; the line: applications: *nowhere")],
+        id="unknown alias",
+    ),
+    pytest.param(
+        "applications: !!python/object/apply:os.system [touch /tmp/pwn]\n",
+        [(":1:15: the tag !!python/object/apply:os.system is not allowed; plain YAML values only")],
+        id="python tag",
+    ),
+    pytest.param(
+        "applications: !!python/name:os.system\n",
+        [":1:15: the tag !!python/name:os.system is not allowed; plain YAML values only"],
+        id="python name",
+    ),
+    pytest.param(
+        "applications: !mine []\n",
+        [":1:15: the tag !mine is not allowed; plain YAML values only"],
+        id="own tag",
+    ),
+    pytest.param(
+        ONE + ", name: b}\n",
+        [
+            (
+                ":2:31: applications[0]: 'name' is given twice, in line 2 and in line 2; keep one"
+                " of them"
+            )
+        ],
+        id="same key twice",
+    ),
+    pytest.param(
+        "applications: []\napplications: []\n",
+        [":2:1: 'applications' is given twice, in line 1 and in line 2; keep one of them"],
+        id="applications twice",
+    ),
+    pytest.param(
+        "http_option: {port: 1}\napplications: []\n",
+        [
+            ":1:1: unknown key 'http_option', did you mean 'http_options'?",
+            ":2:1: warning: applications: there is no application",
+        ],
+        id="top key near miss",
+    ),
+    pytest.param(
+        "http_options: {prot: 1}\napplications: []\n",
+        [
+            ":1:16: http_options: unknown key 'prot', did you mean 'port'?",
+            ":2:1: warning: applications: there is no application",
+        ],
+        id="http option misspelt",
+    ),
+    pytest.param(
+        "http_options: {port: eight}\napplications: []\n",
+        [
+            ":1:16: http_options.port: 'eight' is not a port, 1 to 65535",
+            ":2:1: warning: applications: there is no application",
+        ],
+        id="port text",
+    ),
+    pytest.param(
+        "http_options: {port: 70000}\napplications: []\n",
+        [
+            ":1:16: http_options.port: 70000 is not a port, 1 to 65535",
+            ":2:1: warning: applications: there is no application",
+        ],
+        id="port too big",
+    ),
+    pytest.param(
+        "target_capacity: 50\napplications: []\n",
+        [
+            (
+                ":1:1: target_capacity: is only supported by `serve deploy`: Serve does not take "
+                "it for single applications; leave it out, or deploy this file with `serve "
+                "deploy`"
+            ),
+            ":2:1: warning: applications: there is no application",
+        ],
+        id="target_capacity",
+    ),
+    pytest.param(
+        "applications: {a: 1}\n",
+        [":1:1: applications: {'a': 1} is not a list"],
+        id="applications a mapping",
+    ),
+    pytest.param(
+        "applications: [a]\n",
+        [":1:16: applications[0]: 'a' is not a mapping"],
+        id="application a text",
+    ),
+    pytest.param(
+        ONE + ", rout_prefix: /a}\n",
+        [":2:31: applications[0]: unknown key 'rout_prefix', did you mean 'route_prefix'?"],
+        id="application key misspelt",
+    ),
+    pytest.param(
+        "applications:\n- name: a\n",
+        [
+            (
+                ":2:3: applications[0]: import_path is missing; for LLMs: import_path: "
+                "ray.serve.llm:build_openai_app"
+            )
+        ],
+        id="no import_path",
+    ),
+    pytest.param(
+        "applications:\n- {name: a, import_path: mymodule}\n",
+        [
+            (
+                ":2:13: applications[0].import_path: 'mymodule' is not an import path; "
+                "module:attribute, such as ray.serve.llm:build_openai_app"
+            )
+        ],
+        id="import_path without attribute",
+    ),
+    pytest.param(
+        "applications:\n- {name: a, import_path: 'a:b:c'}\n",
+        [
+            (
+                ":2:13: applications[0].import_path: 'a:b:c' is not an import path; "
+                "module:attribute, such as ray.serve.llm:build_openai_app"
+            )
+        ],
+        id="import_path with two colons",
+    ),
+    pytest.param(
+        "applications:\n- {name: a, import_path: 3}\n",
+        [":2:13: applications[0].import_path: 3 is not a text"],
+        id="import_path a number",
+    ),
+    pytest.param(
+        "applications:\n- {name: 'a#b', import_path: m:a}\n",
+        [":2:4: applications[0].name: a name is a text with something in it and no '#'"],
+        id="name with #",
+    ),
+    pytest.param(
+        "applications:\n- {name: '', import_path: m:a}\n",
+        [":2:4: applications[0].name: a name is a text with something in it and no '#'"],
+        id="name empty",
+    ),
+    pytest.param(
+        "applications:\n- {name: 5, import_path: m:a}\n",
+        [":2:4: applications[0].name: 5 is not a text"],
+        id="name a number",
+    ),
+    pytest.param(
+        ONE + ", route_prefix: /a}\n- {name: a, import_path: m:a, route_prefix: /b}\n",
+        [
+            (
+                ":3:4: applications[1].name: the application 'a' is there twice, first at "
+                "applications[0].name; give each its own"
+            )
+        ],
+        id="same name",
+    ),
+    pytest.param(
+        "applications:\n- {import_path: m:a, route_prefix: /a}\n- {import_path: m:a, route_prefix: /b}\n",
+        [
+            (
+                ":3:3: applications[1].name: the application 'default' is there twice, first at "
+                "applications[0].name; give each its own"
+            )
+        ],
+        id="no names",
+    ),
+    pytest.param(
+        ONE + ", route_prefix: /a}\n- {name: b, import_path: m:a, route_prefix: /a}\n",
+        [
+            (
+                ":3:31: applications[1].route_prefix: the route '/a' is there twice, first at "
+                "applications[0].route_prefix; give each its own"
+            )
+        ],
+        id="same route",
+    ),
+    pytest.param(
+        ONE + "}\n- {name: b, import_path: m:a}\n",
+        [
+            (
+                ":3:3: applications[1].route_prefix: the route '/' is there twice, first at "
+                "applications[0].route_prefix; give each its own"
+            )
+        ],
+        id="both routes missing",
+    ),
+    pytest.param(
+        ONE + ", route_prefix: a}\n",
+        [":2:31: applications[0].route_prefix: 'a' does not start with '/'; write /a"],
+        id="route without slash",
+    ),
+    pytest.param(
+        ONE + ", route_prefix: /a/}\n",
+        [":2:31: applications[0].route_prefix: '/a/' ends with '/'; leave the last '/' out"],
+        id="route with slash at the end",
+    ),
+    pytest.param(
+        ONE + ", route_prefix: '/{a}'}\n",
+        [(":2:31: applications[0].route_prefix: '/{a}' has a wildcard, which Serve does not take")],
+        id="route with braces",
+    ),
+    pytest.param(
+        ONE + ", autoscaling_policy: {policy_function: m:f}}\n",
+        [
+            (
+                ":2:31: applications[0].autoscaling_policy: is only supported by `serve deploy`: "
+                "Serve does not take it for single applications; leave it out, or deploy this "
+                "file with `serve deploy`"
+            )
+        ],
+        id="autoscaling_policy",
+    ),
+    pytest.param(
+        ONE + ", runtime_env: {env_vars: {A: 1}}}\n",
+        [
+            (
+                ":2:56: applications[0].runtime_env.env_vars.A: 1 is not a text; put it in "
+                'quotes: A: "1"'
+            )
+        ],
+        id="env var a number",
+    ),
+    pytest.param(
+        ONE + ", runtime_env: {env_vars: {A: yes}}}\n",
+        [
+            (
+                ":2:56: applications[0].runtime_env.env_vars.A: true is not a text; put it in "
+                'quotes: A: "true"'
+            )
+        ],
+        id="env var a boolean",
+    ),
+    pytest.param(
+        ONE + ", runtime_env: {env_vars: [A]}}\n",
+        [":2:45: applications[0].runtime_env.env_vars: ['A'] is not a mapping"],
+        id="env_vars a list",
+    ),
+    pytest.param(
+        ONE + ", runtime_env: x}\n",
+        [":2:31: applications[0].runtime_env: 'x' is not a mapping"],
+        id="runtime_env a text",
+    ),
+    pytest.param(
+        ONE + ", args: 3}\n",
+        [":2:31: applications[0].args: 3 is not a mapping"],
+        id="args a number",
+    ),
+    pytest.param(
+        ONE + ", deployments: {d: 1}}\n",
+        [":2:31: applications[0].deployments: {'d': 1} is not a list"],
+        id="deployments a mapping",
+    ),
+    pytest.param(
+        ONE + ", deployments: [{num_replicas: 1}]}\n",
+        [":2:45: applications[0].deployments[0]: name is missing"],
+        id="deployment without name",
+    ),
+    pytest.param(
+        ONE + ", deployments: [{name: d}, {name: d}]}\n",
+        [
+            (
+                ":2:57: applications[0].deployments[1].name: the deployment 'd' is there twice, "
+                "first at applications[0].deployments[0].name; give each its own"
+            )
+        ],
+        id="deployment twice",
+    ),
+    pytest.param(
+        ONE + ", deployments: [{name: d, num_replica: 2}]}\n",
+        [
+            (
+                ":2:55: applications[0].deployments[0]: unknown key 'num_replica', did you mean "
+                "'num_replicas'?"
+            )
+        ],
+        id="num_replica",
+    ),
+    pytest.param(
+        ONE + ", deployments: [{name: d, num_gpu: 2}]}\n",
+        [
+            (
+                ":2:55: applications[0].deployments[0]: unknown key 'num_gpu', did you mean "
+                "'num_gpus'?"
+            )
+        ],
+        id="num_gpu",
+    ),
+    pytest.param(
+        ONE + ", deployments: [{name: d, num_gpus: abc}]}\n",
+        [":2:55: applications[0].deployments[0].num_gpus: 'abc' is not a number, 0 or more"],
+        id="num_gpus text",
+    ),
+    pytest.param(
+        ONE + ", deployments: [{name: d, num_gpus: -1}]}\n",
+        [":2:55: applications[0].deployments[0].num_gpus: -1 is not a number, 0 or more"],
+        id="num_gpus negative",
+    ),
+    pytest.param(
+        ONE + ", deployments: [{name: d, num_gpus: .nan}]}\n",
+        [":2:55: applications[0].deployments[0].num_gpus: nan is not a number, 0 or more"],
+        id="num_gpus NaN",
+    ),
+    pytest.param(
+        ONE + ", deployments: [{name: d, num_gpus: .inf}]}\n",
+        [":2:55: applications[0].deployments[0].num_gpus: inf is not a number, 0 or more"],
+        id="num_gpus infinite",
+    ),
+    pytest.param(
+        ONE + ", deployments: [{name: d, num_gpus: true}]}\n",
+        [":2:55: applications[0].deployments[0].num_gpus: true is not a number, 0 or more"],
+        id="num_gpus true",
+    ),
+    pytest.param(
+        ONE + ", deployments: [{name: d, cpus: 1, num_cpus: 2}]}\n",
+        [
+            (
+                ":2:64: applications[0].deployments[0].num_cpus: num_cpus: 2 and cpus: 1 "
+                "disagree; give one of them"
+            )
+        ],
+        id="cpus and num_cpus",
+    ),
+    pytest.param(
+        ONE + ", deployments: [{name: d, gpus: 1, ray_actor_options: {num_gpus: 2}}]}\n",
+        [
+            (
+                ":2:55: applications[0].deployments[0].gpus: gpus: 1 and "
+                "ray_actor_options.num_gpus: 2 disagree; give one of them"
+            )
+        ],
+        id="gpus and actor options",
+    ),
+    pytest.param(
+        ONE + ", deployments: [{name: d, ray_actor_options: {num_cpu: 1}}]}\n",
+        [
+            (
+                ":2:75: applications[0].deployments[0].ray_actor_options: unknown key 'num_cpu', "
+                "did you mean 'num_cpus'?"
+            )
+        ],
+        id="actor option misspelt",
+    ),
+    pytest.param(
+        ONE + ", deployments: [{name: d, ray_actor_options: [1]}]}\n",
+        [":2:55: applications[0].deployments[0].ray_actor_options: [1] is not a mapping"],
+        id="actor options a list",
+    ),
+    pytest.param(
+        ONE + ", deployments: [{name: d, num_replicas: 0}]}\n",
+        [
+            (
+                ":2:55: applications[0].deployments[0].num_replicas: 0 is not a whole number, 1 "
+                "or more, or auto"
+            )
+        ],
+        id="replicas zero",
+    ),
+    pytest.param(
+        ONE + ", deployments: [{name: d, num_replicas: many}]}\n",
+        [
+            (
+                ":2:55: applications[0].deployments[0].num_replicas: 'many' is not a whole "
+                "number, 1 or more, or auto"
+            )
+        ],
+        id="replicas a word",
+    ),
+    pytest.param(
+        ONE
+        + ", deployments: [{name: d, num_replicas: 2, autoscaling_config: {max_replicas: 3}}]}\n",
+        [
+            (
+                ":2:55: applications[0].deployments[0].num_replicas: num_replicas and "
+                "autoscaling_config exclude each other; remove one of them, or set num_replicas: "
+                "auto"
+            )
+        ],
+        id="replicas and autoscaling",
+    ),
+    pytest.param(
+        ONE
+        + ", deployments: [{name: d, autoscaling_config: {min_replicas: 3, max_replicas: 2}}]}\n",
+        [
+            (
+                ":2:55: applications[0].deployments[0].autoscaling_config: min_replicas: 3 is "
+                "more than max_replicas: 2"
+            )
+        ],
+        id="min above max",
+    ),
+    pytest.param(
+        ONE
+        + ", deployments: [{name: d, autoscaling_config: {min_replicas: 1, max_replicas: 2, initial_replicas: 5}}]}\n",
+        [
+            (
+                ":2:110: applications[0].deployments[0].autoscaling_config.initial_replicas: "
+                "initial_replicas: 5 is not between 1 and 2"
+            )
+        ],
+        id="initial outside",
+    ),
+    pytest.param(
+        ONE + ", deployments: [{name: d, max_replicas: 3}]}\n",
+        [
+            (
+                ":2:55: applications[0].deployments[0]: 'max_replicas' does not belong here; move"
+                " it into autoscaling_config"
+            )
+        ],
+        id="max_replicas beside",
+    ),
+    pytest.param(
+        ONE + ", deployments: [{name: d, autoscaling_config: {max_ongoing_requests: 3}}]}\n",
+        [
+            (
+                ":2:76: applications[0].deployments[0].autoscaling_config: 'max_ongoing_requests'"
+                " does not belong here; move it up, beside autoscaling_config"
+            )
+        ],
+        id="max_ongoing_requests inside",
+    ),
+    pytest.param(
+        ONE + ", deployments: [{name: d, max_ongoing_requests: 0}]}\n",
+        [
+            (
+                ":2:55: applications[0].deployments[0].max_ongoing_requests: 0 is not a whole "
+                "number, 1 or more"
+            )
+        ],
+        id="max_ongoing_requests zero",
+    ),
+    pytest.param(
+        ONE + ", deployments: [{name: d, autoscaling_config: {max_replica: 3}}]}\n",
+        [
+            (
+                ":2:76: applications[0].deployments[0].autoscaling_config: unknown key "
+                "'max_replica', did you mean 'max_replicas'?"
+            )
+        ],
+        id="autoscaling key misspelt",
+    ),
+    pytest.param(
+        ONE + ", deployments: [{name: d, autoscaling_config: {target_ongoing_requests: 0}}]}\n",
+        [
+            (
+                ":2:76: "
+                "applications[0].deployments[0].autoscaling_config.target_ongoing_requests: 0 is "
+                "not a number above 0"
+            )
+        ],
+        id="target zero",
+    ),
+    pytest.param(
+        ONE + ", llm_configs: []}\n",
+        [":2:31: applications[0]: 'llm_configs' does not belong here; move it into args"],
+        id="llm_configs outside args",
+    ),
+    pytest.param(
+        "applications:\n- {import_path: ray.serve.llm:build_openai_app, args: {llm_configs: 5}}\n",
+        [":2:56: applications[0].args.llm_configs: 5 is not a list"],
+        id="llm_configs a number",
+    ),
+    pytest.param(
+        "applications:\n- {import_path: ray.serve.llm:build_openai_app, args: {llm_configs: []}}\n",
+        [":2:56: applications[0].args.llm_configs: there is no LLM"],
+        id="llm_configs empty",
+    ),
+    pytest.param(
+        "applications:\n- {import_path: ray.serve.llm:build_openai_app, args: {llm_confgs: []}}\n",
+        [
+            ":2:49: applications[0].args: there is no LLM; give llm_configs, a list of them",
+            (":2:56: applications[0].args: unknown key 'llm_confgs', did you mean 'llm_configs'?"),
+        ],
+        id="llm_config misspelt",
+    ),
+    pytest.param(
+        "applications:\n- {import_path: ray.serve.llm:build_openai_app, args: {llm_configs: [{engine_kwargs: {}}]}}\n",
+        [
+            (
+                ":2:70: applications[0].args.llm_configs[0]: model_loading_config is missing; it "
+                "holds model_id"
+            )
+        ],
+        id="no model_loading_config",
+    ),
+    pytest.param(
+        "applications:\n- {import_path: ray.serve.llm:build_openai_app, args: {llm_configs: [{model_loading_config: {model_source: x}}]}}\n",
+        [(":2:71: applications[0].args.llm_configs[0].model_loading_config: model_id is missing")],
+        id="no model_id",
+    ),
+    pytest.param(
+        LLM + "      model_id: m\n",
+        [
+            (
+                ":6:7: applications[0].args.llm_configs[0]: 'model_id' does not belong here; move"
+                " it into model_loading_config"
+            )
+        ],
+        id="model_id beside",
+    ),
+    pytest.param(
+        LLM + "      type: x\n",
+        [
+            (
+                ":6:7: applications[0].args.llm_configs[0]: unknown key 'type'; known are "
+                "accelerator_config, accelerator_type, callback_config, deployment_config, "
+                "engine_kwargs, experimental_configs, llm_engine, log_engine_metrics, "
+                "lora_config, model_loading_config, placement_group_config, runtime_env, "
+                "server_cls"
+            )
+        ],
+        id="unknown LLM key",
+    ),
+    pytest.param(
+        LLM + "      num_gpus: 1\n",
+        [
+            (
+                ":6:7: applications[0].args.llm_configs[0]: 'num_gpus' does not belong here; move"
+                " it into deployment_config"
+            )
+        ],
+        id="num_gpus of the LLM",
+    ),
+    pytest.param(
+        LLM + "    - model_loading_config: {model_id: m}\n",
+        [
+            (
+                ":6:30: applications[0].args.llm_configs[1].model_loading_config.model_id: the "
+                "model id 'm' is there twice, first at "
+                "applications[0].args.llm_configs[0].model_loading_config.model_id; give each its"
+                " own"
+            )
+        ],
+        id="same model_id",
+    ),
+    pytest.param(
+        LLM + "      deployment_config: {num_gpu: 0.45}\n",
+        [
+            (
+                ":6:27: applications[0].args.llm_configs[0].deployment_config: unknown key "
+                "'num_gpu', did you mean 'num_gpus'?"
+            )
+        ],
+        id="num_gpu of an LLM",
+    ),
+    pytest.param(
+        LLM + "      deployment_config: {num_gpus: 1.5}\n",
+        [
+            (
+                ":6:7: applications[0].args.llm_configs[0].deployment_config: num_gpus: 1.5 over "
+                "1 engine worker(s) is 1.5 GPU a worker; above 1 Ray takes whole GPUs only; use 1"
+                " or 2"
+            )
+        ],
+        id="fraction above one",
+    ),
+    pytest.param(
+        LLM + "      deployment_config: {num_gpus: 0}\n      accelerator_type: A10G\n",
+        [
+            (
+                ":6:7: applications[0].args.llm_configs[0].deployment_config: num_gpus: 0 asks "
+                "for the CPU engine, but accelerator_type asks for GPUs; remove one of them, or "
+                "give num_gpus the share that a replica takes"
+            )
+        ],
+        id="CPU engine on an accelerator",
+    ),
+    pytest.param(
+        LLM + "      engine_kwargs: {tensor_parallel_size: 0}\n",
+        [
+            (
+                ":6:23: applications[0].args.llm_configs[0].engine_kwargs.tensor_parallel_size: 0"
+                " is not a whole number, 1 or more"
+            )
+        ],
+        id="tensor parallel zero",
+    ),
+    pytest.param(
+        LLM + "      engine_kwargs: {max_model_length: 10}\n",
+        [
+            (
+                ":6:23: applications[0].args.llm_configs[0].engine_kwargs: unknown key "
+                "'max_model_length', did you mean 'max_model_len'?"
+            )
+        ],
+        id="engine key misspelt",
+    ),
+    pytest.param(
+        LLM + "      engine_kwargs: {gpu_memory_utilization: 1.5}\n",
+        [
+            (
+                ":6:23: applications[0].args.llm_configs[0].engine_kwargs.gpu_memory_utilization:"
+                " 1.5 is not a number above 0, 1 at most"
+            )
+        ],
+        id="utilization above one",
+    ),
+    pytest.param(
+        LLM + "      placement_group_config: {bundle_per_workr: {GPU: 1}}\n",
+        [
+            (
+                ":6:32: applications[0].args.llm_configs[0].placement_group_config: unknown key "
+                "'bundle_per_workr', did you mean 'bundle_per_worker'?"
+            )
+        ],
+        id="placement misspelt",
+    ),
+    pytest.param(
+        ONE + ", args: {x: '${MODEL_ID}'}}\n",
+        [
+            (
+                ":2:41: applications[0].args.x: environment variable MODEL_ID is not set; export "
+                "it, or give a default: ${MODEL_ID:-...}"
+            )
+        ],
+        id="variable not set",
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def load(text: str | bytes, environ: dict[str, str] | None = None) -> app.Document:
+    Path("config.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return app.load_document("config.yaml", environ or {})
+
+
+def problems(text: str | bytes, environ: dict[str, str] | None = None) -> list[str]:
+    """All that the program says about a config, without the file's name."""
+    try:
+        document = load(text, environ)
+        found = app.check_document(document, app.known_keys())
+        if not app.has_errors(found):
+            _, findings = app.read_applications(document)
+            found = sorted(found + app.problems_of(document, findings), key=app.position)
+    except app.ConfigError as error:
+        found = error.problems
+    return [app.format_problem(problem).removeprefix("config.yaml") for problem in found]
+
+
+@pytest.mark.parametrize(("text", "expected"), BROKEN)
+def test_what_is_wrong_is_said_with_its_place(text: str | bytes, expected: list[str]) -> None:
+    assert problems(text) == expected
+
+
+def test_a_table_of_many() -> None:
+    assert len(BROKEN) >= 60
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(
+            ["gone.yaml"], "gone.yaml: can't be read: No such file or directory", id="gone"
+        ),
+        pytest.param(["."], ".: this is a directory; give the YAML file in it", id="a directory"),
+    ],
+)
+def test_a_file_that_is_none(arguments: list[str], message: str) -> None:
+    with pytest.raises(app.ConfigError) as error:
+        app.load_document(arguments[0], {})
+    assert [app.format_problem(problem) for problem in error.value.problems] == [message]
+
+
+def test_a_huge_file_is_not_read() -> None:
+    with Path("config.yaml").open("wb") as file:
+        file.truncate(50 * 1024 * 1024)
+    with pytest.raises(app.ConfigError, match="52428800 bytes are more than the limit of 2097152"):
+        app.load_document("config.yaml", {})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["not closed", "python tag", "num_gpu", "alias bomb", "fraction above one", "a list"],
+)
+def test_the_program_says_it_with_exit_code_2_and_without_ray(name: str) -> None:
+    (case,) = (case for case in BROKEN if case.id == name)
+    text, expected = case.values
+    assert isinstance(text, str)
+    assert isinstance(expected, list)
+    Path("broken.yaml").write_text(text)
+    finished = subprocess.run(
+        [PYTHON, "-X", "importtime", str(APP_V5), "broken.yaml"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "RAY_ADDRESS": "127.0.0.1:1"},
+    )
+    lines = finished.stderr.splitlines()
+    imported = {
+        line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")
+    }
+    said = [line for line in lines if not line.startswith("import time:")]
+    assert finished.returncode == 2
+    assert said == [f"❌ broken.yaml{problem}" for problem in expected]
+    assert not {"ray", "vllm", "torch"} & imported
+    assert not Path("/tmp/pwn").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param([], "the following arguments are required: CONFIG.yaml", id="no config"),
+        pytest.param(["x", "--max-workers", "0"], "must be 1 or more", id="no worker"),
+        pytest.param(
+            ["x", "--timeout", "-1"], "must be 0 (no limit) or a number", id="negative time"
+        ),
+        pytest.param(
+            ["x", "--nonsense"], "unrecognized arguments: --nonsense", id="unknown option"
+        ),
+        pytest.param(
+            [str(ROOT / "test_single_model.yaml"), "--only", "gpt*"],
+            "--only gpt*: no application has that name; there are falcon3-1b-instruct-app",
+            id="nothing chosen",
+        ),
+    ],
+)
+def test_a_wrong_command_line_ends_with_2(arguments: list[str], message: str) -> None:
+    finished = run_app_v5(*arguments)
+    assert finished.returncode == 2
+    assert message in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize("name", ["multi_model_config.yaml", "test_single_model.yaml"])
+def test_the_ready_made_configs_are_right(name: str) -> None:
+    document = app.load_document(str(ROOT / name), {})
+    assert app.check_document(document, app.known_keys()) == []
+    applications, findings = app.read_applications(document)
+    assert findings == []
+    for application in applications:
+        (llm,) = application.config["args"]["llm_configs"]
+        assert llm["placement_group_config"] == {"bundle_per_worker": {"GPU": 0.45}}
+
+
+# -- what is accepted ---------------------------------------------------------------------------
+
+ACCEPTED = [
+    pytest.param("\ufeffapplications:\n- import_path: m:a\n", id="BOM"),
+    pytest.param("applications:\r\n- import_path: m:a\r\n", id="CRLF"),
+    pytest.param(
+        "# chú thích\napplications:\n- {import_path: m:a, name: mô-hình}\n", id="non-ASCII"
+    ),
+    pytest.param("applications:\n- {import_path: m.n.a}\n", id="dotted import_path"),
+    pytest.param("applications:\n- {import_path: m:a, route_prefix: null}\n", id="no HTTP route"),
+    pytest.param("applications:\n- {import_path: m:a, args: {anything: [1, {x: 2}]}}\n", id="args"),
+    pytest.param(
+        "applications:\n- {name: a, import_path: m:a, route_prefix: /a}\n"
+        "- {name: b, import_path: m:a, route_prefix: /a/b}\n",
+        id="a route below another",
+    ),
+    pytest.param(
+        """
+proxy_location: HeadOnly
+http_options: {host: 0.0.0.0, port: 8000, root_path: /x, request_timeout_s: 10}
+grpc_options: {port: 9000, grpc_servicer_functions: [m:f], request_timeout_s: 3}
+logging_config: {log_level: DEBUG, encoding: JSON, enable_access_log: false}
+controller_options: {runtime_env: {env_vars: {A: "1"}}}
+applications:
+- import_path: m:a
+  name: a
+  route_prefix: /a
+  runtime_env: {working_dir: "https://example.com/code.zip", pip: [torch]}
+  external_scaler_enabled: false
+  deployments:
+  - name: d
+    num_replicas: auto
+    max_ongoing_requests: 5
+    max_queued_requests: -1
+    user_config: {threshold: 0.5}
+    autoscaling_config:
+      min_replicas: 0
+      initial_replicas: 0
+      max_replicas: 10
+      target_ongoing_requests: 2
+      metrics_interval_s: 1
+      look_back_period_s: 3
+      upscale_delay_s: 0
+      downscale_delay_s: 1.5
+      policy: {policy_function: "ray.serve.autoscaling_policy:default_autoscaling_policy"}
+    ray_actor_options:
+      {num_cpus: 0.5, num_gpus: "0.5", memory: 1.0e+9, resources: {a: 1}, accelerator_type: A10G}
+    health_check_period_s: 5
+    graceful_shutdown_timeout_s: 0
+    logging_config: {log_level: INFO}
+    request_router_config:
+      request_router_class: ray.serve.experimental.round_robin_router:RoundRobinRouter
+      request_router_kwargs: {a: 1}
+    max_surge_percent: 100
+  - {name: e, placement_group_bundles: [{CPU: 1}, {GPU: 1}], placement_group_strategy: SPREAD}
+  - {name: f, max_replicas_per_node: 2, num_replicas: 3}
+""",
+        id="all of Serve's keys",
+    ),
+    pytest.param(
+        LLM
+        + """
+      accelerator_type: A10G
+      lora_config: {dynamic_lora_loading_path: "s3://b/l", max_num_adapters_per_replica: 2}
+      engine_kwargs: {max_model_len: 100, enable_lora: true, gpu_memory_utilization: 0.4,
+                      dtype: bfloat16, enable_auto_tool_choice: true, tool_call_parser: hermes}
+      runtime_env: {env_vars: {A: "1"}}
+      log_engine_metrics: false
+      experimental_configs: {num_ingress_replicas: 2}
+      deployment_config: {num_replicas: 2, cpus: 1, gpus: 0.45, health_check_period_s: 10}
+    - model_loading_config: {model_id: n, model_source: {bucket_uri: "s3://b/m"}}
+      placement_group_config: {bundle_per_worker: {CPU: 1, GPU: 1}, strategy: SPREAD}
+    ingress_deployment_config: {num_replicas: 2}
+    ingress_cls_config: {ingress_extra_kwargs: {}}
+""",
+        id="LLMs",
+    ),
+]
+
+
+@pytest.mark.parametrize("text", ACCEPTED)
+def test_what_ray_accepts_is_accepted(text: str) -> None:
+    assert problems(text) == []
+
+
+@pytest.mark.parametrize("text", ACCEPTED)
+def test_what_these_tables_accept_ray_accepts(text: str) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    data = yaml.safe_load(text.removeprefix("\ufeff"))
+    ServeDeploySchema.model_validate(data)
+
+
+def test_unknown_keys_at_the_top_are_a_warning_since_other_tools_put_theirs_there() -> None:
+    text = "compute_config: x\napplications:\n- import_path: m:a\n"
+    assert problems(text) == [":1:1: warning: unknown key 'compute_config'; Ray ignores it"]
+
+
+def test_aliases_mean_the_same_as_what_they_stand_for_and_share_nothing() -> None:
+    aliased = load(
+        """
+applications:
+- import_path: ray.serve.llm:build_pd_openai_app
+  args:
+    prefill_config: &config
+      model_loading_config: {model_id: m}
+      deployment_config: {num_gpus: 0.5}
+    decode_config: *config
+"""
+    ).data
+    args = aliased["applications"][0]["args"]
+    assert args["prefill_config"] == args["decode_config"]
+    args["prefill_config"]["deployment_config"]["num_gpus"] = 1
+    assert args["decode_config"]["deployment_config"]["num_gpus"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &x {b: 1, c: [1, 2]}\nd: {<<: *x, b: 2}\ne: *x\n",
+        "a: &x {b: 1}\nc: &y {b: 2, d: 3}\ne: {<<: [*x, *y], f: 4}\n",
+        "7: a\ntrue: b\n2.5: c\nnull: d\n2020-01-01: e\n",
+        "a: 010\nb: 1_000\nc: yes\nd: ~\ne: .5\nf: 1e3\ng: '1'\nh: 2020-01-01\ni: !!str 3\n",
+        "a: |\n  text\n  more\nb: >\n  folded\n",
+    ],
+)
+def test_values_are_what_yaml_says(text: str) -> None:
+    document = load(f"applications: []\n{text}")
+    assert document.data == yaml.safe_load(f"applications: []\n{text}")
+
+
+def test_llm_configs_may_be_paths_and_problems_point_into_them() -> None:
+    Path("llm.yaml").write_text(
+        "model_loading_config: {model_id: m}\ndeployment_config: {num_gpu: 1}\n"
+    )
+    text = (
+        "applications:\n- import_path: ray.serve.llm:build_openai_app\n"
+        "  args: {llm_configs: [llm.yaml]}\n"
+    )
+    (problem,) = problems(text)
+    assert problem == (
+        f"{Path('llm.yaml').absolute()}:2:21: applications[0].args.llm_configs[0].deployment_config: "
+        "unknown key 'num_gpu', did you mean 'num_gpus'?"
+    )
+
+
+def test_a_path_that_is_none_names_where_was_looked(tmp_path: Path) -> None:
+    text = (
+        "applications:\n- import_path: ray.serve.llm:build_openai_app\n"
+        "  args: {llm_configs: [gone.yaml]}\n"
+    )
+    assert problems(text) == [
+        ":3:24: applications[0].args.llm_configs[0]: there is no file 'gone.yaml'; "
+        f"looked in {tmp_path} and in {tmp_path}"
+    ]
+
+
+# -- variables and secrets ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        pytest.param("${SHARE}", 0.45, id="unquoted: a number again"),
+        pytest.param("'${SHARE}'", "0.45", id="quoted: a text"),
+        pytest.param("${GONE:-0.5}", 0.5, id="default"),
+        pytest.param("${GONE:-}", None, id="empty default"),
+        pytest.param("a-${WORD}-b", "a-word-b", id="in a text"),
+        pytest.param("$${WORD}", "${WORD}", id="escaped"),
+        pytest.param("$WORD", "$WORD", id="without braces it is none"),
+    ],
+)
+def test_variables_are_filled_in(written: str, value: Any) -> None:
+    text = f"applications:\n- {{import_path: m:a, args: {{x: {written}}}}}\n".replace(
+        "{x: $", "{x: $"
+    )
+    text = f"applications:\n- import_path: m:a\n  args:\n    x: {written}\n"
+    document = load(text, {"SHARE": "0.45", "WORD": "word"})
+    assert document.data["applications"][0]["args"]["x"] == value
+
+
+@pytest.mark.parametrize("key", ["HF_TOKEN", "api_key", "api-key", "dbPassword", "secret", "KEY"])
+def test_keys_that_name_a_secret(key: str) -> None:
+    assert app.is_secret_key(key)
+
+
+@pytest.mark.parametrize(
+    "key", ["max_tokens", "tokenizer", "num_batched_tokens", "ssl_keyfile", "monkey"]
+)
+def test_keys_that_do_not(key: str) -> None:
+    assert not app.is_secret_key(key)
+
+
+def test_secrets_are_masked_wherever_they_stand() -> None:
+    text = (
+        "applications:\n- import_path: m:a\n  route_prefix: ${ROUTE}\n"
+        "  args: {hf_token: hf_12345, x: hf_12345}\n"
+    )
+    document = load(text, {"ROUTE": "/not-to-be-shown/"})
+    assert document.secrets == {"hf_12345", "/not-to-be-shown/"}
+    (problem,) = app.check_document(document, app.known_keys())
+    assert "not-to-be-shown" not in app.format_problem(problem)
+    assert app.mask("token hf_12345!", document.secrets) == "token ***!"
+
+
+def test_numbers_from_variables_are_no_secrets() -> None:
+    assert load("applications: []\nx: ${N}\n", {"N": "12345"}).secrets == frozenset()
+
+
+def test_a_sealed_config_tells_equal_secrets_from_others_and_shows_none() -> None:
+    config = {"env_vars": {"HF_TOKEN": "hf_12345"}, "args": ["hf_12345", "other"]}
+    sealed = app.seal(config, {"hf_12345"})
+    assert "hf_12345" not in json.dumps(sealed)
+    assert sealed["args"][0] == sealed["env_vars"]["HF_TOKEN"]
+    assert sealed["args"][1] == "other"
+
+
+# -- the schemas, read without importing Ray ----------------------------------------------------
+
+
+def test_the_fields_read_from_source_are_those_that_ray_has() -> None:
+    from ray.serve import schema
+    from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+
+    known = app.known_keys()
+    models = [
+        *(schema.ServeDeploySchema, schema.ServeApplicationSchema, schema.DeploymentSchema),
+        *(schema.RayActorOptionsSchema, schema.HTTPOptionsSchema, schema.gRPCOptionsSchema),
+        *(schema.LoggingConfig, AutoscalingConfig, RequestRouterConfig),
+    ]
+    for model in models:
+        assert known[model.__name__] == set(model.model_fields), model
+
+
+def test_the_options_that_change_in_place_are_rays() -> None:
+    from ray.serve._private.config import DeploymentConfig
+
+    for option in app.LIGHTWEIGHT_OPTIONS:
+        extra: Any = DeploymentConfig.model_fields[option].json_schema_extra
+        assert extra["update_type"].name != "HeavyWeight", option
+
+
+@pytest.mark.engine
+def test_the_fields_of_llms_and_of_the_engine_are_those_that_the_builder_takes() -> None:
+    from ray.llm._internal.serve.core.configs.llm_config import LLMConfig, ModelLoadingConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import FrontendArgs
+
+    known = app.known_keys()
+    for model in (LLMConfig, ModelLoadingConfig):
+        assert known[model.__name__] == set(model.model_fields), model
+    taken = {
+        field.name for args in (AsyncEngineArgs, FrontendArgs) for field in dataclasses.fields(args)
+    }
+    assert known[app.ENGINE] >= taken
+
+
+# -- whatever a file holds ----------------------------------------------------------------------
+
+VALID = [case.values[0] for case in ACCEPTED if isinstance(case.values[0], str)]
+STRANGE = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(10**6), 10**6),
+    st.floats(),
+    st.text(max_size=8),
+    st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=4), st.integers(), max_size=2),
+)
+
+
+def judged(text: str) -> None:
+    """Any text gives a document or a ConfigError, and every check comes to an end."""
+    for problem in problems(text.encode("utf-8", "surrogatepass")):
+        assert "Traceback" not in problem
+
+
+@settings(
+    max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.sampled_from(VALID), st.integers(0, 3000), st.integers(0, 8), st.text(max_size=6))
+def test_no_text_breaks_the_program(text: str, start: int, length: int, inserted: str) -> None:
+    start %= len(text)
+    judged(text[:start] + inserted + text[start + length :])
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
+    return [path, *(place for key, item in items for place in places(item, (*path, key)))]
+
+
+@settings(
+    max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.sampled_from(VALID), st.integers(0, 10**6), STRANGE)
+def test_no_value_in_any_place_breaks_the_program(text: str, number: int, value: Any) -> None:
+    data = copy.deepcopy(yaml.safe_load(text.removeprefix("\ufeff")))
+    choices = places(data)[1:]
+    *above, key = choices[number % len(choices)]
+    holder = data
+    for step in above:
+        holder = holder[step]
+    holder[key] = value
+    judged(yaml.safe_dump(data, allow_unicode=True))
