@@ -3260,6 +3260,12 @@ WRAPPERS = re.compile(
 )
 """Exceptions whose text only points elsewhere (vllm/v1/engine/utils.py, vllm/v1/executor)."""
 
+WRAPPING_WORDS = re.compile(
+    r"^RuntimeError: Failed to create vLLM engine config: "
+    r"(?:\d+ validation errors? for \w+ (?:Value error, )?)?"
+)
+"""What is put before the cause's own words (ray/llm/_internal/serve/engines/vllm)."""
+
 POINTS_ELSEWHERE = re.compile(r"See root cause above|background process|died before|has died")
 
 HINTS: tuple[tuple[str, str], ...] = (
@@ -3376,7 +3382,7 @@ def real_exceptions(text: str) -> list[str]:
         points_down = line.endswith(":") or " validation error" in line
         below = lines[index + 1 : index + 1 + LINES_BELOW] if points_down else []
         further = itertools.takewhile(bool, map(str.strip, below))
-        found.append(" ".join([line, *further]))
+        found.append(WRAPPING_WORDS.sub("", " ".join([line, *further])))
     return list(dict.fromkeys(found))
 
 
@@ -3916,9 +3922,22 @@ def format_unfinished(outcome: Outcome, dashboard_url: str) -> list[str]:
             lines.append("   The cluster goes on deploying it")
     if outcome.deleted:
         lines.append("   It was deleted again (--on-failure delete)")
+    lines += [f"   Logs: {command}" for command in log_commands(outcome)]
     if outcome.submitted and dashboard_url:
         lines.append(f"   Dashboard: {dashboard_url}/#/serve/applications/{quote(name, safe='')}")
     return lines
+
+
+def log_commands(outcome: Outcome) -> list[str]:
+    """The commands that print what the replica that died last wrote: its stderr, its stdout (the
+    engine writes to either), and its log in Serve's words."""
+    deployments = outcome.state.deployments if outcome.state and outcome.submitted else ()
+    dead = [replica for deployment in deployments for replica in deployment.dead_replicas]
+    if not dead or outcome.result is Result.RUNNING:
+        return []
+    last = max(dead, key=lambda replica: replica.started_s)
+    actor = f"ray logs actor --id {last.actor_id} --tail {LOG_LINES}"
+    return [f"{actor} --err", actor, f"ray logs {last.log_file.lstrip('/')}"]
 
 
 def format_seconds(seconds: float) -> str:
@@ -3996,6 +4015,7 @@ def outcome_json(outcome: Outcome, base_url: str) -> Config:
         "status": state.status if state else None,
         "cause": outcome.cause.text if outcome.cause else None,
         "hint": outcome.cause.hint if outcome.cause else None,
+        "logs": log_commands(outcome),
         "route_prefix": route,
         "base_url": None if route is None else base_url + quote(route.rstrip("/")),
         "models": [
