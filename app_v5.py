@@ -2748,6 +2748,9 @@ class RayCluster:
                 f"{wanted}: Ray Client and dashboard addresses are not supported",
                 "give HOST:PORT of the head (port 6379 by default), or run on a cluster node",
             )
+        if not self.worker_logs:
+            # Ray's C++ writes to stderr by itself, much of it once the head is gone.
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         import ray
         from ray._private.services import canonicalize_bootstrap_address
 
@@ -3893,6 +3896,8 @@ def format_running(outcome: Outcome, base_url: str) -> list[str]:
                 f"replicas {format_replicas(demand)}"
             )
     route = application.route_prefix
+    if not base_url:
+        return [*lines, "   It ran when the cluster was last seen"]
     if route is None:
         return [*lines, "   No HTTP route (route_prefix: null)"]
     prefix = route.rstrip("/")
@@ -3910,6 +3915,8 @@ def format_unfinished(outcome: Outcome, dashboard_url: str) -> list[str]:
     lines = [f"• {name}: {outcome.result.value} after {format_seconds(outcome.seconds)}"]
     if outcome.cause:
         lines += format_cause(outcome.cause)
+    if outcome.result is Result.UNKNOWN:
+        lines.append("   The cluster was lost: whether it runs, or ever will, is not known")
     if outcome.result is Result.INTERRUPTED:
         lines.append(
             "   It was submitted and goes on deploying; this program no longer watches it"
@@ -3923,7 +3930,7 @@ def format_unfinished(outcome: Outcome, dashboard_url: str) -> list[str]:
     if outcome.deleted:
         lines.append("   It was deleted again (--on-failure delete)")
     lines += [f"   Logs: {command}" for command in log_commands(outcome)]
-    if outcome.submitted and dashboard_url:
+    if outcome.submitted and dashboard_url and outcome.result is not Result.UNKNOWN:
         lines.append(f"   Dashboard: {dashboard_url}/#/serve/applications/{quote(name, safe='')}")
     return lines
 

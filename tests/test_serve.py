@@ -257,3 +257,36 @@ def test_secrets_are_shown_nowhere(user: User) -> None:
     finished = user.run("--plan", config=user.write(secret))
     assert "RESTART because runtime_env.env_vars.HF_TOKEN: *** → ***" in finished.stdout
     assert "hf_" not in finished.stdout + finished.stderr
+
+
+def answers(user: User, route: str) -> bool:
+    try:
+        return bool(get_text(user, route))
+    except OSError:
+        return False
+
+
+def test_a_head_that_dies_is_reported_before_ray_kills_the_program(
+    tmp_path: Path, http_port: int
+) -> None:
+    with RayHead() as head:
+        user = User(head, tmp_path, http_port)
+        config = user.write(app("good"), app("slow", "slow", args={"seconds": 200}))
+        process = subprocess.Popen(
+            [PYTHON, str(APP_V5), str(config)],
+            env=head.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        wait_until(lambda: answers(user, "/good"), 60, "the good application")
+        time.sleep(3)
+        head.nodes[0].kill()
+        died = time.monotonic()
+        out, err = process.communicate(timeout=90)
+    assert time.monotonic() - died < 55
+    assert process.returncode == 3
+    assert "It ran when the cluster was last seen" in about("good", out)
+    assert "UNKNOWN" in about("slow", out)
+    assert "the head node has not answered" in err
+    assert "Traceback" not in err
