@@ -3092,15 +3092,29 @@ class RayCluster:
         return rows
 
     def failure_logs(self, state: ApplicationState) -> list[str]:
-        """The ends of the log files of an application's dead replicas, the latest first."""
+        """The ends of the log files of an application's dead replicas, the latest first, and at
+        last what Ray says of how they died."""
         dead = [replica for d in state.deployments for replica in d.dead_replicas]
-        latest = sorted(dead, key=lambda replica: replica.started_s, reverse=True)
-        return [
+        latest = sorted(dead, key=lambda replica: replica.started_s, reverse=True)[:MOST_LOGS]
+        logs = [
             text
-            for replica in latest[:MOST_LOGS]
+            for replica in latest
             for suffix in ("err", "out")
             if (text := self.log_tail(replica.actor_id, suffix))
         ]
+        return logs + [self.death_of(replica.actor_id) for replica in latest]
+
+    def death_of(self, actor_id: str) -> str:
+        """How an actor's process ended, as Ray knows it: its exit type and code."""
+        import ray
+        from ray.util.state import get_actor
+
+        with contextlib.suppress(ray.exceptions.RayError, RuntimeError, OSError):
+            actor = get_actor(actor_id, timeout=10)
+            context = ((actor.death_cause if actor else None) or {}).get("actor_died_error_context")
+            if context and context.get("error_message"):
+                return f"ActorDiedError: {context['error_message']}"
+        return ""
 
     def starting_log(self, state: ApplicationState) -> str:
         """The ends of the logs of an application's replicas that start now."""
@@ -3269,7 +3283,7 @@ WRAPPING_WORDS = re.compile(
 )
 """What is put before the cause's own words (ray/llm/_internal/serve/engines/vllm)."""
 
-POINTS_ELSEWHERE = re.compile(r"See root cause above|background process|died before|has died")
+POINTS_ELSEWHERE = re.compile(r"See root cause above|in a background process")
 
 HINTS: tuple[tuple[str, str], ...] = (
     # vllm/v1/core/kv_cache_utils.py
@@ -3348,7 +3362,12 @@ HINTS: tuple[tuple[str, str], ...] = (
     (r"runtime_env could not be set up|Failed to set up runtime environment", "check runtime_env"),
     (r"[Aa]ddress already in use|Failed to bind to address", "another process has the port"),
     (
-        r"running low on memory|OOM",
+        r"Worker exit type: SYSTEM_ERROR",
+        "the replica's process was killed or crashed: its logs, and the node's dmesg, tell whether "
+        "main memory ran out",
+    ),
+    (
+        r"running low on memory",
         "the node ran out of main memory: fewer replicas on it, or a ray_actor_options.memory",
     ),
     (r"Prefix \S+ is being used by application", "give one of the two another route_prefix"),
@@ -3371,7 +3390,8 @@ def root_cause(message: str, logs: Sequence[str] = ()) -> Cause:
         text = (hinted or logged)[0]
     else:
         text = plain_cause(message)
-    return Cause(shortened(text, MOST_CAUSE_CHARACTERS), hint_for(text))
+    hint = hint_for(text) or hint_for(message.partition("\n")[0])
+    return Cause(shortened(text, MOST_CAUSE_CHARACTERS), hint)
 
 
 def real_exceptions(text: str) -> list[str]:
@@ -3869,6 +3889,16 @@ def demand_of(model: ModelSpec, demands: Sequence[Demand]) -> Demand | None:
     return next((demand for demand in demands if demand.deployment.endswith(suffix)), None)
 
 
+def endpoints(application: ApplicationSpec) -> list[tuple[str, str]]:
+    """What an application answers to: method and path."""
+    if application.route_prefix is None:
+        return []
+    if not application.models:
+        return [("ANY", application.route_prefix)]
+    prefix = application.route_prefix.rstrip("/")
+    return [(method, f"{prefix}{path}") for method, path in LLM_ENDPOINTS]
+
+
 def format_running(outcome: Outcome, base_url: str) -> list[str]:
     """The summary of one application that runs, in the layout that V5's users know."""
     application = outcome.application
@@ -3902,11 +3932,7 @@ def format_running(outcome: Outcome, base_url: str) -> list[str]:
         return [*lines, "   No HTTP route (route_prefix: null)"]
     prefix = route.rstrip("/")
     lines += [f"   Base URL: {base_url}{quote(prefix) or '/'}", "   Endpoints:"]
-    if application.models:
-        lines += [f"     • {method:<4} {prefix}{path}" for method, path in LLM_ENDPOINTS]
-    else:
-        lines.append(f"     • ANY  {route}")
-    return lines
+    return lines + [f"     • {method:<4} {path}" for method, path in endpoints(application)]
 
 
 def format_unfinished(outcome: Outcome, dashboard_url: str) -> list[str]:
@@ -4025,6 +4051,7 @@ def outcome_json(outcome: Outcome, base_url: str) -> Config:
         "logs": log_commands(outcome),
         "route_prefix": route,
         "base_url": None if route is None else base_url + quote(route.rstrip("/")),
+        "endpoints": [f"{method} {path}" for method, path in endpoints(application)],
         "models": [
             {"model_id": model.model_id, "source": model.source, "notes": list(model.notes)}
             for model in application.models
@@ -4130,7 +4157,7 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """A message about the run as a whole."""
-        self.console.print(mask(text, self.secrets), markup=False)
+        self.console.print(mask(text, self.secrets), markup=False, emoji=False)
 
     def show(self, progress: Sequence[Progress]) -> None:
         """The progress of all applications: one live line each, or one line a change."""

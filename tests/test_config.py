@@ -6,7 +6,9 @@ import copy
 import dataclasses
 import json
 import os
+import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -765,9 +767,22 @@ def problems(text: str | bytes, environ: dict[str, str] | None = None) -> list[s
     return [app.format_problem(problem).removeprefix("config.yaml") for problem in found]
 
 
+@pytest.fixture
+def signals_restored() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in app.EXIT_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals_restored")
 @pytest.mark.parametrize(("text", "expected"), BROKEN)
-def test_what_is_wrong_is_said_with_its_place(text: str | bytes, expected: list[str]) -> None:
+def test_what_is_wrong_is_said_with_its_place_and_exit_code_2(
+    text: str | bytes, expected: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
     assert problems(text) == expected
+    assert app.main(["config.yaml", "--address", "127.0.0.1:1"]) == 2
+    assert capfd.readouterr().err.splitlines() == [f"❌ config.yaml{line}" for line in expected]
 
 
 def test_a_table_of_many() -> None:
@@ -1115,7 +1130,7 @@ def test_the_fields_of_llms_and_of_the_engine_are_those_that_the_builder_takes()
     taken = {
         field.name for args in (AsyncEngineArgs, FrontendArgs) for field in dataclasses.fields(args)
     }
-    assert known[app.ENGINE] >= taken
+    assert known[app.ENGINE] >= {name for name in taken if not name.startswith("_")}
 
 
 # -- whatever a file holds ----------------------------------------------------------------------

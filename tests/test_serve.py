@@ -114,6 +114,20 @@ def test_a_builder_that_fails_leaves_the_others_running(
     assert user.get("/good")["text"] == "good"
 
 
+def test_a_replica_that_dies_and_a_runtime_env_that_fails_say_so(user: User) -> None:
+    unreachable = {"working_dir": "https://127.0.0.1:1/code.zip"}
+    finished = user.deploy(
+        app("killed", "killed"), app("unset", runtime_env=unreachable), app("good")
+    )
+    assert finished.returncode == 1
+    killed, unset = about("killed", finished.stdout), about("unset", finished.stdout)
+    assert "died" in killed
+    assert "Logs: ray logs actor --id" in killed
+    assert "code.zip" in unset
+    assert "Hint: check runtime_env" in unset
+    assert user.get("/good")["text"] == "good"
+
+
 def test_a_missing_module_names_itself(user: User) -> None:
     finished = user.deploy({"name": "bad", "import_path": "no_such_module:app"}, app("good"))
     assert finished.returncode == 1
