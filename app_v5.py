@@ -2748,9 +2748,6 @@ class RayCluster:
                 f"{wanted}: Ray Client and dashboard addresses are not supported",
                 "give HOST:PORT of the head (port 6379 by default), or run on a cluster node",
             )
-        if not self.worker_logs:
-            # Ray's C++ writes to stderr by itself, much of it once the head is gone.
-            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         import ray
         from ray._private.services import canonicalize_bootstrap_address
 

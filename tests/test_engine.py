@@ -69,7 +69,8 @@ def reserved(head: RayHead) -> list[list[dict[str, float]]]:
 
 
 def wait_for_gpu_line(head: RayHead, expected: str) -> None:
-    """`ray status` is the autoscaler's report, a few seconds old."""
+    """`ray status` is the autoscaler's report, a few seconds old; its totals may have a float's
+    noise (0.8999999999999999), what is used and reserved has not."""
     wait_until(
         lambda: re.search(expected, head.ray_status()), 30, f"`ray status` to say {expected}"
     )
@@ -101,7 +102,7 @@ def test_two_replicas_on_the_gpu_code_path_share_one_gpu(
     summary = deploy(one_gpu_head, tmp_path, http_port, application("falcon3", tiny_llama, share))
     assert "Resources per replica: 1.0 CPUs, 0.45 GPUs\n" in summary
     assert reserved(one_gpu_head) == [[{"CPU": 1.0, "GPU": 0.45}]] * 2
-    wait_for_gpu_line(one_gpu_head, r"0\.9/1\.0 GPU \(0\.9 used of 0\.9 reserved")
+    wait_for_gpu_line(one_gpu_head, r" GPU \(0\.9 used of 0\.9 reserved")
     assert isinstance(chat(f"http://localhost:{http_port}/falcon3", "falcon3"), str)
 
 
@@ -116,5 +117,5 @@ def test_tensor_parallel_workers_share_what_the_replica_declares(
         application("falcon3", tiny_llama, share, tensor_parallel_size=2),
     )
     assert reserved(gpu_serve_head) == [[{"CPU": 1.0, "GPU": 0.45}, {"GPU": 0.45}]]
-    wait_for_gpu_line(gpu_serve_head, r"0\.9/2\.0 GPU \(0\.9 used of 0\.9 reserved")
+    wait_for_gpu_line(gpu_serve_head, r" GPU \(0\.9 used of 0\.9 reserved")
     assert isinstance(chat(f"http://localhost:{http_port}/falcon3", "falcon3"), str)
