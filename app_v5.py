@@ -294,6 +294,22 @@ class Action:
     reasons: tuple[str, ...] = ()
 
 
+def failed_replicas(state: ApplicationState) -> list[ReplicaState]:
+    """The replicas that do not run, of the deployments that are not healthy, the latest first.
+
+    Serve calls a replica dead some seconds after it has given up on the application, so the dead
+    ones alone would leave out the one that tells why.
+    """
+    failed = [
+        replica
+        for deployment in state.deployments
+        if deployment.status != "HEALTHY"
+        for replica in (*deployment.replicas, *deployment.dead_replicas)
+        if replica.actor_id and replica.state != "RUNNING"
+    ]
+    return sorted(failed, key=lambda replica: replica.started_s, reverse=True)
+
+
 class Result(enum.Enum):
     """How an application's deployment ended."""
 
@@ -2569,6 +2585,11 @@ CONNECT_TIMEOUT_S = 10.0
 CALL_TIMEOUT_S = 5.0
 START_HINT = "start one with `ray start --head`, or give another with --address or RAY_ADDRESS"
 MOST_LOGS, LOG_LINES = 3, 400
+DEATHS = {
+    "oom_context": "OutOfMemoryError",
+    "runtime_env_failed_context": "RuntimeEnvSetupError",
+}
+"""What Ray calls the causes of an actor's death (ActorDeathCause in common.proto)."""
 
 
 class Builder:
@@ -3089,29 +3110,35 @@ class RayCluster:
         return rows
 
     def failure_logs(self, state: ApplicationState) -> list[str]:
-        """The ends of the log files of an application's dead replicas, the latest first, and at
-        last what Ray says of how they died."""
-        dead = [replica for d in state.deployments for replica in d.dead_replicas]
-        latest = sorted(dead, key=lambda replica: replica.started_s, reverse=True)[:MOST_LOGS]
-        logs = [
-            text
-            for replica in latest
-            for suffix in ("err", "out")
-            if (text := self.log_tail(replica.actor_id, suffix))
-        ]
-        return logs + [self.death_of(replica.actor_id) for replica in latest]
+        """What the replicas that failed have left, one text each, the latest first.
 
-    def death_of(self, actor_id: str) -> str:
-        """How an actor's process ended, as Ray knows it: its exit type and code."""
+        Serve kills a replica whose constructor raised, and calls it dead some seconds after it has
+        given up on the application; so all that do not run count, of what is not healthy.
+        """
+        return [self.last_words(r.actor_id) for r in failed_replicas(state)[:MOST_LOGS]]
+
+    def last_words(self, actor_id: str) -> str:
+        """The ends of a replica's logs and how its process ended, then the same of its engine's
+        workers, which are actors of another job in the replica's placement group."""
         import ray
-        from ray.util.state import get_actor
+        from ray.util.state import get_actor, list_actors
 
+        actors: list[Any] = []
         with contextlib.suppress(ray.exceptions.RayError, RuntimeError, OSError):
-            actor = get_actor(actor_id, timeout=10)
-            context = ((actor.death_cause if actor else None) or {}).get("actor_died_error_context")
-            if context and context.get("error_message"):
-                return f"ActorDiedError: {context['error_message']}"
-        return ""
+            replica = get_actor(actor_id, timeout=10)
+            actors += [replica] if replica else []
+            if replica and replica.placement_group_id:
+                ended = [("class_name", "=", "RayWorkerProc"), ("state", "=", "DEAD")]
+                workers = list_actors(filters=ended, detail=True, limit=1000, timeout=10)
+                group = replica.placement_group_id
+                actors += [row for row in workers if row.placement_group_id == group][:MOST_LOGS]
+        parts = []
+        for actor in actors:
+            parts += [self.log_tail(actor.actor_id, suffix) for suffix in ("err", "out")]
+            for kind, context in (actor.death_cause or {}).items():
+                name = DEATHS.get(kind, "ActorDiedError")
+                parts.append(f"{name}: {(context or {}).get('error_message') or ''}")
+        return "\n".join(filter(None, parts))
 
     def starting_log(self, state: ApplicationState) -> str:
         """The ends of the logs of an application's replicas that start now."""
@@ -3249,38 +3276,60 @@ def first_line(text: str) -> str:
 # 7. Causes: what Serve and the engine say → the root cause, a hint, the phase of a start
 # ======================================================================================
 
-MOST_CAUSE_CHARACTERS, LINES_BELOW = 300, 3
+MOST_CAUSE_CHARACTERS = 300
 ANSI = re.compile(r"\x1b\[[0-9;]*m|\[\d+m(?=ray::|\))")
 LOG_PREFIX = re.compile(
-    r"^\s*(?:\([^()]*pid=\d+[^()]*\)\s*)?"  # (EngineCore pid=123)
+    r"^(?:\([^()]*pid=\d+[^()]*\) ?)*"  # (EngineCore pid=123) (RayWorkerProc pid=124)
     r"(?:(?:ERROR|WARNING|INFO|DEBUG|CRITICAL)\s+[\d-]+\s+[\d:,.]+\s+"
-    r"(?:\[[^]]*\]|serve \d+ --)\s?)?"
+    r"(?:\[[^]]*\]|\S+ \S+ --) ?)?"
 )
-EXCEPTION = re.compile(
-    r"^(?P<type>(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Failure|Died|Killed|"
-    r"Timeout|NotFound|Warning)\w*)(?:\([\w.]+\))?: ?(?P<text>.*)$"
+FRAME = re.compile(r'^\s*File "')
+NAMED = re.compile(
+    r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Failure|Died|Killed|Timeout|"
+    r"NotFound)\w*(?:\([\w.]+\))?(?:: ?.*)?$"
 )
+UNNAMED = re.compile(r"^[A-Za-z_][\w.]*(?:: .*)?$")
+"""An exception's line wherever it stands, and one that only stands below a stack's frames."""
+
+NEXT_MESSAGE = re.compile(
+    r"^\s*File \"|^Traceback|^During handling|^The above exception|^ray::|^:\w+:|^\[|^\S+:\d+: |"
+    r"^Failed to update|^The deployment |^Deployment '|^A replica "
+)
+"""What ends the lines that belong to an exception."""
+
 WRAPPERS = re.compile(
     "|".join(
         (
             r"^RuntimeError: (Traceback|Engine core initialization failed|Engine process failed)",
-            r"^Exception: (WorkerProc initialization failed|Worker failed with error)",
+            r"^Exception: WorkerProc initialization failed",
             r"^(ray\.exceptions\.)?RayTaskError",
             r"^(\w+\.)*CancelledError",
             r"^RuntimeError: Failed to update the deployments",
             r"^SystemExit: ",
+            r"See root cause above|in a background process",
+            # How Serve ends a replica whose constructor raised, and the engine's workers with it.
+            r"killed by `ray\.kill`|its owner has died|^ActorDiedError: $",
         )
     )
 )
 """Exceptions whose text only points elsewhere (vllm/v1/engine/utils.py, vllm/v1/executor)."""
 
-WRAPPING_WORDS = re.compile(
-    r"^RuntimeError: Failed to create vLLM engine config: "
-    r"(?:\d+ validation errors? for \w+ (?:Value error, )?)?"
+SHORTER: tuple[tuple[str, str], ...] = (
+    # ray/llm/_internal/serve/engines/vllm/vllm_engine.py, vllm/v1/executor/multiproc_executor.py
+    (r"^RuntimeError: Failed to create vLLM engine config: ", ""),
+    (r"^(?:RuntimeError: )?Worker failed with error '(.*)', please check the stack trace.*", r"\1"),
+    # pydantic
+    (r"^pydantic_core\._pydantic_core\.", ""),
+    (r"^\d+ validation errors? for \w+ Value error, ", ""),
+    (r" \[type=\w+, input_value=.*| For further information visit .*", ""),
+    # ray/_private/runtime_env/utils.py: the last line of what pip or another program printed
+    (r"^\S+CalledProcessError: Run cmd\[\d+\] failed.* ((?:ERROR|error): )", r"\1"),
+    # The raylet about a process that ended (ray/exceptions.py ActorDiedError)
+    (r"^(?:\S*ActorDiedError: )?The actor (?:died|is dead).* exit detail: ", "the process died: "),
+    (r" Some common causes include: .*", ""),
+    (r" Supported architectures: .*", ""),
 )
-"""What is put before the cause's own words (ray/llm/_internal/serve/engines/vllm)."""
-
-POINTS_ELSEWHERE = re.compile(r"See root cause above|in a background process")
+"""What of an exception nobody needs to read -> what stays of it."""
 
 HINTS: tuple[tuple[str, str], ...] = (
     # vllm/v1/core/kv_cache_utils.py
@@ -3309,14 +3358,23 @@ HINTS: tuple[tuple[str, str], ...] = (
         "the GPU has {free} of {total} GiB free: lower num_gpus or gpu_memory_utilization, or stop "
         "what else runs there (nvidia-smi shows it)",
     ),
+    # vllm/v1/worker/cpu_worker.py
+    (
+        r"Available memory on node \d+ \((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\) on kv cache.*? "
+        r"requested memory for kv \((?P<asked>[\d.]+)",
+        "the CPU engine asks for {asked} GiB of KV cache, and {free} of {total} GiB are free: "
+        "lower VLLM_CPU_KVCACHE_SPACE or engine_kwargs.kv_cache_memory_bytes",
+    ),
     (
         r"Available memory on node \d+ \((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\)",
         "the CPU engine wants a part of the machine's memory, and {free} of {total} GiB are free: "
         "lower engine_kwargs.gpu_memory_utilization (it means main memory there)",
     ),
+    # c10/cuda/CUDACachingAllocator.cpp
     (
-        r"CUDA out of memory|OutOfMemoryError.*CUDA|torch\.OutOfMemoryError",
-        "the GPU's memory is full: raise num_gpus, lower max_model_len, or use a smaller model",
+        r"CUDA out of memory.* capacity of (?P<total>[\d.]+ \w+) of which (?P<free>[\d.]+ \w+) is",
+        "the GPU's memory is full ({free} of {total} are free): raise num_gpus, lower "
+        "max_model_len, or use a smaller model",
     ),
     # vllm/config/model.py
     (
@@ -3324,94 +3382,159 @@ HINTS: tuple[tuple[str, str], ...] = (
         r"\(\w+=(?P<most>\d+)",
         "the model can take {most} tokens: set engine_kwargs.max_model_len to {most} or less",
     ),
+    # huggingface_hub/utils/_http.py; the hub answers 401 for a model that is not there, too
     (
-        r"401 Client Error|403 Client Error|GatedRepo|gated repo|Access to model .* is restricted",
+        r"Repository Not Found for url",
+        "there is no such model on Hugging Face, or it is private: check model_source, or set "
+        "HF_TOKEN in runtime_env.env_vars",
+    ),
+    (
+        r"401 Client Error|40[13] (?:Forbidden|Unauthorized)|gated repo|is restricted",
         "the model is gated: accept its licence on Hugging Face, and set HF_TOKEN in "
         "runtime_env.env_vars",
     ),
+    # huggingface_hub/utils/_validators.py: a path that is not there is taken for an id
     (
-        r"Repo id must be in the form|Incorrect path_or_model_id|local_files_only|"
-        r"is not a local folder and is not a valid model|RepositoryNotFound|404 Client Error|"
-        r"couldn't connect to|Invalid repository ID or local directory|Can't load the config",
-        "there is no such model: check model_source (a Hugging Face id, or a path that exists on "
-        "every node), and whether the node reaches the hub",
+        r"Repo id must be in the form .*?: '(?P<path>/[^']*)'",
+        "there is no {path} on the node of the replica: check model_source; a path has to exist on "
+        "every node",
+    ),
+    # transformers/utils/hub.py, vllm/transformers_utils/config.py
+    (
+        r"local_files_only|couldn't connect to",
+        "the model is not on the node, and the node does not reach Hugging Face (or HF_HUB_OFFLINE "
+        "is set): check model_source",
     ),
     (
-        r"Model architectures \[(?P<name>[^\]]*)\] are not supported|has no vLLM implementation",
+        r"Repo id must be in the form|is not a local folder|Can't load the config|"
+        r"Invalid repository ID or local directory",
+        "there is no such model: check model_source, a Hugging Face id or a path on every node",
+    ),
+    (
+        r"SafetensorError|header too large|incomplete metadata",
+        "a weights file is broken or not whole: fetch the model again",
+    ),
+    # vllm/model_executor/models/registry.py
+    (
+        r"Model architectures \[(?P<name>[^\]]*)\] are not supported",
         "this version of vLLM does not know the model's architecture: use another model or vLLM",
     ),
     (
         r"trust_remote_code",
         "the model brings its own code: set engine_kwargs.trust_remote_code: true if you trust it",
     ),
+    # ray/util/placement_group.py
     (
-        r"Cannot schedule .*cannot fit|cannot fit into any bundles",
-        "the engine asks for more of a GPU than the replica's bundles hold: set "
-        "VLLM_RAY_PER_WORKER_GPUS in runtime_env.env_vars to a worker's share, as a text",
+        r"Cannot schedule .*'GPU': (?P<asked>[\d.]+)\} cannot fit .*'GPU': (?P<held>[\d.]+)",
+        "the engine asks for {asked} GPU, and the replica's bundles hold {held}: set "
+        'VLLM_RAY_PER_WORKER_GPUS: "{held}" in runtime_env.env_vars',
     ),
+    # torch's C++, vllm/v1/executor/ray_executor_v2.py, vllm/config/device.py
     (
-        r"current platform cpu does not support ray|Failed to infer device type|No CUDA GPUs",
-        "the node has no GPU that vLLM can use: set num_gpus: 0 for the CPU engine",
+        r"does not support ray|Failed to infer device type|No CUDA GPUs|Found no NVIDIA driver|"
+        r"libcuda\.so|NVIDIA driver on your system is too old|CUDA driver version is insufficient",
+        "the node has no GPU that vLLM can use: look at nvidia-smi there, or set num_gpus: 0 for "
+        "the CPU engine",
     ),
     (r"Unknown engine argument|unexpected keyword argument", "check the spelling of the key"),
     (r"ModuleNotFoundError|No module named", "install it on the nodes, or name it in runtime_env"),
     (r"module '[^']*' has no attribute", "check the part of import_path behind the colon"),
-    (r"runtime_env could not be set up|Failed to set up runtime environment", "check runtime_env"),
-    (r"[Aa]ddress already in use|Failed to bind to address", "another process has the port"),
+    # ray/exceptions.py RuntimeEnvSetupError; Serve's own words: deployment_state.py
     (
-        r"Worker exit type: SYSTEM_ERROR",
-        "the replica's process was killed or crashed: its logs, and the node's dmesg, tell whether "
-        "main memory ran out",
+        r"runtime_env could not be set up|Failed to set up runtime env|Runtime env setup for",
+        "check runtime_env",
     ),
+    # torch's TCPStore; ray/serve/_private/http_util.py
+    (r"port: (?P<port>\d+).*address already in use", "another process has port {port} on the node"),
+    (r"Failed to bind to address '(?P<at>[^']*)'", "another process has {at}: change http_options"),
+    (r"[Aa]ddress already in use", "another process has the port"),
+    # The raylet's and the GCS's texts (ray/core/src/ray/raylet, `strings` shows them)
     (
-        r"running low on memory",
+        r"running low on memory|Memory on the node .* was (?P<used>[\d.]+)GB used",
         "the node ran out of main memory: fewer replicas on it, or a ray_actor_options.memory",
     ),
+    (r"exits with an exit code (?P<code>\d+)", "its own code ended it with exit code {code}"),
+    (
+        r"Worker exit type: SYSTEM_ERROR",
+        "the process was killed or crashed: its logs, and the node's dmesg, tell whether main "
+        "memory ran out",
+    ),
     (r"Prefix \S+ is being used by application", "give one of the two another route_prefix"),
+    # ray/serve/_private/deployment_state.py
+    (
+        r"have taken more than \d+s to be scheduled",
+        "its resources are in use, or its runtime_env is being installed: see `ray status`",
+    ),
+    (
+        r"have taken more than \d+s to initialize",
+        "the constructor is still at work, or hangs: see the replica's logs",
+    ),
+    (r"ray::Builder\.build\(\)", "import_path's builder raised it: check args"),
+    (r"validation errors? for \w+Config .*Input should be", "check that value in engine_kwargs"),
+    (r"See root cause above", "the cause may stand in the replica's logs"),
 )
 """What a cause's text matches -> what would help; {name}s come from the match."""
 
 
 def root_cause(message: str, logs: Sequence[str] = ()) -> Cause:
-    """The first real exception in what Serve says and in the ends of dead processes' logs.
+    """The first real exception in what Serve says, or in what dead replicas left, latest first.
 
-    Serve's message often only points at a log (measured on Ray 2.60); then the logs are asked.
+    Serve's message often only points at a log (FACTS.md section 4); then the logs are asked. Of
+    several exceptions that which has a hint counts; without one the last in Serve's message, as
+    Python prints the outermost last, and the first in a log, as the engine's processes pass it on.
     """
     said = real_exceptions(message)
-    logged = [text for log in logs for text in real_exceptions(log)]
-    candidates = said or logged
-    hinted = [text for text in candidates if hint_for(text)]
-    if said:
-        text = (hinted or said)[-1]
-    elif logged:
-        text = (hinted or logged)[0]
-    else:
-        text = plain_cause(message)
-    hint = hint_for(text) or hint_for(message.partition("\n")[0])
-    return Cause(shortened(text, MOST_CAUSE_CHARACTERS), hint)
+    logged = next(filter(None, map(real_exceptions, logs)), [])
+    hinted = [text for text in said or logged if hint_for(text)]
+    text = (hinted or said)[-1] if said else (hinted or logged or [plain_cause(message)])[0]
+    hint = hint_for(text) or hint_for(message.partition('\n  File "')[0])
+    return Cause(shortened(without_wrapping(text), MOST_CAUSE_CHARACTERS), hint)
 
 
 def real_exceptions(text: str) -> list[str]:
-    """The exceptions in a text that only wrap no other, in their order, each once."""
-    lines = [LOG_PREFIX.sub("", ANSI.sub("", line), count=1).rstrip() for line in text.splitlines()]
+    """The exceptions in a text that wrap no other, in their order, each once and on one line."""
+    rows = [split_prefix(line) for line in text.splitlines()]
     found = []
-    for index, line in enumerate(lines):
-        if not EXCEPTION.match(line) or WRAPPERS.match(line) or POINTS_ELSEWHERE.search(line):
-            continue
-        # What is wrong with a pydantic model stands in the lines below: a field, then its fault.
-        points_down = line.endswith(":") or " validation error" in line
-        below = lines[index + 1 : index + 1 + LINES_BELOW] if points_down else []
-        further = itertools.takewhile(bool, map(str.strip, below))
-        found.append(WRAPPING_WORDS.sub("", " ".join([line, *further])))
+    in_stack = False
+    for index, (prefix, line) in enumerate(rows):
+        raised = NAMED.match(line) or (in_stack and UNNAMED.match(line))
+        if raised and not WRAPPERS.search(line):
+            below = itertools.takewhile(partial(belongs_to, prefix), rows[index + 1 :])
+            further = (part.strip() for _, part in below)
+            found.append(" ".join([line, *filter(None, further)]))
+        in_stack = bool(FRAME.match(line)) or (in_stack and line[:1].isspace())
     return list(dict.fromkeys(found))
+
+
+def belongs_to(prefix: str, row: tuple[str, str]) -> bool:
+    """Whether a line, in two parts, goes on with what stands above it."""
+    return row[0] == prefix and not NEXT_MESSAGE.match(row[1])
+
+
+def split_prefix(line: str) -> tuple[str, str]:
+    """What a logger puts before a line, and the line."""
+    line = ANSI.sub("", line).rstrip()
+    match = LOG_PREFIX.match(line)
+    end = match.end() if match else 0
+    return line[:end], line[end:]
+
+
+def without_wrapping(text: str) -> str:
+    """An exception in the words that tell something."""
+    for pattern, words in SHORTER:
+        text = re.sub(pattern, words, text)
+    return text
 
 
 def plain_cause(message: str) -> str:
     """The last line that says something, of a message without an exception."""
     lines = [ANSI.sub("", line).strip() for line in message.splitlines()]
     said = [line for line in lines if line and not line.startswith(("File ", "Traceback", "ray::"))]
-    telling = [line for line in said if not line.startswith("Failed to update the deployments")]
+    telling = [line for line in said if not line.startswith(POINTERS)]
     return (telling or said or ["(no message)"])[-1]
+
+
+POINTERS = ("Failed to update the deployments", "This may be caused by", "ActorDiedError()")
 
 
 def hint_for(text: str) -> str:
@@ -3427,28 +3550,33 @@ PHASES: tuple[tuple[str, str], ...] = (
     (r"Downloading|Fetching \d+ files", "downloading"),
     # vllm/v1/worker/gpu_model_runner.py, cpu_model_runner.py
     (r"Starting to load model|Loading safetensors|Loading weights took", "loading weights"),
-    (r"torch\.compile|Dynamo bytecode|Compiling", "compiling"),
-    (r"Model loading took|Memory profiling", "profiling memory"),
-    (r"KV cache size|Maximum concurrency", "making the KV cache"),
+    (r"Model loading took|Memory profiling takes", "profiling memory"),
+    # vllm/compilation/backends.py, monitor.py
+    (r"Dynamo bytecode|Compiling a graph|torch\.compile (?:took|and)", "compiling"),
+    # vllm/v1/core/kv_cache_utils.py, vllm/v1/worker/gpu_worker.py
+    (r"Available KV cache memory|GPU KV cache size|GiB for KV cache", "making the KV cache"),
     (r"Capturing .*graph|Graph capturing|Warming up model", "warming up"),
+    (r"init engine \(profile, create kv cache|Started vLLM engine", "starting the server"),
 )
-"""What an engine's log has -> the phase that its start is in; the latest line counts."""
+"""What an engine's log has -> the phase that its start is in, in the order of a start."""
 
 
 def engine_phase(log: str) -> str:
-    """The phase of an engine's start that its log shows; empty when it shows none yet."""
-    for line in reversed(log.splitlines()):
-        for pattern, phase in PHASES:
-            if re.search(pattern, line):
-                return phase
-    return ""
+    """The phase of an engine's start that its log shows; empty when it shows none yet.
+
+    The furthest counts, not the latest line: the log is that of several processes.
+    """
+    phases = (phase for pattern, phase in reversed(PHASES) if re.search(pattern, log))
+    return next(phases, "")
 
 
 def pending_need(message: str) -> tuple[Resources, Resources] | None:
-    """What a replica that Serve can't place needs, and what the cluster has of that.
+    """What a replica that Serve can't place needs, and what the cluster has free of that.
 
-    None when the message says nothing of the kind, or when there is enough (Serve also words so a
-    replica whose process is just starting: ray/serve/_private/deployment_state.py).
+    None when the message says nothing of the kind, or when there is enough: Serve also words so a
+    replica whose process is just starting (ray/serve/_private/deployment_state.py
+    `resource_requirements`). What is used up is missing in what it calls available; and for
+    bundles, a list, it never finds anything available, so there it can't be told and counts.
     """
     match = re.search(
         r"Resources required for each replica: (.*?), total resources available: (\{.*?\})\.",
@@ -3464,8 +3592,8 @@ def pending_need(message: str) -> tuple[Resources, Resources] | None:
     for bundle in needed if isinstance(needed, list) else [needed]:
         for resource, amount in bundle.items():
             total[resource] = total.get(resource, 0.0) + amount
-    short_of = any(available.get(resource, 0.0) < amount for resource, amount in total.items())
-    return (total, available) if available and short_of else None
+    free = {resource: available.get(resource, 0.0) for resource in total}
+    return (total, free) if any(free[resource] < total[resource] for resource in total) else None
 
 
 # ======================================================================================
@@ -3961,11 +4089,11 @@ def format_unfinished(outcome: Outcome, dashboard_url: str) -> list[str]:
 def log_commands(outcome: Outcome) -> list[str]:
     """The commands that print what the replica that died last wrote: its stderr, its stdout (the
     engine writes to either), and its log in Serve's words."""
-    deployments = outcome.state.deployments if outcome.state and outcome.submitted else ()
-    dead = [replica for deployment in deployments for replica in deployment.dead_replicas]
+    state = outcome.state if outcome.submitted else None
+    dead = failed_replicas(state) if state else []
     if not dead or outcome.result is Result.RUNNING:
         return []
-    last = max(dead, key=lambda replica: replica.started_s)
+    last = dead[0]
     actor = f"ray logs actor --id {last.actor_id} --tail {LOG_LINES}"
     return [f"{actor} --err", actor, f"ray logs {last.log_file.lstrip('/')}"]
 
@@ -4146,6 +4274,7 @@ class Terminal:
 
     def __init__(self, clock: Callable[[], float], *, live: bool | None = None) -> None:
         self.clock = clock
+        self.out = sys.stdout
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.live_view: Live | None = None
         self.live = self.console.is_terminal if live is None else live
@@ -4205,7 +4334,7 @@ class Terminal:
 
     def print_lines(self, lines: Sequence[str]) -> None:
         """The plan or the summary, to stdout."""
-        print(mask("\n".join(lines), self.secrets), flush=True)
+        print(mask("\n".join(lines), self.secrets), file=self.out, flush=True)
 
 
 STATE_ICONS = {"queued": "⏳", "RUNNING": "✅", "FAILED": "❌"}
@@ -4460,6 +4589,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(argv)
     board = Board()
     terminal = Terminal(board.clock)
+    sys.stdout = sys.stderr  # Ray prints what raylets say; only the report belongs on stdout
     cluster = RayCluster(options.worker_logs)
     for number in EXIT_SIGNALS:
         signal.signal(number, raise_interrupt)
@@ -4477,12 +4607,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = error.code
     except BrokenPipeError:
         # Whoever read the output has gone, as `| head` does; Python would complain at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), terminal.out.fileno())
         code = EXIT_FAILED
     terminal.close()
     if code in (EXIT_CLUSTER, *EXIT_SIGNALS.values()):
         # A thread may still wait for a cluster that does not answer, and Python would join it.
-        sys.stdout.flush()
+        terminal.out.flush()
         sys.stderr.flush()
         os._exit(code)
     return code

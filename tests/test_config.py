@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -768,14 +769,16 @@ def problems(text: str | bytes, environ: dict[str, str] | None = None) -> list[s
 
 
 @pytest.fixture
-def signals_restored() -> Iterator[None]:
+def process_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What `main` changes of the process: the signals' handlers, and where prints go."""
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
     before = {number: signal.getsignal(number) for number in app.EXIT_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.usefixtures("signals_restored")
+@pytest.mark.usefixtures("process_restored")
 @pytest.mark.parametrize(("text", "expected"), BROKEN)
 def test_what_is_wrong_is_said_with_its_place_and_exit_code_2(
     text: str | bytes, expected: list[str], capfd: pytest.CaptureFixture[str]
