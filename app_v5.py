@@ -2791,12 +2791,6 @@ class RayCluster:
         self.dashboard_url = f"http://{context.dashboard_url}" if context.dashboard_url else ""
         self.address = ray.get_runtime_context().gcs_address
 
-    def disconnect(self) -> None:
-        """Leave the cluster; what was deployed stays."""
-        import ray
-
-        ray.shutdown()
-
     def alive(self) -> bool:
         """Whether the head node answers at all. Ray itself kills a driver that has lost it for a
         minute, without a word (ray gcs_rpc_client/rpc_client.h), so the watcher asks first."""
@@ -3023,14 +3017,6 @@ class RayCluster:
         while not ray.wait([reference], timeout=0.2)[0]:
             patience.check()
         return ray.get(reference)
-
-    def release_builders(self) -> None:
-        """End the builders' processes and give back their memory."""
-        import ray
-
-        for builder in self.builders.values():
-            ray.kill(builder)
-        self.builders.clear()
 
     # -- resources and logs -----------------------------------------------------------------
 

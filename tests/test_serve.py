@@ -49,6 +49,17 @@ class User:
     ) -> subprocess.CompletedProcess[str]:
         return run_app_v5(config, *arguments, head=self.head, timeout_s=timeout_s)
 
+    def start(self, config: Path) -> subprocess.Popen[str]:
+        """The program in the background, in a process group of its own."""
+        return subprocess.Popen(
+            [PYTHON, str(APP_V5), str(config)],
+            env=self.head.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
     def deploy(self, *applications: Config, **top: Any) -> subprocess.CompletedProcess[str]:
         return self.run(config=self.write(*applications, **top))
 
@@ -72,13 +83,7 @@ def test_a_good_a_failing_and_a_slow_application_do_not_touch_each_other(user: U
     config = user.write(
         app("good"), app("failing", "failing"), app("slow", "slow", args={"seconds": 25})
     )
-    process = subprocess.Popen(
-        [PYTHON, str(APP_V5), str(config)],
-        env=user.head.env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = user.start(config)
     answered_while_running = False
     while process.poll() is None:
         try:
@@ -184,14 +189,7 @@ def test_no_cluster_ends_with_3_and_says_how_to_start_one(tmp_path: Path) -> Non
 
 def interrupt(user: User, config: Path, number: int, count: int = 1) -> tuple[int, str, str, float]:
     """Send a signal once the slow application starts; return how the program ended, and when."""
-    process = subprocess.Popen(
-        [PYTHON, str(APP_V5), str(config)],
-        env=user.head.env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = user.start(config)
     assert process.stderr is not None
     said = ""
     for line in process.stderr:
@@ -286,13 +284,7 @@ def test_a_head_that_dies_is_reported_before_ray_kills_the_program(
     with RayHead() as head:
         user = User(head, tmp_path, http_port)
         config = user.write(app("good"), app("slow", "slow", args={"seconds": 200}))
-        process = subprocess.Popen(
-            [PYTHON, str(APP_V5), str(config)],
-            env=head.env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = user.start(config)
         wait_until(lambda: answers(user, "/good"), 60, "the good application")
         time.sleep(3)
         head.nodes[0].kill()
