@@ -16,16 +16,19 @@ nothing was touched; 3 no Ray cluster, or it was lost; 4 time ran out with one s
 #   which keys are accepted, or an error's words:  section 3 (Config)
 #   what a replica reserves:                       section 4 (Resources)
 #   how the plan predicts:                         section 5 (Plan)
-#   anything that calls Ray:                       section 6 (Ray)
-#   what a failure's cause or hint says:           section 7 (Causes)
-#   the order of things, deadlines, stopping:      section 8 (Deploy)
-#   what is printed:                               section 9 (Report)
-#   options and exit codes:                        section 10 (Command line)
+#   what restarts, what changes in place:          section 6 (Changes)
+#   anything that calls Ray:                       section 7 (Ray)
+#   what a failure's cause or hint says:           section 8 (Causes)
+#   what is proved of an application that runs:    section 9 (Verify)
+#   the order of things, deadlines, stopping:      section 10 (Deploy)
+#   what is printed:                               section 11 (Report)
+#   options and exit codes:                        section 12 (Command line)
 
 from __future__ import annotations
 
 import argparse
 import ast
+import base64
 import contextlib
 import dataclasses
 import difflib
@@ -33,6 +36,7 @@ import enum
 import fnmatch
 import functools
 import hashlib
+import http.client
 import importlib
 import importlib.util
 import io
@@ -44,15 +48,19 @@ import os
 import re
 import signal
 import socket
+import ssl
 import sys
 import threading
 import time
 import traceback
+import urllib.error
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -191,6 +199,11 @@ class ModelSpec:
     source: str
     deployment_name: str
     memory_fraction: float = 0.0  # of each card that a worker of its engine uses; 0: no GPU
+    promised: Resources = field(
+        default_factory=dict
+    )  # what a replica shall reserve, as far as said
+    share: float = 0.0  # of a GPU, for each worker of the engine
+    measures_memory: bool = False  # shares a card, and sizes its KV cache by what is free there
     notes: tuple[str, ...] = ()
 
 
@@ -276,22 +289,43 @@ class Record:
 
 
 class Change(enum.Enum):
-    """What deploying an application does to what runs under its name."""
+    """What a run does to what runs under an application's name."""
 
     CREATE = "create"
     UNCHANGED = "unchanged"
     IN_PLACE = "in place"
     RESTART = "RESTART"
+    DELETE = "delete"
 
 
 @dataclass(frozen=True)
 class Action:
-    """What a run does with one application, and why. Serve compares `version` for itself."""
+    """What a run does with one application, and why. Serve compares `version` for itself.
+
+    `restarting` names the deployments that get new replicas, None when all of them do. A `refusal`
+    says why the application is not touched at all. `surge` starts new replicas before the old ones
+    stop. `before` is what ran under the name.
+    """
 
     application: ApplicationSpec
     change: Change
-    version: str
+    version: str = ""
     reasons: tuple[str, ...] = ()
+    restarting: frozenset[str] | None = None
+    surge: bool = False
+    refusal: Cause | None = None
+    before: Running | None = None
+    attempt: int = 1
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Which run of this program works on an application now; `job` is its id in Ray."""
+
+    job: str
+    host: str
+    pid: int
+    since: str  # local time of that run's host, ISO 8601
 
 
 def failed_replicas(state: ApplicationState) -> list[ReplicaState]:
@@ -310,10 +344,72 @@ def failed_replicas(state: ApplicationState) -> list[ReplicaState]:
     return sorted(failed, key=lambda replica: replica.started_s, reverse=True)
 
 
+@dataclass(frozen=True)
+class Reservation:
+    """What one running replica holds, read back from Ray; `gpus` are the indices of its GPUs on
+    `nodes`, as far as Ray tells."""
+
+    deployment: str
+    replica_id: str
+    reserved: Resources
+    nodes: tuple[str, ...]
+    gpus: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Response:
+    """What came back over HTTP; times in seconds since the request was sent."""
+
+    status: int
+    text: str
+    first_s: float
+    total_s: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A request that an application has answered well."""
+
+    request: str
+    total_s: float
+    model_id: str = ""
+    first_token_s: float | None = None
+
+
+@dataclass(frozen=True)
+class EngineFigures:
+    """What the engine of one replica says of itself; None for what its log does not have."""
+
+    model_id: str
+    replica_id: str
+    node: str
+    share: float
+    kv_cache_tokens: int | None = None
+    max_concurrency: float | None = None
+    kv_cache_gib: float | None = None
+    weights_gib: float | None = None
+    weights_s: float | None = None
+    start_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was checked of an application that runs. `mismatches` are broken promises in words,
+    `skipped` says why nothing was asked over HTTP."""
+
+    reservations: tuple[Reservation, ...] = ()
+    mismatches: tuple[str, ...] = ()
+    answers: tuple[Answer, ...] = ()
+    engines: tuple[EngineFigures, ...] = ()
+    skipped: str = ""
+    asleep: tuple[str, ...] = ()  # ids of models without a replica, which were not woken up
+
+
 class Result(enum.Enum):
     """How an application's deployment ended."""
 
     RUNNING = "RUNNING"
+    DELETED = "DELETED"
     FAILED = "FAILED"
     STILL_DEPLOYING = "STILL DEPLOYING"
     UNKNOWN = "UNKNOWN"
@@ -342,6 +438,9 @@ class Outcome:
     state: ApplicationState | None = None
     submitted: bool = False
     deleted: bool = False
+    rollback: str = ""  # what --on-failure rollback came to, in words
+    proof: Proof | None = None
+    disturbed: bool = False  # by another engine that started with it: worth another attempt, alone
 
     @property
     def application(self) -> ApplicationSpec:
@@ -396,6 +495,12 @@ class Options:
     only: tuple[str, ...] = ()
     json: bool = False
     on_failure: str = "keep"
+    no_downtime: bool = False
+    stagger: bool = False
+    smoke_test: bool = True
+    wake: bool = False
+    prune: bool = False
+    delete: bool = False
 
 
 # ======================================================================================
@@ -1355,6 +1460,7 @@ def describe_model(llm: Config) -> ModelSpec:
     notes = []
     if "num_gpus" not in options and not llm.get("placement_group_config"):
         notes.append("num_gpus is not given: Ray's default of 1 GPU for each engine worker")
+    share = own_worker_share(llm)
     env_vars = (llm.get("runtime_env") or {}).get("env_vars") or {}
     if "VLLM_RAY_PER_WORKER_GPUS" in env_vars and "gpu_memory_utilization" in engine:
         notes.append(
@@ -1368,8 +1474,31 @@ def describe_model(llm: Config) -> ModelSpec:
         memory_fraction=0.0
         if accelerator_kind(llm) in ("cpu", "tpu") or "kv_cache_memory_bytes" in engine
         else float(engine.get("gpu_memory_utilization") or WHOLE_GPU_MEMORY_FRACTION),
+        promised=promised_resources(llm),
+        share=share,
+        measures_memory=0 < share < 1
+        and accelerator_kind(llm) not in ("cpu", "tpu")
+        and engine.get("kv_cache_memory_bytes") is None,
         notes=tuple(notes),
     )
+
+
+def promised_resources(llm: Config) -> Resources:
+    """What the config says of one replica of a fitted LLM: nothing of what it leaves to Ray."""
+    if llm.get("server_cls"):
+        return {}
+    options = llm["deployment_config"].get("ray_actor_options") or {}
+    promised: dict[str, float] = dict(options.get("resources") or {})
+    workers = worker_bundles(llm)
+    if options.get("num_cpus") is not None:
+        cpus = sum(float(bundle.get("CPU") or 0) for bundle in workers)
+        promised["CPU"] = float(options["num_cpus"]) + cpus
+    if workers:
+        gpus = sum(float(bundle.get("GPU") or 0) for bundle in workers)
+        promised["GPU"] = float(options.get("num_gpus") or 0) + gpus
+    if options.get("memory") is not None:
+        promised["memory"] = float(options["memory"])
+    return promised
 
 
 def normalise_application(config: Config, path: KeyPath) -> tuple[Config, Findings]:
@@ -1623,48 +1752,8 @@ def format_resources(resources: Resources) -> str:
     return ", ".join(parts) or "nothing"
 
 
-LIGHTWEIGHT_OPTIONS = (
-    "num_replicas",
-    "autoscaling_config",
-    "max_ongoing_requests",
-    "max_queued_requests",
-    "user_config",
-    "health_check_period_s",
-    "health_check_timeout_s",
-    "graceful_shutdown_wait_loop_s",
-    "graceful_shutdown_timeout_s",
-    "backpressure_config",
-    "logging_config",
-    "max_constructor_retry_count",
-    "rolling_update_percentage",
-    "max_surge_percent",
-)
-"""Deployment options that Serve changes in place, without a new replica."""
-
-
-def restart_relevant(config: Config) -> Config:
-    """The part of a normalised application whose change needs new replicas.
-
-    `deployments` overrides are not in it: Serve compares those itself, deployment by deployment.
-    """
-    kept = {key: unshared(config.get(key)) for key in ("import_path", "runtime_env", "args")}
-    args = kept["args"] or {}
-    option_sets = [llm.get("deployment_config") for _, llm in llm_configs(kept)]
-    for options in [*option_sets, args.get("ingress_deployment_config")]:
-        for key in LIGHTWEIGHT_OPTIONS:
-            if isinstance(options, dict):
-                options.pop(key, None)
-    return kept
-
-
-def version_of(application: ApplicationSpec) -> str:
-    """A fingerprint of what needs new replicas when it changes; Serve compares it for itself."""
-    text = json.dumps(restart_relevant(application.config), sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 # ======================================================================================
-# 5. Plan: demands and nodes → placement, fit
+# 5. Plan: demands and nodes → placement, fit, what would help
 # ======================================================================================
 #
 # How Ray 2.60 places a placement group, as far as it was read and tried (test_plan_against_ray.py):
@@ -2482,57 +2571,250 @@ def format_misfit(fitting: Fitting) -> str:
     return f"{fitting.label}: {'; '.join(parts)}"
 
 
-# -- what a run would change ----------------------------------------------------------------------
+# ======================================================================================
+# 6. Changes: config and what runs → what a run does with each application
+# ======================================================================================
+
+LIGHTWEIGHT_OPTIONS = (
+    "num_replicas",
+    "autoscaling_config",
+    "max_ongoing_requests",
+    "max_queued_requests",
+    "user_config",
+    "health_check_period_s",
+    "health_check_timeout_s",
+    "graceful_shutdown_wait_loop_s",
+    "graceful_shutdown_timeout_s",
+    "backpressure_config",
+    "logging_config",
+    "max_constructor_retry_count",
+    "rolling_update_percentage",
+    "max_surge_percent",
+)
+"""Deployment options that Serve changes in place, without a new replica."""
+
+
+def restart_relevant(config: Config) -> Config:
+    """The part of a normalised application whose change needs new replicas.
+
+    `deployments` overrides are not in it: Serve compares those itself, deployment by deployment.
+    """
+    kept = {key: unshared(config.get(key)) for key in ("import_path", "runtime_env", "args")}
+    args = kept["args"] or {}
+    option_sets = [llm.get("deployment_config") for _, llm in llm_configs(kept)]
+    for options in [*option_sets, args.get("ingress_deployment_config")]:
+        for key in LIGHTWEIGHT_OPTIONS:
+            if isinstance(options, dict):
+                options.pop(key, None)
+    return kept
+
+
+def version_of(application: ApplicationSpec) -> str:
+    """A fingerprint of what needs new replicas when it changes; Serve compares it for itself."""
+    text = json.dumps(restart_relevant(application.config), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def decide(
-    application: ApplicationSpec, running: Running | None, *, mark: str, force: bool = False
+    application: ApplicationSpec,
+    running: Running | None,
+    options: Options,
+    *,
+    mark: str,
+    claim: Claim | None = None,
 ) -> Action:
-    """Compare one application with what runs under its name.
+    """Compare one application with what runs under its name; `claim` is another run's.
 
     A version is a fingerprint, and after a dot a mark where equal fingerprints have to restart:
     Serve takes an application with the version of a failed one for the failed one. `mark` is such
     a mark that was not used before.
     """
+    action = compare(application, running, force=options.force, mark=mark)
+    if claim is not None:
+        action = replace(action, refusal=claimed_by(claim))
+    surge = options.no_downtime and action.change is Change.RESTART
+    return replace(action, before=running, surge=surge)
+
+
+def changes(action: Action) -> bool:
+    """Whether an application has to be built and submitted."""
+    return action.change in (Change.CREATE, Change.IN_PLACE, Change.RESTART) and not action.refusal
+
+
+PRUNED = "the file does not name it (--prune)"
+
+
+def deletion(
+    application: ApplicationSpec,
+    running: Mapping[str, Running],
+    claims: Mapping[str, Claim],
+    reason: str = "--delete",
+) -> Action:
+    """Delete an application, if it is there."""
+    claim = claims.get(application.name)
+    return Action(
+        application,
+        Change.DELETE,
+        reasons=(reason,),
+        refusal=claimed_by(claim) if claim else None,
+        before=running.get(application.name),
+    )
+
+
+def claimed_by(claim: Claim) -> Cause:
+    return Cause(
+        f"another run of this program works on it: process {claim.pid} on {claim.host}, "
+        f"since {claim.since}",
+        "wait until it has ended, or stop it, and run this again",
+    )
+
+
+def compare(
+    application: ApplicationSpec, running: Running | None, *, force: bool, mark: str
+) -> Action:
+    """What has to happen to an application, and why."""
     fingerprint = version_of(application)
     if running is None:
         return Action(application, Change.CREATE, fingerprint)
+    record = running.record
     if force:
         reason = "--force"
     elif running.state.source == "declarative":
-        reason = "it was deployed by `serve deploy`"
-    elif running.record is None or running.versions != {running.record.version}:
+        reason = "it was deployed by `serve deploy`: there is nothing to compare with"
+    elif record is None or running.versions != {record.version}:
         reason = "it was deployed by other means: there is nothing to compare with"
     elif running.state.broken:
         reason = f"it is {running.state.status}"
     else:
-        return compare(application, running, running.record)
+        return compare_configs(application, running.state, record)
     used = any(version.partition(".")[0] == fingerprint for version in running.versions)
     version = f"{fingerprint}.{mark}" if used else fingerprint
     return Action(application, Change.RESTART, version, (reason,))
 
 
-def compare(application: ApplicationSpec, running: Running, record: Record) -> Action:
+def compare_configs(
+    application: ApplicationSpec, state: ApplicationState, record: Record
+) -> Action:
     """What an edit needs, for an application whose last deployment is known."""
     edits = differences(record.config, application.sealed)
     heavy = tuple(edit.text for edit in edits if edit.restarts)
     light = tuple(edit.text for edit in edits if not edit.restarts)
     fingerprint = version_of(application)
-    same = record.version.partition(".")[0] == fingerprint
-    version = record.version if same else fingerprint
-    if heavy or not same:
-        return Action(application, Change.RESTART, version, heavy)
+    if record.version.partition(".")[0] != fingerprint:
+        return Action(application, Change.RESTART, fingerprint, heavy)
+    if heavy:
+        named = [overridden(application, edit.path) for edit in edits if edit.restarts]
+        restarting = None if None in named else frozenset(filter(None, named))
+        return Action(application, Change.RESTART, record.version, heavy, restarting)
     if light:
-        return Action(application, Change.IN_PLACE, version, light)
-    if running.state.status != "RUNNING":
-        return Action(application, Change.IN_PLACE, version, (f"it is {running.state.status}",))
-    return Action(application, Change.UNCHANGED, version)
+        return Action(application, Change.IN_PLACE, record.version, light)
+    if state.status != "RUNNING":
+        return Action(application, Change.IN_PLACE, record.version, (f"it is {state.status}",))
+    return Action(application, Change.UNCHANGED, record.version)
+
+
+def overridden(application: ApplicationSpec, path: KeyPath) -> str | None:
+    """The deployment that an edit in `deployments` is about; None when that is not one alone."""
+    if path[:1] != ("deployments",) or not path[1:]:
+        return None
+    entry: Config = application.sealed["deployments"][path[1]]
+    return str(entry["name"])
+
+
+SURGE_PERCENT = 20
+"""How many replicas more than wanted --no-downtime starts at a time: as many as Serve otherwise
+stops, max(20%, 1) (ray/serve/_private/deployment_state.py)."""
+
+
+def restarted(action: Action) -> list[DeploymentState]:
+    """The deployments whose running replicas a restart replaces."""
+    if action.change is not Change.RESTART or action.before is None:
+        return []
+    return [
+        deployment
+        for deployment in action.before.state.deployments
+        if action.restarting is None or deployment.name in action.restarting
+    ]
+
+
+def gap(action: Action) -> str:
+    """What a restart means for those who send requests; empty when nothing restarts."""
+    deployments = [d for d in restarted(action) if d.running]
+    if not deployments:
+        return ""
+    if action.surge:
+        return "no gap: new replicas start before the old ones stop (--no-downtime)"
+    alone = [d.name for d in deployments if d.target_replicas <= 1]
+    if not alone:
+        return "rolling: Serve stops a fifth of the replicas at a time, and at least one"
+    return (
+        f"with a gap: Serve stops the one replica of {' and of '.join(alone)} before it starts the "
+        "new one (--no-downtime starts the new one first, where there is room)"
+    )
+
+
+def counted(action: Action, demands: Sequence[Demand]) -> tuple[Demand, ...]:
+    """What the plan has to find room for: everything, or, where the old replicas stay until the
+    new ones run, the new ones that start at once."""
+    if not action.surge:
+        return tuple(demands)
+    targets = {deployment.name: deployment.target_replicas for deployment in restarted(action)}
+    return tuple(
+        replace(demand, min_replicas=math.ceil(targets[demand.deployment] * SURGE_PERCENT / 100))
+        if demand.deployment in targets
+        else replace(demand, min_replicas=0)
+        if action.restarting is not None
+        else demand
+        for demand in demands
+    )
+
+
+def moving(actions: Iterable[Action]) -> frozenset[str]:
+    """The applications whose replicas of now give up what they hold before the new ones start."""
+    return frozenset(
+        action.application.name
+        for action in actions
+        if not action.surge and not action.refusal and action.change is not Change.UNCHANGED
+    )
+
+
+def taken_routes(
+    applications: Sequence[ApplicationSpec], states: Mapping[str, ApplicationState]
+) -> Findings:
+    """The routes that other running applications hold: Serve would refuse the second one."""
+    holders = {
+        (state.route_prefix.rstrip("/") or "/"): state
+        for state in states.values()
+        if state.route_prefix is not None and state.status != "DELETING"
+    }
+    findings = []
+    for application in applications:
+        route = application.route_prefix
+        holder = holders.get(route.rstrip("/") or "/") if route is not None else None
+        if holder is None or holder.name == application.name:
+            continue
+        path = ("applications", application.index, "route_prefix")
+        findings.append(
+            Finding(
+                path,
+                f"{route} is the route of {holder.name}, which is running"
+                + (" (deployed by `serve deploy`)" * (holder.source == "declarative")),
+                f"choose another route, or delete {holder.name} first"
+                + (
+                    ""
+                    if any(app.name == holder.name for app in applications)
+                    else " (--prune deletes what the file does not name)"
+                ),
+            )
+        )
+    return findings
 
 
 @dataclass(frozen=True)
 class Difference:
     """One edit of a normalised config, as people read it."""
 
+    path: KeyPath
     text: str
     restarts: bool
 
@@ -2549,7 +2831,7 @@ def differences(before: Any, after: Any, path: KeyPath = ()) -> tuple[Difference
         return ()
     else:
         text = f"{format_key(path)}: {format_value(before)} → {format_value(after)}"
-        return (Difference(text, restarts=needs_restart(path)),)
+        return (Difference(path, text, restarts=needs_restart(path)),)
     return tuple(edit for key, old, new in pairs for edit in differences(old, new, (*path, key)))
 
 
@@ -2574,13 +2856,16 @@ def format_value(value: Any) -> str:
 
 
 # ======================================================================================
-# 6. Ray: the only section that imports Ray, and the only one that knows its private parts
+# 7. Ray: the only section that imports Ray, and the only one that knows its private parts
 # ======================================================================================
 
 SERVE_NAMESPACE = "serve"
 SERVE_CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 REPLICA_PREFIX = "SERVE_REPLICA::"
-RECORDS = "app_v5"
+RECORDS, LAST_GOOD, CLAIMS = "app_v5", "app_v5/last_good", "app_v5/claims"
+"""What this program keeps in the key-value store of the head node, by application: see `remember`,
+`keep_last_good` and `claim`."""
+
 CONNECT_TIMEOUT_S = 10.0
 CALL_TIMEOUT_S = 5.0
 START_HINT = "start one with `ray start --head`, or give another with --address or RAY_ADDRESS"
@@ -2673,17 +2958,23 @@ class Builder:
             for name, info in infos.items()
         ]
 
-    def submit(self, config: Config, route_prefix: str | None, version: str) -> None:
+    def submit(
+        self, config: Config, route_prefix: str | None, version: str, surge_percent: int
+    ) -> None:
         """Hand a built application to Serve without waiting for it to run.
 
         A stable `_version` lets Serve compare for itself: equal ones change in place, others
-        restart (measured on Ray 2.60). `serve.run` would draw a random one.
+        restart (measured on Ray 2.60). `serve.run` would draw a random one. With `surge_percent`
+        new replicas start before the old ones stop, where the config does not say so itself.
         """
         from ray import serve
 
         target = self.targets[config["name"]]
         for node in graph_nodes(target):
-            node._bound_deployment._version = version
+            bound = node._bound_deployment
+            bound._version = version
+            if surge_percent and not bound._deployment_config.max_surge_percent:
+                bound._deployment_config.max_surge_percent = surge_percent
         serve.run_many(
             [
                 serve.RunTarget(
@@ -2828,15 +3119,21 @@ class RayCluster:
         http_options = schema.http_options.model_dump()
         running = self.serve_details()
         quiet_serve_loggers(self.worker_logs)
+        start = partial(
+            serve.start,
+            http_options=http_options,
+            proxy_location=schema.proxy_location,
+            grpc_options=schema.grpc_options.model_dump(),
+            logging_config=schema.logging_config,
+            tracing_config=schema.tracing_config,
+            controller_options=schema.controller_options,
+        )
         try:
-            serve.start(
-                http_options=http_options,
-                proxy_location=schema.proxy_location,
-                grpc_options=schema.grpc_options.model_dump(),
-                logging_config=schema.logging_config,
-                tracing_config=schema.tracing_config,
-                controller_options=schema.controller_options,
-            )
+            try:
+                start()
+            except ValueError:
+                # "already exists": another run has started Serve at the same moment.
+                start()
         except Exception as error:
             raise ClusterError(
                 f"Ray Serve did not start: {first_line(str(error))}",
@@ -2876,34 +3173,38 @@ class RayCluster:
         from ray.experimental.internal_kv import _internal_kv_del
 
         serve.delete(name, _blocking=False)
-        _internal_kv_del(name, namespace=RECORDS)
+        for namespace in (RECORDS, LAST_GOOD):
+            _internal_kv_del(name, namespace=namespace)
 
-    def running(self, applications: Sequence[ApplicationSpec]) -> dict[str, Running]:
-        """Those of the applications that are on the cluster already, by name."""
-        import ray
+    def running(self, states: Mapping[str, ApplicationState]) -> dict[str, Running]:
+        """What this program knows about the applications of `states` that stay."""
         from ray.experimental.internal_kv import _internal_kv_get
-        from ray.serve.generated.serve_pb2 import DeploymentRoute
 
         found = {}
-        states = self.states()
-        for application in applications:
-            state = states.get(application.name)
-            if state is None or state.status == "DELETING":
+        for state in states.values():
+            if state.status == "DELETING":
                 continue
-            controller = ray.get_actor(SERVE_CONTROLLER, namespace=SERVE_NAMESPACE)
-            calls = [
-                controller.get_deployment_info.remote(deployment.name, state.name)
-                for deployment in state.deployments
-            ]
-            answers = ray.get(calls, timeout=CALL_TIMEOUT_S)
-            infos = [DeploymentRoute.FromString(answer).deployment_info for answer in answers]
             kept = _internal_kv_get(state.name, namespace=RECORDS)
             found[state.name] = Running(
                 state,
-                frozenset(info.version for info in infos),
+                frozenset(info.version for info, _ in self.deployment_infos(state).values()),
                 read_record(json.loads(kept)) if kept else None,
             )
         return found
+
+    def deployment_infos(self, state: ApplicationState) -> dict[str, tuple[Any, str]]:
+        """What Serve's controller was told about each deployment, and the route of the ingress."""
+        import ray
+        from ray.serve.generated.serve_pb2 import DeploymentRoute
+
+        controller = ray.get_actor(SERVE_CONTROLLER, namespace=SERVE_NAMESPACE)
+        names = [deployment.name for deployment in state.deployments]
+        calls = [controller.get_deployment_info.remote(name, state.name) for name in names]
+        answers = map(DeploymentRoute.FromString, ray.get(calls, timeout=CALL_TIMEOUT_S))
+        return {
+            name: (answer.deployment_info, answer.route)
+            for name, answer in zip(names, answers, strict=True)
+        }
 
     def remember(self, action: Action, demands: Sequence[Demand]) -> None:
         """Leave in the cluster what a later run needs to tell what it would change.
@@ -2917,12 +3218,134 @@ class RayCluster:
         text = json.dumps(dataclasses.asdict(record), default=str)
         _internal_kv_put(action.application.name, text, overwrite=True, namespace=RECORDS)
 
+    def keep_last_good(self, running: Running) -> None:
+        """Keep, whole, what runs well now, so that a failed edit of it can be undone.
+
+        Kept is what Serve's controller itself keeps in the same store, environment variables
+        included; so it can be brought back even if this program did not deploy it.
+        """
+        from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+
+        ingresses = {
+            demand.deployment
+            for demand in (running.record.demands if running.record else ())
+            if demand.ingress
+        }
+        record = _internal_kv_get(running.state.name, namespace=RECORDS) or b""
+        kept = {
+            "record": record.decode(),
+            "route_prefix": running.state.route_prefix,
+            "deployments": [
+                {
+                    "name": name,
+                    "info": base64.b64encode(info.SerializeToString()).decode(),
+                    "ingress": name in ingresses if ingresses else bool(route),
+                }
+                for name, (info, route) in self.deployment_infos(running.state).items()
+            ],
+        }
+        text = json.dumps(kept)
+        _internal_kv_put(running.state.name, text, overwrite=True, namespace=LAST_GOOD)
+
+    def roll_back(self, name: str) -> None:
+        """Hand an application's last good configuration to Serve again, with its old version, so
+        that replicas of it that still run stay. Raises ApplicationError when none is kept."""
+        import ray
+        from ray.experimental.internal_kv import (
+            _internal_kv_del,
+            _internal_kv_get,
+            _internal_kv_put,
+        )
+        from ray.serve.generated.serve_pb2 import ApplicationArgs, DeploymentArgs, DeploymentInfo
+
+        text = _internal_kv_get(name, namespace=LAST_GOOD)
+        if not text:
+            raise ApplicationError("no configuration of it is known that ran well")
+        kept = json.loads(text)
+        arguments = []
+        for row in kept["deployments"]:
+            info = DeploymentInfo.FromString(base64.b64decode(row["info"]))
+            deployment = DeploymentArgs(
+                deployment_name=row["name"],
+                deployment_config=info.deployment_config.SerializeToString(),
+                replica_config=info.replica_config.SerializeToString(),
+                deployer_job_id=ray.get_runtime_context().get_job_id(),
+                ingress=row["ingress"],
+            )
+            if row["ingress"] and kept["route_prefix"]:
+                deployment.route_prefix = kept["route_prefix"]
+            arguments.append(deployment.SerializeToString())
+        controller = ray.get_actor(SERVE_CONTROLLER, namespace=SERVE_NAMESPACE)
+        options = ApplicationArgs().SerializeToString()
+        call = controller.deploy_applications.remote({name: arguments}, {name: options})
+        ray.get(call, timeout=CALL_TIMEOUT_S)
+        if kept["record"]:
+            _internal_kv_put(name, kept["record"], overwrite=True, namespace=RECORDS)
+        else:
+            _internal_kv_del(name, namespace=RECORDS)
+
+    # -- one run at a time for an application ----------------------------------------------
+
+    def claim(self, names: Iterable[str]) -> dict[str, Claim]:
+        """Claim applications for this run. Returns those that another living run has, by name."""
+        others = {}
+        for name in names:
+            holder = self.claim_one(name)
+            if holder is not None:
+                others[name] = holder
+        return others
+
+    def claim_one(self, name: str) -> Claim | None:
+        """Claim one application, or tell who has it.
+
+        The store can put a key atomically if it is not there, but not compare and swap. So a claim
+        is the next key of a row, valid if it is the latest: two that find the same dead claim put
+        the same key, and one of them fails. A run that was killed is a dead job to Ray at once.
+        """
+        from ray.experimental.internal_kv import (
+            _internal_kv_del,
+            _internal_kv_get,
+            _internal_kv_list,
+            _internal_kv_put,
+        )
+
+        mine = Claim(self.job_id(), socket.gethostname(), os.getpid(), f"{datetime.now():%F %T}")
+        while True:
+            keys = sorted(_internal_kv_list(f"{name}\n", namespace=CLAIMS))
+            last = keys[-1] if keys else b"\n0"
+            text = _internal_kv_get(last, namespace=CLAIMS) if keys else b""
+            holder = Claim(**json.loads(text)) if text else None
+            if holder is not None and holder.job in self.living_jobs():
+                return None if holder == mine else holder
+            number = int(last.decode().rpartition("\n")[2]) + 1
+            key = f"{name}\n{number:012}"
+            text = json.dumps(dataclasses.asdict(mine))
+            if not _internal_kv_put(key, text, overwrite=False, namespace=CLAIMS):
+                if max(_internal_kv_list(f"{name}\n", namespace=CLAIMS)) == key.encode():
+                    for old in keys:
+                        _internal_kv_del(old, namespace=CLAIMS)
+                    return None
+                _internal_kv_del(key, namespace=CLAIMS)
+
+    def job_id(self) -> str:
+        import ray
+
+        return str(ray.get_runtime_context().get_job_id())
+
+    def living_jobs(self) -> set[str]:
+        from ray._private.state import jobs
+
+        return {job["JobID"] for job in jobs() if not job["IsDead"]}
+
     def endpoint(self) -> str:
-        """The public HTTP address, without a trailing slash: "http://localhost:8000"."""
+        """The public HTTP address, without a trailing slash: "http://localhost:8000"; empty when
+        Serve has no proxy (`proxy_location: Disabled`)."""
         import ray
         from ray.serve.schema import HTTPOptionsSchema
 
         details = self.serve_details() or {}
+        if plain(details.get("proxy_location")) == "Disabled":
+            return ""
         options = HTTPOptionsSchema.model_validate(details.get("http_options") or {})
         proxies = [proxy["node_ip"] for proxy in (details.get("proxies") or {}).values()]
         here = ray.util.get_node_ip_address()
@@ -2997,8 +3420,13 @@ class RayCluster:
 
         def call() -> None:
             builder = self.holders[application.name]
-            arguments = (application.config, application.route_prefix, action.version)
+            surge = SURGE_PERCENT if action.surge else 0
+            arguments = (application.config, application.route_prefix, action.version, surge)
             self.wait_for(builder.submit.remote(*arguments), patience)
+
+        ran = action.before is not None and action.before.state.status == "RUNNING"
+        if action.before and ran and action.attempt == 1:
+            self.keep_last_good(action.before)
 
         try:
             try:
@@ -3095,6 +3523,95 @@ class RayCluster:
                         rows.append((replica["node_id"], f"{app['name']}/{name}", held))
         return rows
 
+    def held_by(self, name: str) -> str:
+        """What an application's placement groups still hold, in words; empty when nothing."""
+        import ray
+
+        held: Counter[str] = Counter()
+        for group in ray.util.placement_group_table().values():
+            ours = group["name"].startswith(f"{REPLICA_PREFIX}{name}#")
+            for bundle in group["bundles"].values() if ours and group["state"] != "REMOVED" else ():
+                held.update(bundle)
+        return format_resources(held) if held else ""
+
+    def reservations(self, state: ApplicationState) -> tuple[Reservation, ...]:
+        """What each running replica of an application holds, from GCS's own tables.
+
+        A replica holds its placement group or its own resources, and what actors hold that it
+        started outside of a group. GPU indices come from the actors' resource mappings.
+        """
+        import ray
+        from ray._private.state import state as gcs
+        from ray.core.generated.gcs_pb2 import ActorTableData
+
+        groups = {group["name"]: group for group in ray.util.placement_group_table().values()}
+        rows = gcs._connect_and_get_accessor().get_actor_table(None, "ALIVE")
+        actors = [ActorTableData.FromString(row) for row in rows]
+        names = {row["NodeID"]: row["NodeManagerAddress"] for row in ray.nodes()}
+        found = []
+        for deployment in state.deployments:
+            for replica in deployment.replicas:
+                name = f"{REPLICA_PREFIX}{state.name}#{deployment.name}#{replica.replica_id}"
+                mine = next((a for a in actors if a.actor_id.hex() == replica.actor_id), None)
+                if replica.state != "RUNNING" or mine is None:
+                    continue
+                group, mine_id = groups.get(name), mine.address.worker_id
+                group_id = bytes.fromhex(group["placement_group_id"]) if group else None
+                children = [a for a in actors if a.owner_address.worker_id == mine_id]
+                outside = [a for a in [mine, *children] if not a.placement_group_id]
+                inside = [a for a in actors if group_id and a.placement_group_id == group_id]
+                held: Counter[str] = Counter()
+                for resources in [
+                    *(group["bundles"].values() if group else ()),
+                    *(dict(actor.required_resources) for actor in outside),
+                ]:
+                    held.update({key: amount for key, amount in resources.items() if amount})
+                nodes = group["bundles_to_node_id"].values() if group else [mine.node_id.hex()]
+                found.append(
+                    Reservation(
+                        deployment.name,
+                        replica.replica_id,
+                        dict(held),
+                        tuple(dict.fromkeys(names.get(node, node) for node in nodes)),
+                        gpu_indices([*outside, *inside]),
+                    )
+                )
+        return tuple(found)
+
+    def fetch(self, url: str, body: Config | None, timeout_s: float) -> Response:
+        """GET `url`, or POST `body` to it as JSON. Raises ApplicationError without an answer.
+
+        A certificate is not checked: it is that of the user's own cluster.
+        """
+        started = time.monotonic()
+        request = urllib.request.Request(
+            url,
+            None if body is None else json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        context = ssl._create_unverified_context() if url.startswith("https") else None
+        try:
+            try:
+                answer = urllib.request.urlopen(request, timeout=timeout_s, context=context)
+            except urllib.error.HTTPError as error:
+                answer = error
+            with answer:
+                first = answer.readline()
+                first_s = time.monotonic() - started
+                text = (first + answer.read()).decode(errors="replace")
+                return Response(answer.status, text, first_s, time.monotonic() - started)
+        except TimeoutError as error:
+            raise ApplicationError(f"no answer within {timeout_s:.0f} s from {url}") from error
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", None) or error
+            if isinstance(reason, TimeoutError):
+                reason = f"no answer within {timeout_s:.0f} s"
+            raise ApplicationError(f"{url}: {reason}") from error
+
+    def replica_log(self, actor_id: str) -> str:
+        """The ends of a replica's two logs; its engine's processes write into them, too."""
+        return "\n".join(self.log_tail(actor_id, suffix) for suffix in ("out", "err"))
+
     def failure_logs(self, state: ApplicationState) -> list[str]:
         """What the replicas that failed have left, one text each, the latest first.
 
@@ -3163,6 +3680,22 @@ def read_demand(application: str, row: Config) -> Demand:
         ingress=row["ingress"],
         max_replicas_per_node=row["max_replicas_per_node"],
         label_selectors=tuple(row["label_selectors"]),
+    )
+
+
+def gpu_indices(actors: Iterable[Any]) -> tuple[int, ...]:
+    """The GPUs that some actors hold parts of. In a placement group a GPU is held under the names
+    of the group and of the bundle (ray/gcs.proto ResourceMapEntry)."""
+    return tuple(
+        sorted(
+            {
+                part.index
+                for actor in actors
+                for entry in actor.resource_mapping
+                if re.fullmatch(r"GPU(_group_\w+)?", entry.name)
+                for part in entry.resource_ids
+            }
+        )
     )
 
 
@@ -3259,7 +3792,7 @@ def first_line(text: str) -> str:
 
 
 # ======================================================================================
-# 7. Causes: what Serve and the engine say → the root cause, a hint, the phase of a start
+# 8. Causes: what Serve and the engine say → the root cause, a hint, the phase of a start
 # ======================================================================================
 
 MOST_CAUSE_CHARACTERS = 300
@@ -3465,7 +3998,7 @@ HINTS: tuple[tuple[str, str], ...] = (
 def root_cause(message: str, logs: Sequence[str] = ()) -> Cause:
     """The first real exception in what Serve says, or in what dead replicas left, latest first.
 
-    Serve's message often only points at a log (FACTS.md section 4); then the logs are asked. Of
+    Serve's message often only points at a log; then the logs are asked. Of
     several exceptions that which has a hint counts; without one the last in Serve's message, as
     Python prints the outermost last, and the first in a log, as the engine's processes pass it on.
     """
@@ -3583,7 +4116,261 @@ def pending_need(message: str) -> tuple[Resources, Resources] | None:
 
 
 # ======================================================================================
-# 8. Deploy: the pool, the one watcher, deadlines, stop signals
+# 9. Verify: an application that runs → the proof that it is what was promised, and answers
+# ======================================================================================
+
+SMOKE_TIMEOUT_S = 60.0
+ROUTE_ATTEMPTS = 20
+OK, NOT_FOUND, SERVER_ERROR = 200, 404, 500
+QUESTIONS: tuple[tuple[str, Config], ...] = (
+    (
+        "/v1/chat/completions",
+        {
+            "messages": [{"role": "user", "content": "Hello"}],
+            "max_tokens": 1,
+            "stream": True,
+        },
+    ),
+    ("/v1/completions", {"prompt": "Hello", "max_tokens": 1, "stream": True}),
+    ("/v1/embeddings", {"input": "Hello"}),
+)
+"""What a model is asked, the next where it has not learnt the one before."""
+
+CANNOT = re.compile(
+    r"chat template|does not support|not support(?:ed)? by|Not Found", re.IGNORECASE
+)
+Fetch = Callable[[str, Config | None], Response]
+"""GET a URL, or POST JSON to it. Raises ApplicationError when nothing answers."""
+
+
+def mismatches(
+    application: ApplicationSpec, demands: Sequence[Demand], reservations: Sequence[Reservation]
+) -> tuple[str, ...]:
+    """The promises about resources that running replicas do not keep, in words."""
+    rows = []
+    for demand in demands:
+        said = promises(application, demand, demands)
+        promised = {**demand.reserved, **said}
+        for held in reservations:
+            if held.deployment != demand.deployment:
+                continue
+            for resource in sorted({*promised, *held.reserved}):
+                wanted, found = promised.get(resource, 0.0), held.reserved.get(resource, 0.0)
+                if abs(wanted - found) > 1e-4:  # noqa: PLR2004 - Ray counts in ten thousandths
+                    rows.append(
+                        f"{demand.deployment}: promised {format_amount(resource, wanted)} "
+                        f"{resource}, reserved {format_amount(resource, found)} "
+                        f"({held_because(demand, resource, found)})"
+                    )
+    return tuple(dict.fromkeys(rows))
+
+
+def promises(application: ApplicationSpec, demand: Demand, demands: Sequence[Demand]) -> Resources:
+    """What the config itself says of a deployment's replicas; empty when it says nothing."""
+    for model in application.models:
+        if demand_of(model, demands) is demand:
+            return model.promised
+    return {}
+
+
+def held_because(demand: Demand, resource: str, found: float) -> str:
+    """Who asked Ray for what a replica holds."""
+    if abs(demand.reserved.get(resource, 0.0) - found) < 1e-4:  # noqa: PLR2004
+        return "its builder asks Ray for that, not for what the config says"
+    return "a replica of it holds more or less than its deployment asks for"
+
+
+def demand_of(model: ModelSpec, demands: Sequence[Demand]) -> Demand | None:
+    """The deployment that serves a model; Ray names it "<server class>:<deployment name>"."""
+    suffix = ":" + model.deployment_name
+    return next((demand for demand in demands if demand.deployment.endswith(suffix)), None)
+
+
+def wait_for_route(
+    application: ApplicationSpec, base_url: str, fetch: Fetch, pause: Callable[[], None]
+) -> None:
+    """Wait until Serve's proxy, and nobody else at its address, knows the application's route.
+
+    Raises ApplicationError when it does not come to know it: the proxies hear of a new
+    application a moment after the controller (ray/serve/_private/proxy.py, "/-/routes").
+    """
+    for attempt in range(ROUTE_ATTEMPTS):
+        if attempt:
+            pause()
+        response = fetch(f"{base_url}/-/routes", None)
+        if read_json(response.text).get(application.route_prefix or "") == application.name:
+            return
+    raise ApplicationError(
+        f"{base_url}/-/routes does not have {application.route_prefix} as the route of "
+        f"{application.name}, but says: {format_refusal(response)}"
+    )
+
+
+def smoke_test(
+    application: ApplicationSpec, asleep: Collection[str], base_url: str, fetch: Fetch
+) -> tuple[Answer, ...]:
+    """Ask an application over its public address. Raises ApplicationError for a bad answer.
+
+    `asleep` are the ids of models without a replica, which are not asked to answer.
+    """
+    url = base_url + quote((application.route_prefix or "").rstrip("/"))
+    listed = fetch(f"{url}/v1/models", None) if application.models else None
+    own_builder = not application.config["import_path"].startswith("ray.serve.llm")
+    if listed is None or (listed.status == NOT_FOUND and own_builder):
+        return (ask_ingress(url, fetch),)
+    if listed.status != OK:
+        raise ApplicationError(f"GET {url}/v1/models: {format_refusal(listed)}")
+    ids = [str(row.get("id")) for row in read_json(listed.text).get("data") or []]
+    for model in application.models:
+        if model.model_id not in ids:
+            raise ApplicationError(
+                f"GET {url}/v1/models lists {', '.join(ids) or 'nothing'}, not {model.model_id}"
+            )
+    answers = [Answer("GET /v1/models", listed.total_s)]
+    awake = [model for model in application.models if model.model_id not in asleep]
+    return (*answers, *(ask_model(model.model_id, url, fetch) for model in awake))
+
+
+def ask_ingress(url: str, fetch: Fetch) -> Answer:
+    """One request to an application that is none of models: any answer below 500 is good."""
+    for path in ("/health", "/"):
+        response = fetch(url + path, None)
+        if response.status != NOT_FOUND:
+            break
+    if response.status >= SERVER_ERROR:
+        raise ApplicationError(f"GET {url}{path}: {format_refusal(response)}")
+    return Answer(f"GET {path}", response.total_s)
+
+
+def ask_model(model_id: str, url: str, fetch: Fetch) -> Answer:
+    """One token from a model, over the first interface that it has."""
+    for path, question in QUESTIONS:
+        response = fetch(url + path, {**question, "model": model_id})
+        parts = read_parts(response.text)
+        refused = next((part["error"] for part in parts if part.get("error")), None)
+        if response.status == OK and refused is None:
+            break
+        unknown = response.status < SERVER_ERROR or refused is not None
+        if not (unknown and CANNOT.search(response.text)):
+            raise ApplicationError(f"POST {url}{path}: {format_refusal(response)}")
+    else:
+        raise ApplicationError(f"POST {url}{path}: {format_refusal(response)}")
+    names = {str(part["model"]) for part in parts if part.get("model")}
+    if names != {model_id}:
+        said = ", ".join(sorted(names)) or "nobody"
+        raise ApplicationError(f"POST {url}{path}: {model_id} was asked, and {said} answered")
+    first_s = response.first_s if question.get("stream") else None
+    return Answer(f"POST {path}", response.total_s, model_id, first_s)
+
+
+def read_parts(text: str) -> list[Config]:
+    """The JSON objects of an answer: one, or those of an event stream."""
+    lines = [line.partition("data:")[2] for line in text.splitlines() if line.startswith("data:")]
+    return [part for part in map(read_json, lines or [text]) if part]
+
+
+def read_json(text: str) -> Config:
+    """A JSON object; empty for anything else."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def format_refusal(response: Response) -> str:
+    """An answer that is none: its status, and the message in its body."""
+    parts = read_parts(response.text)
+    error = next((part["error"] for part in parts if part.get("error")), None)
+    message = error.get("message") if isinstance(error, dict) else error
+    detail = next((part["detail"] for part in parts if part.get("detail")), None)
+    text = str(message or detail or response.text.strip() or "no body")
+    return f"{response.status} {shortened(text, MOST_CAUSE_CHARACTERS)}"
+
+
+# -- the engine's own figures ---------------------------------------------------------------------
+
+FIGURES: tuple[tuple[str, type, str], ...] = (
+    # vllm/v1/core/kv_cache_utils.py
+    ("kv_cache_tokens", int, r"GPU KV cache size: ([\d,]+) tokens"),
+    ("max_concurrency", float, r"Maximum concurrency for [\d,]+ tokens per request: ([\d.]+)x"),
+    # vllm/v1/worker/gpu_worker.py
+    ("kv_cache_gib", float, r"Available KV cache memory: ([\d.]+) GiB"),
+    # vllm/v1/worker/gpu_model_runner.py
+    ("weights_gib", float, r"Model loading took ([\d.]+) GiB memory"),
+    # vllm/model_executor/model_loader/default_loader.py
+    ("weights_s", float, r"Loading weights took ([\d.]+) seconds"),
+    # vllm/v1/engine/core.py
+    ("start_s", float, r"init engine \(profile, create kv cache, warmup model\) took ([\d.]+) s"),
+)
+LITTLE_MEMORY = 0.7
+"""Below this part of its neighbour's memory an engine was measured while another one started."""
+
+
+def engine_figures(log: str) -> dict[str, Any]:
+    """What the log of a replica says about its engine, by field of `EngineFigures`."""
+    found: dict[str, Any] = {}
+    for name, kind, pattern in FIGURES:
+        values = re.findall(pattern, log)
+        if values:
+            found[name] = kind(values[-1].replace(",", ""))
+    return found
+
+
+def small_caches(engines: Sequence[EngineFigures]) -> list[str]:
+    """The engines that got far less memory than a neighbour of the same share, in words.
+
+    Weights and KV cache together are about gpu_memory_utilization of the card, whatever the model;
+    one that was measured while another started gets less (vllm-project/vllm#55827, #56830).
+    """
+    warnings = []
+    for engine in engines:
+        mine = memory_gib(engine)
+        peers = [
+            memory_gib(other)
+            for other in engines
+            if (other.node, other.share) == (engine.node, engine.share)
+        ]
+        if mine and mine < LITTLE_MEMORY * max(peers):
+            warnings.append(
+                f"{engine.model_id}: its engine got {mine:.1f} GiB for weights and KV cache, where "
+                f"a neighbour of the same share got {max(peers):.1f}: they disturbed each other's "
+                "measurement; set engine_kwargs.kv_cache_memory_bytes, or deploy it again with "
+                "--force --stagger"
+            )
+    return warnings
+
+
+def memory_gib(engine: EngineFigures) -> float:
+    """What an engine has for its weights and its KV cache; 0 when its log does not say."""
+    if engine.kv_cache_gib is None or engine.weights_gib is None:
+        return 0.0
+    return engine.kv_cache_gib + engine.weights_gib
+
+
+# -- engines that start together on one card ------------------------------------------------------
+
+DISTURBED = re.compile(
+    "No available memory for the cache blocks|Error in memory profiling|"
+    r"Free memory on device .* is less than desired|"
+    "Initial free memory .* current free memory"
+)
+"""How an engine fails that measured its memory while another one took or freed some
+(vllm/v1/worker/gpu_worker.py, vllm/v1/core/kv_cache_utils.py)."""
+
+
+def shares_gpu(application: ApplicationSpec) -> bool:
+    """Whether an application has engines that share a card and measure what is free on it."""
+    return any(model.measures_memory for model in application.models)
+
+
+def was_disturbed(application: ApplicationSpec, failure: str) -> bool:
+    """Whether an application failed as engines do that start together on one card."""
+    return shares_gpu(application) and bool(DISTURBED.search(failure))
+
+
+# ======================================================================================
+# 10. Deploy: the pool, the one watcher, deadlines, stop signals
 # ======================================================================================
 
 POLL_INTERVAL_S = 1.0
@@ -3604,6 +4391,12 @@ class Cluster(Protocol):
     def failure_logs(self, state: ApplicationState) -> list[str]: ...
     def starting_log(self, state: ApplicationState) -> str: ...
     def delete(self, name: str) -> None: ...
+    def roll_back(self, name: str) -> None: ...
+    def held_by(self, name: str) -> str: ...
+    def endpoint(self) -> str: ...
+    def reservations(self, state: ApplicationState) -> tuple[Reservation, ...]: ...
+    def fetch(self, url: str, body: Config | None, timeout_s: float) -> Response: ...
+    def replica_log(self, actor_id: str) -> str: ...
     def alive(self) -> bool: ...
 
 
@@ -3695,27 +4488,85 @@ class Patience:
         if self.board.clock() >= self.deadline:
             raise StillDeploying
 
+    def pause(self) -> None:
+        """Sleep until it is worth looking again. Raises as `check` does."""
+        self.check()
+        time.sleep(POLL_INTERVAL_S)
+
+    def seconds_left(self, most: float) -> float:
+        """What a single call may take: `most`, or less."""
+        self.check()
+        return min(most, self.deadline - self.board.clock())
+
+
+NO_ROOM = "--no-downtime: there is no room for a new replica beside the old ones"
+
 
 class Gate:
     """Asks of each built application whether the cluster can hold it, in the order of arrival."""
 
-    def __init__(self, cluster: Cluster, names: Collection[str], allow_pending: bool) -> None:
-        self.nodes, self.holders = cluster.nodes(moving=names)
+    def __init__(self, cluster: Cluster, actions: Sequence[Action], allow_pending: bool) -> None:
+        self.nodes, self.holders = cluster.nodes(moving(actions))
         self.demands: tuple[Demand, ...] = ()
         self.lock = threading.Lock()
         self.allow_pending = allow_pending
 
-    def admit(self, demands: tuple[Demand, ...]) -> str:
-        """Count an application in. Returns what does not fit now, and will wait; empty when all
-        fits. Raises ApplicationError for what can never fit."""
+    def admit(self, action: Action, demands: tuple[Demand, ...]) -> Admission:
+        """Count an application in. Raises ApplicationError for what can never fit, and for a
+        restart without downtime for which there is no room."""
+        demands = counted(action, demands)
         with self.lock:
             prediction = predict([*self.demands, *demands], self.nodes, self.holders)
             mine = prediction.fittings[len(self.demands) :]
-            never = [fitting for fitting in mine if fitting.fit is Fit.NEVER]
+            misfits = [item for item in mine if item.fit is not Fit.FITS]
+            never = [item for item in misfits if item.fit is Fit.NEVER]
+            if misfits and action.surge:
+                raise ApplicationError(f"{NO_ROOM}: {'; '.join(map(format_misfit, misfits))}")
             if never and not self.allow_pending:
-                raise ApplicationError("\n".join(format_misfit(fitting) for fitting in never))
+                raise ApplicationError("\n".join(map(format_misfit, never)))
             self.demands += demands
-        return "\n".join(format_misfit(item) for item in mine if item.fit is not Fit.FITS)
+        placed = {
+            self.nodes[replica.node].name
+            for item in mine
+            for slots in item.replicas
+            for replica in slots
+        }
+        every = frozenset(node.name for node in self.nodes)
+        return Admission(
+            "\n".join(map(format_misfit, misfits)), every if misfits else frozenset(placed)
+        )
+
+
+@dataclass(frozen=True)
+class Admission:
+    """`waits_for`: what of an application does not fit now, and will wait; `nodes`: where it may
+    start, by the plan's prediction."""
+
+    waits_for: str
+    nodes: frozenset[str]
+
+
+class Turns:
+    """Whose turn it is to start on a node, for --stagger."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.busy: frozenset[str] = frozenset()
+
+    @contextlib.contextmanager
+    def on(self, nodes: frozenset[str], patience: Patience) -> Iterator[None]:
+        """Have some nodes for oneself. Raises as `patience.check` does while it waits for them."""
+        with self.changed:
+            while self.busy & nodes:
+                patience.check()
+                self.changed.wait(0.2)
+            self.busy |= nodes
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.busy -= nodes
+                self.changed.notify_all()
 
 
 def worker_count(applications: int, cpu_cores: int, wanted: int | None) -> int:
@@ -3731,6 +4582,8 @@ class Run:
     board: Board
     gate: Gate
     options: Options
+    turns: Turns = field(default_factory=Turns)
+    crowded: bool = False  # several engines that may share a card start in it
 
     def patience(self) -> Patience:
         """As long as one application may take from now on."""
@@ -3751,27 +4604,56 @@ def deploy(
     """
     for action in actions:
         board.enter(action.application, "queued")
-    moving = [action.application.name for action in actions]
-    run = Run(cluster, board, Gate(cluster, moving, options.allow_pending), options)
     for target in (watch, follow_logs):
         name = target.__name__
         threading.Thread(target=target, args=(cluster, board), daemon=True, name=name).start()
+    outcomes: dict[str, Outcome] = {}
+    try:
+        deletions = [action for action in actions if action.change is Change.DELETE]
+        others = [action for action in actions if action.change is not Change.DELETE]
+        for stage in filter(None, (deletions, others)):
+            gate = Gate(cluster, stage, options.allow_pending)
+            crowded = sum(changes(a) and shares_gpu(a.application) for a in stage) > 1
+            run = Run(cluster, board, gate, options, crowded=crowded)
+            outcomes |= deploy_stage(stage, run, show)
+        for action in [action for action in others if outcomes[action.application.name].disturbed]:
+            again = replace(action, version=f"{action.version}.again", attempt=2)
+            gate = Gate(cluster, [again], options.allow_pending)
+            outcomes |= deploy_stage([again], Run(cluster, board, gate, options), show)
+    finally:
+        board.close()
+    show(board.wait_for_change(0))
+    return [outcomes[action.application.name] for action in actions]
+
+
+def deploy_stage(
+    actions: Sequence[Action], run: Run, show: Callable[[list[Progress]], None]
+) -> dict[str, Outcome]:
+    """Take some applications to their outcomes, by name, each in a worker of a pool."""
+    board = run.board
     pool = ThreadPoolExecutor(
-        worker_count(len(actions), os.cpu_count() or 1, options.max_workers),
+        worker_count(len(actions), os.cpu_count() or 1, run.options.max_workers),
         thread_name_prefix="deploy",
     )
-    futures = [pool.submit(deploy_application, action, run) for action in actions]
+    # Those that wait for their turn come last, so that they keep no worker from the others.
+    staggered = partial(is_staggered, options=run.options)
+    ordered = sorted(actions, key=staggered)
+    futures = [pool.submit(deploy_application, action, run) for action in ordered]
     while not all(future.done() for future in futures) and not board.stop_code:
         show(board.wait_for_change(POLL_INTERVAL_S))
     pool.shutdown(wait=False, cancel_futures=True)
     wait_for_futures(futures, timeout=STOP_GRACE_S if board.stop_code else None)
-    board.close()
-    outcomes = [
-        future.result() if future.done() and not future.cancelled() else unfinished(action, board)
-        for action, future in zip(actions, futures, strict=True)
-    ]
-    show(board.wait_for_change(0))
-    return outcomes
+    return {
+        action.application.name: future.result()
+        if future.done() and not future.cancelled()
+        else unfinished(action, board)
+        for action, future in zip(ordered, futures, strict=True)
+    }
+
+
+def is_staggered(action: Action, options: Options) -> bool:
+    """Whether an application waits until nobody else starts where it will."""
+    return options.stagger and shares_gpu(action.application)
 
 
 def watch(cluster: Cluster, board: Board) -> None:
@@ -3815,40 +4697,165 @@ def deploy_application(action: Action, run: Run) -> Outcome:
     application, board = action.application, run.board
     started = board.clock()
     reached: dict[str, Any] = {}
-
-    def end(result: Result, cause: Cause | None = None, detail: str = "") -> Outcome:
-        ended = result in (Result.FAILED, Result.STILL_DEPLOYING)
-        if ended and run.options.on_failure == "delete" and action.change is Change.CREATE:
-            run.cluster.delete(application.name)
-            reached["deleted"] = True
-        board.enter(application, result.value, cause.text if cause else "")
-        return Outcome(action, result, board.clock() - started, cause, detail, **reached)
-
+    cause, detail = action.refusal, ""
     try:
-        board.enter(application, "building")
-        reached["demands"] = run.cluster.build(application, run.patience())
-        waits_for = run.gate.admit(reached["demands"])
-        board.enter(application, "submitting", waits_for)
-        patience = run.patience()
-        reached["submitted"] = True
-        run.cluster.submit(action, reached["demands"], patience)
-        reached["state"] = settled(application, board, patience, waits_for)
-        return end(Result.RUNNING)
+        result = Result.FAILED if action.refusal else carry_out(action, run, reached)
     except ApplicationError as error:
         state = reached["state"] = board.states.get(application.name)
         logs = run.cluster.failure_logs(state) if state and reached.get("submitted") else []
-        return end(Result.FAILED, root_cause(str(error), logs), str(error))
+        result, cause, detail = Result.FAILED, root_cause(str(error), logs), str(error)
+        said = "\n".join([detail, cause.text, *logs])
+        first = action.attempt == 1 and run.crowded
+        reached["disturbed"] = first and was_disturbed(application, said)
     except StillDeploying:
         state = reached["state"] = board.states.get(application.name)
         message = failure_message(state) if state else ""
-        return end(Result.STILL_DEPLOYING, root_cause(message) if message else None)
+        result, cause = Result.STILL_DEPLOYING, root_cause(message) if message else None
     except Stopped:
         reached["state"] = board.states.get(application.name)
         lost = board.stop_code == EXIT_CLUSTER
-        return end(Result.UNKNOWN if lost else Result.INTERRUPTED)
+        result = Result.UNKNOWN if lost else Result.INTERRUPTED
     except Exception as error:  # noqa: BLE001
         # Isolation: a defect that one application meets must not hide what became of the others.
-        return end(Result.FAILED, root_cause(repr(error)), traceback.format_exc())
+        result, cause, detail = Result.FAILED, root_cause(repr(error)), traceback.format_exc()
+    ended = result in (Result.FAILED, Result.STILL_DEPLOYING)
+    if ended and reached.get("submitted") and not reached.get("disturbed"):
+        reached.update(undo(action, run))
+    board.enter(application, result.value, cause.text if cause else "")
+    return Outcome(action, result, board.clock() - started, cause, detail, **reached)
+
+
+def carry_out(action: Action, run: Run, reached: dict[str, Any]) -> Result:
+    """Do what an action says; `reached` gets the fields of its outcome on the way.
+
+    Raises ApplicationError, StillDeploying and Stopped.
+    """
+    if action.change is Change.DELETE:
+        if action.before:
+            delete_application(action, run)
+        return Result.DELETED
+    if action.before and action.change is Change.UNCHANGED:
+        record = action.before.record
+        reached.update(state=action.before.state, demands=record.demands if record else ())
+        prove(action.application, run, run.patience(), reached)
+        return Result.RUNNING
+    application, board = action.application, run.board
+    board.enter(application, "building")
+    reached["demands"] = run.cluster.build(application, run.patience())
+    admission = run.gate.admit(action, reached["demands"])
+    nodes = admission.nodes if is_staggered(action, run.options) else frozenset()
+    if nodes:
+        board.enter(application, "waiting for its turn", "--stagger")
+    with run.turns.on(nodes, Patience(board, math.inf)):
+        board.enter(application, "submitting", admission.waits_for)
+        patience = run.patience()
+        reached["submitted"] = True
+        run.cluster.submit(action, reached["demands"], patience)
+        reached["state"] = settled(application, board, patience, admission.waits_for)
+    prove(application, run, patience, reached)
+    return Result.RUNNING
+
+
+def prove(
+    application: ApplicationSpec, run: Run, patience: Patience, reached: dict[str, Any]
+) -> None:
+    """Check what runs against what was promised, and ask it something; `reached` gets the proof.
+
+    Raises ApplicationError for a bad answer.
+    """
+    cluster, state, demands = run.cluster, reached["state"], reached["demands"]
+    run.board.enter(application, "checking")
+    held = cluster.reservations(state)
+    proof = Proof(
+        held,
+        mismatches(application, demands, held),
+        engines=read_engines(application, demands, held, state, cluster),
+        skipped=not_asked(application, run),
+    )
+    reached["proof"] = proof
+    if proof.skipped:
+        return
+
+    def fetch(url: str, body: Config | None) -> Response:
+        return cluster.fetch(url, body, patience.seconds_left(SMOKE_TIMEOUT_S))
+
+    asleep = [] if run.options.wake else sleeping(application, demands, state)
+    base_url = cluster.endpoint()
+    wait_for_route(application, base_url, fetch, patience.pause)
+    reached["proof"] = replace(
+        proof, answers=smoke_test(application, asleep, base_url, fetch), asleep=tuple(asleep)
+    )
+
+
+def not_asked(application: ApplicationSpec, run: Run) -> str:
+    """Why an application is not asked anything over HTTP; empty when it is."""
+    if not run.options.smoke_test:
+        return "--no-smoke-test"
+    if application.route_prefix is None:
+        return "it has no HTTP route"
+    return "" if run.cluster.endpoint() else "Serve has no HTTP proxy (proxy_location: Disabled)"
+
+
+def sleeping(
+    application: ApplicationSpec, demands: Sequence[Demand], state: ApplicationState
+) -> list[str]:
+    """The ids of an application's models that have scaled to zero; a request would start one."""
+    targets = {deployment.name: deployment.target_replicas for deployment in state.deployments}
+    found = [(model.model_id, demand_of(model, demands)) for model in application.models]
+    return [model_id for model_id, d in found if d and not targets.get(d.deployment, 1)]
+
+
+def read_engines(
+    application: ApplicationSpec,
+    demands: Sequence[Demand],
+    held: Sequence[Reservation],
+    state: ApplicationState,
+    cluster: Cluster,
+) -> tuple[EngineFigures, ...]:
+    """The figures in the logs of the running engines, of the first few replicas of each model."""
+    actors = {r.replica_id: r.actor_id for d in state.deployments for r in d.replicas}
+    rows = []
+    for model in application.models:
+        demand = demand_of(model, demands)
+        mine = [item for item in held if demand and item.deployment == demand.deployment]
+        for item in mine[:MOST_LOGS]:
+            figures = engine_figures(cluster.replica_log(actors[item.replica_id]))
+            if figures:
+                row = EngineFigures(model.model_id, item.replica_id, item.nodes[0], model.share)
+                rows.append(replace(row, **figures))
+    return tuple(rows)
+
+
+def delete_application(action: Action, run: Run) -> None:
+    """Delete an application, and wait until what it held is free."""
+    application, board, patience = action.application, run.board, run.patience()
+    board.enter(application, "deleting")
+    run.cluster.delete(application.name)
+    after = board.clock()
+    while board.next_state(application, patience, after) or run.cluster.held_by(application.name):
+        after = board.polled_at
+        held = run.cluster.held_by(application.name)
+        board.enter(application, "deleting", f"it still holds {held}" if held else "")
+
+
+def undo(action: Action, run: Run) -> dict[str, Any]:
+    """What --on-failure asks to do about an application that did not come up, and what came of it,
+    as fields of its outcome."""
+    name, wish = action.application.name, run.options.on_failure
+    if wish == "delete" and action.change is Change.CREATE:
+        run.cluster.delete(name)
+        return {"deleted": True}
+    if wish != "rollback" or action.change is Change.CREATE:
+        return {}
+    run.board.enter(action.application, "rolling back")
+    try:
+        run.cluster.roll_back(name)
+        state = settled(action.application, run.board, run.patience())
+    except ApplicationError as error:
+        return {"rollback": f"it could not be rolled back: {root_cause(str(error)).text}"}
+    except (StillDeploying, Stopped):
+        return {"rollback": "it is being rolled back: its last good configuration does not run yet"}
+    return {"rollback": f"it was rolled back: its last good configuration is {state.status}"}
 
 
 def settled(
@@ -3960,13 +4967,13 @@ def exit_code(outcomes: Sequence[Outcome], stop_code: int) -> int:
         return stop_code
     if Result.UNKNOWN in results:
         return EXIT_CLUSTER
-    if Result.FAILED in results:
+    if Result.FAILED in results or any(o.proof and o.proof.mismatches for o in outcomes):
         return EXIT_FAILED
     return EXIT_TIMEOUT if Result.STILL_DEPLOYING in results else EXIT_OK
 
 
 # ======================================================================================
-# 9. Report: outcomes → text, live view, JSON
+# 11. Report: outcomes → text, live view, JSON
 # ======================================================================================
 
 RULE = "=" * 80
@@ -3994,12 +5001,6 @@ def format_bundles(demand: Demand) -> str:
     return text
 
 
-def demand_of(model: ModelSpec, demands: Sequence[Demand]) -> Demand | None:
-    """The deployment that serves a model; Ray names it "<server class>:<deployment name>"."""
-    suffix = ":" + model.deployment_name
-    return next((demand for demand in demands if demand.deployment.endswith(suffix)), None)
-
-
 def endpoints(application: ApplicationSpec) -> list[tuple[str, str]]:
     """What an application answers to: method and path."""
     if application.route_prefix is None:
@@ -4018,6 +5019,8 @@ def format_running(outcome: Outcome, base_url: str) -> list[str]:
         lines.append("   Unchanged: it runs already, and was left alone")
     elif outcome.action.reasons:
         lines += format_action(outcome.action)
+    if outcome.action.attempt > 1:
+        lines.append("   Second attempt, alone: other engines on its GPU disturbed the first")
     served = set()
     for model in application.models:
         lines += [f"   Model: {model.source}", f"   Model ID: {model.model_id}"]
@@ -4036,6 +5039,7 @@ def format_running(outcome: Outcome, base_url: str) -> list[str]:
                 f"   {kind} {demand.deployment}: {format_bundles(demand)} per replica, "
                 f"replicas {format_replicas(demand)}"
             )
+    lines += [f"   {line}" for line in format_proof(outcome.proof)]
     route = application.route_prefix
     if not base_url:
         return [*lines, "   It ran when the cluster was last seen"]
@@ -4044,6 +5048,50 @@ def format_running(outcome: Outcome, base_url: str) -> list[str]:
     prefix = route.rstrip("/")
     lines += [f"   Base URL: {base_url}{quote(prefix) or '/'}", "   Endpoints:"]
     return lines + [f"     • {method:<4} {path}" for method, path in endpoints(application)]
+
+
+def format_proof(proof: Proof | None) -> list[str]:
+    """What was checked of a running application, a line each."""
+    if proof is None:
+        return []
+    places = Counter(
+        f"{item.deployment}: {format_resources(item.reserved)}, on {format_place(item)}"
+        for item in proof.reservations
+    )
+    broken = {text.partition(": promised")[0] for text in proof.mismatches}
+    lines = [f"✗ {text}" for text in proof.mismatches]
+    for text, count in places.items():
+        mark = "✗" if text.partition(": ")[0] in broken else "✓"
+        lines.append(f"{mark} Reserved by {text}" + f" ({count} replicas)" * (count > 1))
+    for answer in proof.answers:
+        first = f", first token after {answer.first_token_s:.2f} s" if answer.first_token_s else ""
+        who = f" to {answer.model_id}" if answer.model_id else ""
+        lines.append(f"✓ {answer.request}{who}: answered in {answer.total_s:.2f} s{first}")
+    lines += [f"{name} is scaled to zero: not woken up (--wake asks it)" for name in proof.asleep]
+    lines += [format_engine(engine) for engine in proof.engines]
+    return [*lines, f"Not asked over HTTP: {proof.skipped}"] if proof.skipped else lines
+
+
+def format_place(item: Reservation) -> str:
+    """ "10.0.0.1 GPU 0", as far as Ray tells."""
+    gpus = f" GPU {', '.join(map(str, item.gpus))}" if item.gpus else ""
+    return f"{' + '.join(item.nodes)}{gpus}"
+
+
+def format_engine(engine: EngineFigures) -> str:
+    """The engine's own figures, as far as its log has them."""
+    parts = []
+    if engine.kv_cache_tokens is not None:
+        parts.append(f"KV cache {engine.kv_cache_tokens:,} tokens")
+    if engine.kv_cache_gib is not None:
+        parts.append(f"{engine.kv_cache_gib:.2f} GiB")
+    if engine.max_concurrency is not None:
+        parts.append(f"{engine.max_concurrency:g} requests of full length at once")
+    if engine.weights_s is not None:
+        parts.append(f"weights loaded in {engine.weights_s:.1f} s")
+    if engine.start_s is not None:
+        parts.append(f"engine ready {engine.start_s:.1f} s later")
+    return f"Engine of {engine.model_id} says: {', '.join(parts)}"
 
 
 def format_unfinished(outcome: Outcome, dashboard_url: str) -> list[str]:
@@ -4066,10 +5114,31 @@ def format_unfinished(outcome: Outcome, dashboard_url: str) -> list[str]:
             lines.append("   The cluster goes on deploying it")
     if outcome.deleted:
         lines.append("   It was deleted again (--on-failure delete)")
+    lines += [f"   {line}" for line in format_survivors(outcome)]
     lines += [f"   Logs: {command}" for command in log_commands(outcome)]
     if outcome.submitted and dashboard_url and outcome.result is not Result.UNKNOWN:
         lines.append(f"   Dashboard: {dashboard_url}/#/serve/applications/{quote(name, safe='')}")
     return lines
+
+
+def format_survivors(outcome: Outcome) -> list[str]:
+    """What still serves of what ran before an edit that failed, read from the replicas."""
+    action, state = outcome.action, outcome.state
+    if action.before is None or outcome.result is Result.UNKNOWN:
+        return []
+    if outcome.rollback:
+        return [f"{outcome.rollback[:1].upper()}{outcome.rollback[1:]} (--on-failure rollback)"]
+    if not outcome.submitted:
+        return ["What ran before was not touched"]
+    if state is None:
+        return []
+    old = {r.replica_id for d in action.before.state.deployments for r in d.replicas}
+    serving = [
+        f"{sum(r.state == 'RUNNING' and r.replica_id in old for r in deployment.replicas)}"
+        f" of {deployment.running} running replicas of {deployment.name}"
+        for deployment in state.deployments
+    ]
+    return [f"Still from before the edit: {', '.join(serving)}"] if serving else []
 
 
 def log_commands(outcome: Outcome) -> list[str]:
@@ -4092,41 +5161,66 @@ def format_seconds(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """How a run ended. `base_url` is empty when the cluster was lost."""
+    """How a run ended. `base_url` is empty when the cluster was lost; `others` are the running
+    applications that the file does not name."""
 
     outcomes: Sequence[Outcome]
     code: int
     base_url: str
     dashboard_url: str
     seconds: float
+    others: Sequence[ApplicationState] = ()
 
 
 def format_summary(report: Report) -> list[str]:
     """The whole summary, line by line."""
     running = [outcome for outcome in report.outcomes if outcome.result is Result.RUNNING]
-    others = [outcome for outcome in report.outcomes if outcome.result is not Result.RUNNING]
-    lines = [
-        RULE,
-        f"{'⚠️ ' if others else '✅'} Deployment Summary",
-        RULE,
-        f"Total applications deployed: {len(running)}/{len(report.outcomes)}"
-        f" in {format_seconds(report.seconds)}",
-    ]
-    if running:
-        lines += ["", "📋 Successfully Deployed Applications:", THIN_RULE]
-    for outcome in running:
-        lines += ["", *format_running(outcome, report.base_url)]
-    if others:
-        lines += ["", "❌ Not Running:", THIN_RULE]
-    for outcome in others:
-        lines += ["", *format_unfinished(outcome, report.dashboard_url)]
-    lines += ["", RULE]
-    if not others:
-        lines.append("🔥 All deployments completed!")
+    deleted = [outcome for outcome in report.outcomes if outcome.result is Result.DELETED]
+    failed = [o for o in report.outcomes if o.result not in (Result.RUNNING, Result.DELETED)]
+    doomed = sum(outcome.action.change is Change.DELETE for outcome in report.outcomes)
+    wanted = len(report.outcomes) - doomed
+    good = not failed and report.code == EXIT_OK
+    title = f"{'✅' if good else '⚠️ '} Deployment Summary"
+    lines = [RULE, title, RULE]
+    for done, count, total in (("deployed", running, wanted), ("deleted", deleted, doomed)):
+        if total:
+            seconds = format_seconds(report.seconds)
+            lines.append(f"Total applications {done}: {len(count)}/{total} in {seconds}")
+    lines += format_group(
+        "📋 Successfully Deployed Applications:",
+        [format_running(outcome, report.base_url) for outcome in running],
+    )
+    lines += format_group("🗑️  Deleted Applications:", map(format_deleted, deleted))
+    lines += format_group(
+        "❌ Not Running:" if wanted else "❌ Not Deleted:",
+        [format_unfinished(outcome, report.dashboard_url) for outcome in failed],
+    )
+    engines = [engine for o in running if o.proof for engine in o.proof.engines]
+    lines += ["", *(f"⚠️  {text}" for text in small_caches(engines))]
+    lines += [*format_others(report.others), RULE]
+    if good:
+        lines.append(f"🔥 All {'deployments' if wanted else 'deletions'} completed!")
     if report.dashboard_url:
         lines.append(f"💡 Ray Dashboard: {report.dashboard_url}")
         lines.append("💡 Check deployment status and resource usage in the dashboard")
     return [*lines, RULE]
+
+
+def format_group(title: str, items: Iterable[list[str]]) -> list[str]:
+    """A part of the summary; nothing when there is nothing in it."""
+    lines = [line for item in items for line in ("", *item)]
+    return ["", title, THIN_RULE, *lines] if lines else []
+
+
+def format_deleted(outcome: Outcome) -> list[str]:
+    gone = "deleted; what it held is free" if outcome.action.before else "it was not there"
+    return [f"• {outcome.application.name}: {gone}"]
+
+
+def format_others(others: Sequence[ApplicationState]) -> list[str]:
+    """The running applications that the file does not name."""
+    names = ", ".join(f"{state.name} ({state.status})" for state in others)
+    return [f"💡 Not in the file, left alone: {names}; --prune deletes them", ""] if others else []
 
 
 JSON_VERSION = 1
@@ -4141,7 +5235,12 @@ def report_json(report: Report) -> Config:
         "seconds": round(report.seconds, 1),
         "dashboard": report.dashboard_url,
         "applications": [outcome_json(outcome, report.base_url) for outcome in report.outcomes],
+        "not_in_file": [state_json(state) for state in report.others],
     }
+
+
+def state_json(state: ApplicationState) -> Config:
+    return {"name": state.name, "status": state.status, "route_prefix": state.route_prefix}
 
 
 def outcome_json(outcome: Outcome, base_url: str) -> Config:
@@ -4149,23 +5248,40 @@ def outcome_json(outcome: Outcome, base_url: str) -> Config:
     application, state = outcome.application, outcome.state
     route = application.route_prefix
     return {
-        "name": application.name,
+        **action_json(outcome.action, outcome.demands),
         "result": outcome.result.value,
-        "change": outcome.action.change.value,
-        "reasons": list(outcome.action.reasons),
         "seconds": round(outcome.seconds, 1),
         "submitted": outcome.submitted,
-        "deleted": outcome.deleted,
+        "deleted": outcome.deleted or outcome.result is Result.DELETED,
+        "rollback": outcome.rollback or None,
+        "attempts": outcome.action.attempt,
+        "proof": dataclasses.asdict(outcome.proof) if outcome.proof else None,
         "status": state.status if state else None,
         "cause": outcome.cause.text if outcome.cause else None,
         "hint": outcome.cause.hint if outcome.cause else None,
         "logs": log_commands(outcome),
-        "route_prefix": route,
         "base_url": None if route is None else base_url + quote(route.rstrip("/")),
         "endpoints": [f"{method} {path}" for method, path in endpoints(application)],
+    }
+
+
+def action_json(action: Action, demands: Sequence[Demand]) -> Config:
+    """What a run does, or would do, with one application."""
+    return {
+        "name": action.application.name,
+        "change": action.change.value,
+        "reasons": list(action.reasons),
+        "gap": gap(action) or None,
+        "route_prefix": action.application.route_prefix,
         "models": [
-            {"model_id": model.model_id, "source": model.source, "notes": list(model.notes)}
-            for model in application.models
+            {
+                "model_id": model.model_id,
+                "source": model.source,
+                "promised": dict(model.promised),
+                "measures_memory": model.measures_memory,
+                "notes": list(model.notes),
+            }
+            for model in action.application.models
         ],
         "deployments": [
             {
@@ -4177,47 +5293,87 @@ def outcome_json(outcome: Outcome, base_url: str) -> Config:
                 "min_replicas": demand.min_replicas,
                 "max_replicas": demand.max_replicas,
             }
-            for demand in outcome.demands
+            for demand in demands
         ],
     }
 
 
-def format_plan(
-    actions: Sequence[Action],
-    built: Mapping[str, tuple[Demand, ...] | Cause],
-    prediction: Prediction,
-) -> list[str]:
+@dataclass(frozen=True)
+class PlanReport:
+    """What a run would do. `built` has what each deployment reserves, or why it can't be built."""
+
+    actions: Sequence[Action]
+    built: Mapping[str, tuple[Demand, ...] | Cause]
+    prediction: Prediction
+    code: int
+    others: Sequence[ApplicationState] = ()
+
+    def demands(self, action: Action) -> tuple[Demand, ...]:
+        """What an application's deployments reserve; for one that stays, what they do now."""
+        built = self.built.get(action.application.name)
+        if built is None and action.before and action.before.record:
+            return action.before.record.demands
+        return built if isinstance(built, tuple) else ()
+
+    def cause(self, action: Action) -> Cause | None:
+        built = self.built.get(action.application.name)
+        return built if isinstance(built, Cause) else None
+
+
+def plan_json(report: PlanReport) -> Config:
+    """The plan for programs; the README documents it."""
+    rows = []
+    for action in report.actions:
+        cause = report.cause(action)
+        row = action_json(action, report.demands(action))
+        rows.append({**row, "cause": cause and cause.text, "hint": cause and cause.hint})
+    return {
+        "version": JSON_VERSION,
+        "exit_code": report.code,
+        "applications": rows,
+        "not_in_file": [state_json(state) for state in report.others],
+        "packing": format_prediction(report.prediction),
+        "misfits": [format_misfit(fitting) for fitting in report.prediction.misfits],
+    }
+
+
+def format_plan(report: PlanReport) -> list[str]:
     """What `--plan` prints: what each replica would reserve, and where all of it would go."""
     lines = [RULE, "📋 Plan (nothing was changed)", RULE]
-    for action in actions:
-        application = action.application
+    for action in report.actions:
+        application, cause = action.application, report.cause(action)
         lines += ["", f"• {application.name}  {application.route_prefix or '(no HTTP route)'}"]
         lines += format_action(action)
-        result = built.get(application.name, ())
-        if isinstance(result, Cause):
-            lines += format_cause(result)
+        if cause:
+            lines += format_cause(cause)
             continue
         lines += [
             f"   {demand.deployment}{' (ingress)' if demand.ingress else ''}: "
             f"{format_bundles(demand)} per replica, replicas {format_replicas(demand)}"
-            for demand in result
+            for demand in report.demands(action)
         ]
         lines += [f"   Note: {note}" for model in application.models for note in model.notes]
-    crowded = format_crowded(actions, built, prediction)
-    return [*lines, "", THIN_RULE, *format_prediction(prediction), *crowded, RULE]
+        lines += [
+            f"   ⚠️  {model.model_id} shares its GPU and measures at its start what is free there: "
+            "engines that start with it disturb that; set engine_kwargs.kv_cache_memory_bytes, or "
+            "deploy with --stagger"
+            for model in application.models
+            if model.measures_memory and changes(action)
+        ]
+    for state in report.others:
+        lines += ["", f"• {state.name}  {state.route_prefix or '(no HTTP route)'}"]
+        lines.append(f"   not in file: it is {state.status} and left alone (--prune deletes it)")
+    crowded = format_crowded(report)
+    return [*lines, "", THIN_RULE, *format_prediction(report.prediction), *crowded, RULE]
 
 
-def format_crowded(
-    actions: Sequence[Action],
-    built: Mapping[str, tuple[Demand, ...] | Cause],
-    prediction: Prediction,
-) -> list[str]:
+def format_crowded(report: PlanReport) -> list[str]:
     """The GPUs whose predicted engines want more than all of the card's memory in sum."""
+    prediction = report.prediction
     wanted: dict[str, float] = {}
-    for action in actions:
-        demands = built.get(action.application.name, ())
+    for action in report.actions:
         for model in action.application.models:
-            demand = demand_of(model, demands) if isinstance(demands, tuple) else None
+            demand = demand_of(model, report.demands(action))
             if demand:
                 wanted[label_of(demand)] = model.memory_fraction
     sums: dict[tuple[int, int], float] = {}
@@ -4234,10 +5390,11 @@ def format_crowded(
 
 
 def format_action(action: Action) -> list[str]:
-    """ "RESTART because args...max_model_len: 2048 → 4096", one line a reason."""
+    """ "RESTART because args...max_model_len: 2048 → 4096", one line a reason, and who notices."""
     first, *more = action.reasons or ("",)
     lines = [f"   {action.change.value}" + (f" because {first}" if first else "")]
-    return [*lines, *(f"      and {reason}" for reason in more)]
+    lines += [f"      and {reason}" for reason in more]
+    return [*lines, f"      {gap(action)}"] if gap(action) else lines
 
 
 def format_cause(cause: Cause) -> list[str]:
@@ -4318,17 +5475,24 @@ class Terminal:
             if options.worker_logs and outcome.detail:
                 self.say(f"--- {outcome.application.name}\n{outcome.detail}")
 
+    def print_plan(self, report: PlanReport, options: Options) -> None:
+        """The plan, or its JSON, to stdout."""
+        if options.json:
+            self.print_lines([json.dumps(plan_json(report), indent=2)])
+        else:
+            self.print_lines(format_plan(report))
+
     def print_lines(self, lines: Sequence[str]) -> None:
         """The plan or the summary, to stdout."""
         print(mask("\n".join(lines), self.secrets), file=self.out, flush=True)
 
 
-STATE_ICONS = {"queued": "⏳", "RUNNING": "✅", "FAILED": "❌"}
-STATE_STYLES = {"queued": "dim", "RUNNING": "green", "FAILED": "red"}
+STATE_ICONS = {"queued": "⏳", "RUNNING": "✅", "DELETED": "🗑️", "FAILED": "❌"}
+STATE_STYLES = {"queued": "dim", "RUNNING": "green", "DELETED": "green", "FAILED": "red"}
 
 
 # ======================================================================================
-# 10. Command line: options, main() -> int, the one place where exceptions become exit codes
+# 12. Command line: options, main() -> int, the one place where exceptions become exit codes
 # ======================================================================================
 
 
@@ -4345,24 +5509,60 @@ def parse_options(argv: Sequence[str] | None) -> Options:
         metavar="HOST:PORT",
         help="the cluster (default: RAY_ADDRESS, or this machine's)",
     )
-    parser.add_argument(
+    add_purpose_options(parser.add_argument_group("what to do"))
+    add_manner_options(parser.add_argument_group("how"))
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--json", action="store_true", help="print one JSON document to stdout, all else to stderr"
+    )
+    output.add_argument(
+        "--logs",
+        dest="worker_logs",
+        action="store_true",
+        help="show the workers' logs and tracebacks",
+    )
+    given = vars(parser.parse_args(argv))
+    against = [name for name in ("prune", "force", "no_downtime") if given[name]]
+    if given["delete"] and against:
+        parser.error(f"--delete and --{against[0].replace('_', '-')} exclude each other")
+    return Options(**{**given, "only": tuple(given["only"])})
+
+
+def add_purpose_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--plan",
         action="store_true",
         help="show what would go where, change nothing; exit 1 when something can't fit",
     )
-    parser.add_argument(
-        "--allow-pending",
-        action="store_true",
-        help="deploy what no node can hold, too: the cluster will grow",
+    group.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only the applications of this name; may be a pattern such as 'falcon*', and repeated",
     )
-    parser.add_argument(
+    group.add_argument("--force", action="store_true", help="deploy again what runs unchanged, too")
+    group.add_argument(
+        "--prune",
+        action="store_true",
+        help="first delete the running applications that the file does not name",
+    )
+    group.add_argument(
+        "--delete",
+        action="store_true",
+        help="delete the applications that the file names, and wait until what they hold is free",
+    )
+
+
+def add_manner_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--max-workers",
         type=positive_int,
         metavar="N",
         help="applications that deploy at once (default: min(applications, max(2, CPU cores))); "
         "1 deploys one after the other, as V4 did",
     )
-    parser.add_argument(
+    group.add_argument(
         "--timeout",
         dest="timeout_s",
         type=timeout_seconds,
@@ -4370,34 +5570,39 @@ def parse_options(argv: Sequence[str] | None) -> Options:
         metavar="SECONDS",
         help="how long to wait for an application from its submission (default 1800, 0: for ever)",
     )
-    parser.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="only the applications of this name; may be a pattern such as 'falcon*', and repeated",
-    )
-    parser.add_argument(
-        "--force", action="store_true", help="deploy again what runs unchanged, too"
-    )
-    parser.add_argument(
-        "--on-failure",
-        choices=("keep", "delete"),
-        default="keep",
-        help="what to do with an application that failed or ran out of time and did not run before "
-        "(default: keep)",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document to stdout, all else to stderr"
-    )
-    parser.add_argument(
-        "--logs",
-        dest="worker_logs",
+    group.add_argument(
+        "--allow-pending",
         action="store_true",
-        help="show the workers' logs and tracebacks",
+        help="deploy what no node can hold, too: the cluster will grow",
     )
-    given = vars(parser.parse_args(argv))
-    return Options(**{**given, "only": tuple(given["only"])})
+    group.add_argument(
+        "--stagger",
+        action="store_true",
+        help="start engines that share a GPU one after the other on each node, so that they do not "
+        "disturb each other's memory measurement; others still start at once",
+    )
+    group.add_argument(
+        "--no-smoke-test",
+        dest="smoke_test",
+        action="store_false",
+        help="do not ask the applications anything over HTTP",
+    )
+    group.add_argument(
+        "--wake", action="store_true", help="ask models that have scaled to zero, too"
+    )
+    group.add_argument(
+        "--no-downtime",
+        action="store_true",
+        help="restart by starting new replicas before the old ones stop; an application for which "
+        "there is no room is not touched",
+    )
+    group.add_argument(
+        "--on-failure",
+        choices=("keep", "delete", "rollback"),
+        default="keep",
+        help="what to do when an application failed or ran out of time: delete it if it is new, "
+        "or roll an edited one back to its last good configuration (default: keep)",
+    )
 
 
 def positive_int(text: str) -> int:
@@ -4414,55 +5619,40 @@ def timeout_seconds(text: str) -> float:
     return seconds
 
 
-def run(
-    options: Options,
-    environ: Mapping[str, str],
-    cluster: RayCluster,
-    terminal: Terminal,
-    board: Board,
-) -> int:
+@dataclass
+class Session:
+    """One run of the program: its options, and what it acts on."""
+
+    options: Options
+    cluster: RayCluster
+    terminal: Terminal
+    board: Board
+
+
+def run(session: Session, environ: Mapping[str, str]) -> int:
     """Load, normalise, plan, deploy, report. Returns the exit code.
 
     Raises ConfigError (nothing was touched) and ClusterError.
     """
+    options, cluster = session.options, session.cluster
+    terminal, board = session.terminal, session.board
     started = board.clock()
     document = load_document(options.config, environ)
     terminal.secrets = document.secrets
-    applications = chosen(checked_applications(document, terminal), options.only)
+    everything = checked_applications(document, terminal)
+    applications = chosen(everything, options)
+    purpose = "delete" if options.delete else "deploy"
     terminal.say(f"📖 Loaded config: {options.config}")
-    terminal.say(f"📦 Found {len(applications)} application(s) to deploy")
+    terminal.say(f"📦 Found {len(applications)} application(s) to {purpose}")
     terminal.say("🔧 Connecting to Ray...")
     cluster.connect(options.address)
     cluster.check_schema(document)
-    running = cluster.running(applications)
-    mark = f"{time.time_ns():x}"
-    actions = [
-        decide(application, running.get(application.name), mark=mark, force=options.force)
-        for application in applications
-    ]
+    actions, others = decided(document, everything, applications, session)
     if options.plan:
-        return plan(actions, options, cluster, terminal, board)
-    if cluster.grows() and not options.allow_pending:
-        terminal.say("⚠️  An autoscaler is active: what no node can hold yet is deployed and waits")
-        options = replace(options, allow_pending=True)
-    changing = [action for action in actions if action.change is not Change.UNCHANGED]
-    cluster.prepare([action.application for action in changing])
-    terminal.say("🔧 Starting Ray Serve...")
-    ignored = cluster.start_serve(document.data)
-    if ignored:
-        terminal.say(
-            f"⚠️  Serve is already running and keeps its own http_options ({', '.join(ignored)}); "
-            "`serve shutdown` and a new run would change them"
-        )
-    terminal.say("🔄 Starting concurrent deployment...")
+        return plan(session, actions, others)
+    make_ready(session, document, actions)
     with stop_signals(board):
-        deployed = iter(deploy(changing, cluster, board, options, terminal.show))
-    outcomes = [
-        unchanged(action, running[action.application.name])
-        if action.change is Change.UNCHANGED
-        else next(deployed)
-        for action in actions
-    ]
+        outcomes = deploy(actions, cluster, board, session.options, terminal.show)
     terminal.close()
     if board.stop_code:
         terminal.say(f"🛑 Stopped: {board.stop_reason}")
@@ -4472,57 +5662,113 @@ def run(
         "" if board.stop_code == EXIT_CLUSTER else cluster.endpoint(),
         cluster.dashboard_url,
         board.clock() - started,
+        others,
     )
     terminal.print_report(report, options)
     return report.code
 
 
 def chosen(
-    applications: tuple[ApplicationSpec, ...], patterns: Sequence[str]
+    applications: tuple[ApplicationSpec, ...], options: Options
 ) -> tuple[ApplicationSpec, ...]:
-    """The applications whose names match one of the patterns; all when there are none."""
-    for pattern in patterns:
-        if not fnmatch.filter([application.name for application in applications], pattern):
-            names = ", ".join(application.name for application in applications)
+    """The applications that --only names; all without it."""
+    names = [application.name for application in applications]
+    for pattern in options.only:
+        # With --prune a pattern may be about applications that only the cluster has.
+        if not fnmatch.filter(names, pattern) and not options.prune:
             message = f"--only {pattern}: no application has that name"
-            raise ConfigError([Problem("command line", None, (), message, f"there are {names}")])
-    return tuple(
-        application
-        for application in applications
-        if not patterns
-        or any(fnmatch.fnmatchcase(application.name, pattern) for pattern in patterns)
-    )
+            hint = f"there are {', '.join(names)}"
+            raise ConfigError([Problem("command line", None, (), message, hint)])
+    return tuple(item for item in applications if is_chosen(item.name, options))
 
 
-def unchanged(action: Action, running: Running) -> Outcome:
-    """The outcome of an application that runs as the config says, and was left alone."""
-    demands = running.record.demands if running.record else ()
-    return Outcome(action, Result.RUNNING, 0.0, demands=demands, state=running.state)
+def is_chosen(name: str, options: Options) -> bool:
+    return not options.only or any(fnmatch.fnmatchcase(name, p) for p in options.only)
 
 
-def plan(
-    actions: Sequence[Action],
-    options: Options,
-    cluster: RayCluster,
-    terminal: Terminal,
-    board: Board,
-) -> int:
+def decided(
+    document: Document,
+    everything: Sequence[ApplicationSpec],
+    applications: Sequence[ApplicationSpec],
+    session: Session,
+) -> tuple[list[Action], list[ApplicationState]]:
+    """What to do with each application, and the running ones that nobody mentions.
+
+    `everything` is what the file names, `applications` what --only leaves of that. Raises
+    ConfigError for a route that another application has.
+    """
+    options, cluster = session.options, session.cluster
+    names = [application.name for application in applications]
+    claims = {} if options.plan else cluster.claim(names)
+    states = cluster.states()
+    known = {application.name for application in everything}
+    others = [s for s in states.values() if s.name not in known and s.status != "DELETING"]
+    pruned = [state for state in others if options.prune and is_chosen(state.name, options)]
+    claims |= {} if options.plan else cluster.claim(state.name for state in pruned)
+    running = cluster.running(states)
+    deletions = [
+        deletion(ApplicationSpec(-1, s.name, s.route_prefix, {}), running, claims, PRUNED)
+        for s in pruned
+    ]
+    if options.delete:
+        return [deletion(item, running, claims) for item in applications], others
+    kept = {name: state for name, state in states.items() if state not in pruned}
+    findings = taken_routes(applications, kept)
+    if findings:
+        raise ConfigError(problems_of(document, findings))
+    mark = f"{time.time_ns():x}"
+    actions = [
+        decide(item, running.get(item.name), options, mark=mark, claim=claims.get(item.name))
+        for item in applications
+    ]
+    return [*deletions, *actions], [state for state in others if state not in pruned]
+
+
+def make_ready(session: Session, document: Document, actions: Sequence[Action]) -> None:
+    """Say what is about to happen, and start what takes long: Serve, and the builders' imports."""
+    cluster, terminal = session.cluster, session.terminal
+    doomed = [a.application.name for a in actions if a.change is Change.DELETE and a.before]
+    if doomed:
+        terminal.say(f"🗑️  Deleting {', '.join(doomed)}")
+    if session.options.delete:
+        return
+    if cluster.grows() and not session.options.allow_pending:
+        terminal.say("⚠️  An autoscaler is active: what no node can hold yet is deployed and waits")
+        session.options = replace(session.options, allow_pending=True)
+    cluster.prepare([action.application for action in actions if changes(action)])
+    terminal.say("🔧 Starting Ray Serve...")
+    ignored = cluster.start_serve(document.data)
+    if ignored:
+        terminal.say(
+            f"⚠️  Serve is already running and keeps its own http_options ({', '.join(ignored)}); "
+            "`serve shutdown` and a new run would change them"
+        )
+    terminal.say("🔄 Starting concurrent deployment...")
+
+
+def plan(session: Session, actions: Sequence[Action], others: Sequence[ApplicationState]) -> int:
     """Build, predict, print. Returns 0 when all fits, 1 when something does not."""
-    changing = [action for action in actions if action.change is not Change.UNCHANGED]
+    cluster, terminal, board = session.cluster, session.terminal, session.board
+    changing = [action for action in actions if changes(action)]
     applications = [action.application for action in changing]
     cluster.prepare(applications)
     with stop_signals(board):
-        built = build_all(applications, cluster, board, options, terminal.show)
+        built = build_all(applications, cluster, board, session.options, terminal.show)
     terminal.close()
     if board.stop_code:
         return board.stop_code
-    demands = [demand for result in built if isinstance(result, tuple) for demand in result]
-    nodes, holders = cluster.nodes(moving=[application.name for application in applications])
-    prediction = predict(demands, nodes, holders)
-    results = dict(zip([application.name for application in applications], built, strict=True))
-    terminal.print_lines(format_plan(actions, results, prediction))
+    demands = [
+        demand
+        for action, result in zip(changing, built, strict=True)
+        if isinstance(result, tuple)
+        for demand in counted(action, result)
+    ]
+    prediction = predict(demands, *cluster.nodes(moving(actions)))
     failed = any(isinstance(result, Cause) for result in built)
-    return EXIT_FAILED if failed or prediction.misfits else EXIT_OK
+    code = EXIT_FAILED if failed or prediction.misfits else EXIT_OK
+    results = dict(zip([item.name for item in applications], built, strict=True))
+    terminal.print_plan(PlanReport(actions, results, prediction, code, others), session.options)
+    return code
 
 
 def checked_applications(document: Document, terminal: Terminal) -> tuple[ApplicationSpec, ...]:
@@ -4580,7 +5826,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in EXIT_SIGNALS:
         signal.signal(number, raise_interrupt)
     try:
-        code = run(options, os.environ, cluster, terminal, board)
+        code = run(Session(options, cluster, terminal, board), os.environ)
     except ConfigError as error:
         for problem in error.problems:
             terminal.say(f"❌ {format_problem(problem)}")

@@ -39,6 +39,8 @@ START_ATTEMPTS: Final = 3
 FOREIGN_PREFIXES: Final = ("RAY_", "SERVE_", "VLLM_")
 ENVIRONMENT: Final = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    # A token that this machine's user has for another cluster would lock the tests out.
+    "RAY_AUTH_MODE": "disabled",
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     # Ray would start a worker for each logical CPU, 2 s of real CPU each, before any is needed.

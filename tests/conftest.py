@@ -10,6 +10,7 @@ import pytest
 
 from cluster import RayHead, free_port
 from tiny_models import make_falcon_h1, make_llama
+from user import User
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +53,11 @@ def _serve_removed_after(head: RayHead) -> Iterator[RayHead]:
 def http_port() -> int:
     """A port for the `http_options` of a test's config: 8000 may be somebody else's."""
     return free_port()
+
+
+@pytest.fixture
+def user(serve_head: RayHead, tmp_path: Path, http_port: int) -> User:
+    return User(serve_head, tmp_path, http_port)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import ray
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import StreamingResponse
 from ray import serve
 
 LITTLE = {"num_cpus": 0.1}
@@ -73,6 +76,84 @@ class Child:
         return self.text
 
 
+@serve.deployment(ray_actor_options=LITTLE)
+class Versioned:
+    """Says which version answers, and by which process; "broken" does not come up."""
+
+    def __init__(self, version: str, seconds: float) -> None:
+        time.sleep(seconds)
+        if version == "broken":
+            raise ZeroDivisionError("this version never comes up")
+        self.version = version
+        self.config = ""
+
+    def reconfigure(self, config: dict[str, Any]) -> None:
+        self.config = config["text"]
+
+    def __call__(self, request: Any) -> str:
+        return f"{self.version} {self.config} {os.getpid()}"
+
+
+api = FastAPI()
+
+
+@serve.deployment
+@serve.ingress(api)
+class FakeModel:
+    """Speaks as an OpenAI server does; `behaviour` says what is wrong with it, if anything."""
+
+    def __init__(self, model_id: str, behaviour: str) -> None:
+        self.model_id, self.behaviour = model_id, behaviour
+
+    @api.get("/v1/models")
+    def models(self) -> dict[str, Any]:
+        return {"data": [{"id": "other" if self.behaviour == "other list" else self.model_id}]}
+
+    @api.post("/v1/chat/completions")
+    def chat(self, request: Request) -> StreamingResponse:
+        if self.behaviour == "no chat":
+            raise HTTPException(400, "the tokenizer has no chat template")
+        return self.answer()
+
+    @api.post("/v1/completions")
+    def complete(self, request: Request) -> StreamingResponse:
+        return self.answer()
+
+    def answer(self) -> StreamingResponse:
+        if self.behaviour == "500":
+            raise HTTPException(500, "the engine is not well")
+        if self.behaviour == "hangs":
+            time.sleep(3600)
+        model = "other" if self.behaviour == "other model" else self.model_id
+        lines = [f'data: {{"model": "{model}", "choices": []}}', "data: [DONE]"]
+        return StreamingResponse((f"{line}\n\n" for line in lines), media_type="text/event-stream")
+
+
+@serve.deployment(ray_actor_options=LITTLE)
+class Broken:
+    """Comes up, and answers 500 to everything."""
+
+    def __call__(self, request: Any) -> str:
+        raise ZeroDivisionError("every request fails")
+
+
+@serve.deployment(ray_actor_options=LITTLE)
+class Hoarder:
+    """Starts an actor that holds more than its deployment says."""
+
+    def __init__(self) -> None:
+        self.holder = ray.remote(num_cpus=0.5)(Holder).remote()
+        ray.get(self.holder.ready.remote())
+
+    def __call__(self, request: Any) -> str:
+        return "hoarder"
+
+
+class Holder:
+    def ready(self) -> None:
+        pass
+
+
 bound = Good.bind("bound")
 
 
@@ -82,6 +163,29 @@ def good(args: dict[str, Any]) -> serve.Application:
 
 def slow(args: dict[str, Any]) -> serve.Application:
     return Slow.bind(float(args["seconds"]))
+
+
+def versioned(args: dict[str, Any]) -> serve.Application:
+    return Versioned.bind(args["version"], float(args.get("seconds", 0)))
+
+
+def fake_model(args: dict[str, Any]) -> serve.Application:
+    """A builder of its own for `llm_configs`; with `hoards` it reserves a whole GPU."""
+    [llm] = args["llm_configs"]
+    model_id = llm["model_loading_config"]["model_id"]
+    actor = dict(llm["deployment_config"]["ray_actor_options"])
+    share = llm["placement_group_config"]["bundle_per_worker"]["GPU"]
+    actor["num_gpus"] = 1 if args.get("hoards") else share
+    deployment = FakeModel.options(name=f"LLMServer:{model_id}", ray_actor_options=actor)
+    return deployment.bind(model_id, args.get("behaviour", ""))
+
+
+def broken(args: dict[str, Any]) -> serve.Application:
+    return Broken.bind()
+
+
+def hoarder(args: dict[str, Any]) -> serve.Application:
+    return Hoarder.bind()
 
 
 def failing(args: dict[str, Any]) -> serve.Application:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,6 +32,7 @@ class ScriptedCluster:
     """A cluster whose applications run as soon as they are submitted, unless a script says else.
 
     `script` gives an application's states, one a poll after its submission; the last one stays.
+    Under "NAME #2" stand those after its second submission, where they are others.
     """
 
     def __init__(
@@ -39,6 +42,9 @@ class ScriptedCluster:
         self.lock = threading.Lock()
         self.submitted: list[str] = []
         self.deleted: list[str] = []
+        self.rolled_back: list[str] = []
+        self.held: dict[str, tuple[app.Reservation, ...]] = {}
+        self.answers: dict[str, app.Response] = {}
         self.log = ""
         self.polls: dict[str, int] = {}
         self.building = self.most_building = 0
@@ -72,9 +78,10 @@ class ScriptedCluster:
         with self.lock:
             found = {}
             for name in self.submitted:
-                states = self.script.get(name, [state(name, "RUNNING")])
-                index = min(self.polls.get(name, 0), len(states) - 1)
-                self.polls[name] = index + 1
+                key = f"{name} #{self.submitted.count(name)}"
+                states = self.script.get(key, self.script.get(name, [state(name, "RUNNING")]))
+                index = min(self.polls.get(key, 0), len(states) - 1)
+                self.polls[key] = index + 1
                 now = states[index]
                 if now is not None:
                     found[name] = now
@@ -91,6 +98,26 @@ class ScriptedCluster:
 
     def delete(self, name: str) -> None:
         self.deleted.append(name)
+
+    def roll_back(self, name: str) -> None:
+        self.rolled_back.append(name)
+
+    def held_by(self, name: str) -> str:
+        return ""
+
+    def endpoint(self) -> str:
+        return "http://localhost:8000"
+
+    def reservations(self, state: app.ApplicationState) -> tuple[app.Reservation, ...]:
+        return self.held.get(state.name, ())
+
+    def fetch(self, url: str, body: app.Config | None, timeout_s: float) -> app.Response:
+        if url.endswith("/-/routes"):
+            return app.Response(200, json.dumps({f"/{n}": n for n in self.submitted}), 0, 0)
+        return self.answers.get(url, app.Response(200, "{}", 0.1, 0.2))
+
+    def replica_log(self, actor_id: str) -> str:
+        return self.log
 
     def alive(self) -> bool:
         return self.is_alive
@@ -379,3 +406,92 @@ def test_what_a_deploying_application_does_in_words(
     state: app.ApplicationState, waits_for: str, phase: str, expected: tuple[str, str]
 ) -> None:
     assert app.describe_state(state, waits_for, phase) == expected
+
+
+SHARING = (app.ModelSpec("m", "/m", "m", share=0.45, measures_memory=True),)
+DISTURBED = "AssertionError: Error in memory profiling. Initial free memory 1 GiB"
+
+
+def sharing(name: str) -> app.Action:
+    """The deployment of an application whose engine shares a GPU."""
+    return app.Action(replace(spec(name), models=SHARING), app.Change.CREATE, "1")
+
+
+def test_an_engine_that_was_disturbed_is_tried_again_alone() -> None:
+    failed, running = state("a", "DEPLOY_FAILED", DISTURBED), state("a", "RUNNING")
+    cluster = ScriptedCluster({"a": [failed], "a #2": [running]})
+    outcomes = app.deploy(
+        [sharing("a"), sharing("b")],
+        cluster,
+        app.Board(),
+        app.Options("c", on_failure="delete", smoke_test=False),
+        lambda progress: None,
+    )
+    assert results(outcomes) == {"a": "RUNNING", "b": "RUNNING"}
+    assert cluster.submitted.count("a") == 2
+    assert (outcomes[0].action.attempt, outcomes[0].action.version) == (2, "1.again")
+    assert cluster.deleted == []
+
+
+def test_it_is_tried_again_once_and_only_when_another_engine_started_with_it() -> None:
+    failed = [state("a", "DEPLOY_FAILED", DISTURBED)]
+    for others, submissions in (([sharing("b")], 2), ([], 1)):
+        cluster = ScriptedCluster({"a": failed})
+        options = app.Options("c", on_failure="delete", smoke_test=False)
+        outcomes = app.deploy(
+            [sharing("a"), *others], cluster, app.Board(), options, lambda progress: None
+        )
+        assert outcomes[0].result is app.Result.FAILED
+        assert cluster.submitted.count("a") == submissions
+        assert cluster.deleted == ["a"]
+
+
+def test_stagger_starts_those_that_share_a_gpu_one_after_the_other() -> None:
+    deploying = [state("x", "DEPLOYING")] * 3
+    names = ("a", "b", "whole")
+    cluster = ScriptedCluster({n: [*deploying, state(n, "RUNNING")] for n in names})
+    seen: list[set[str]] = []
+
+    def note(progress: list[app.Progress]) -> None:
+        busy = ("submitting", "starting replicas 0/0")
+        seen.append({p.application.name for p in progress if p.words in busy})
+
+    whole = app.Action(spec("whole"), app.Change.CREATE, "1")
+    options = app.Options("c", stagger=True, max_workers=3, smoke_test=False)
+    outcomes = app.deploy([sharing("a"), sharing("b"), whole], cluster, app.Board(), options, note)
+    assert set(results(outcomes).values()) == {"RUNNING"}
+    assert not any({"a", "b"} <= busy for busy in seen)
+    assert any("whole" in busy and busy & {"a", "b"} for busy in seen)
+
+
+def test_a_broken_promise_makes_the_exit_code_1_and_leaves_it_running() -> None:
+    cluster = ScriptedCluster()
+    cluster.held = {"a": (app.Reservation("D", "r", {"CPU": 2.0}, ("n",)),)}
+    outcomes = run(cluster, "a", "b", smoke_test=False)
+    assert results(outcomes) == {"a": "RUNNING", "b": "RUNNING"}
+    assert outcomes[0].proof
+    assert outcomes[0].proof.mismatches[0].startswith("D: promised 1 CPU, reserved 2")
+    assert app.exit_code(outcomes, 0) == 1
+
+
+def test_a_bad_answer_is_undone_as_asked() -> None:
+    cluster = ScriptedCluster()
+    cluster.answers = {"http://localhost:8000/a/health": app.Response(500, "oh no", 0, 0)}
+    outcomes = run(cluster, "a", "b", on_failure="delete")
+    assert results(outcomes) == {"a": "FAILED", "b": "RUNNING"}
+    assert outcomes[0].cause
+    assert outcomes[0].cause.text == "GET http://localhost:8000/a/health: 500 oh no"
+    assert cluster.deleted == ["a"]
+
+
+def test_deletions_come_first_and_wait_until_nothing_is_held() -> None:
+    cluster = ScriptedCluster({"old": [state("old", "RUNNING"), state("old", "DELETING"), None]})
+    cluster.submitted.append("old")
+    before = app.Running(state("old", "RUNNING"))
+    deletion = app.Action(spec("old"), app.Change.DELETE, before=before)
+    create = app.Action(spec("new"), app.Change.CREATE, "1")
+    options = app.Options("c", smoke_test=False)
+    outcomes = app.deploy([deletion, create], cluster, app.Board(), options, lambda progress: None)
+    assert results(outcomes) == {"old": "DELETED", "new": "RUNNING"}
+    assert cluster.deleted == ["old"]
+    assert cluster.submitted == ["old", "new"]

@@ -92,7 +92,33 @@ def test_both_architectures_answer_and_reserve_exactly_their_cpu(
     for name in ("falcon3", "falcon-h1"):
         assert f"Base URL: http://localhost:{http_port}/{name}\n" in summary
         assert isinstance(chat(f"http://localhost:{http_port}/{name}", name), str)
+        assert f"✓ POST /v1/chat/completions to {name}: answered in" in summary
+        assert f"Engine of {name} says: KV cache " in summary
     assert reserved(serve_head) == [[{"CPU": 1.0}], [{"CPU": 1.0}]]
+    assert summary.count("1.0 CPUs, on ") == 4  # the two models and their ingresses
+
+    engines = engine_pids(serve_head)
+    assert len(engines) == 2
+    more = {**share, "autoscaling_config": {"min_replicas": 1, "max_replicas": 2}}
+    again = deploy(
+        serve_head,
+        tmp_path,
+        http_port,
+        application("falcon3", tiny_llama, more),
+        application("falcon-h1", tiny_falcon_h1, share),
+    )
+    assert "in place because args.llm_configs[0].deployment_config.autoscaling_config" in again
+    assert "Unchanged: it runs already" in again
+    assert engine_pids(serve_head) == engines
+
+
+def engine_pids(head: RayHead) -> set[int]:
+    """The processes of vLLM's engines; vLLM names them so (vllm/v1/engine/core.py)."""
+    return {
+        process.pid
+        for process in head.nodes[0].processes()
+        if "EngineCore" in " ".join(process.cmdline())
+    }
 
 
 def test_two_replicas_on_the_gpu_code_path_share_one_gpu(
@@ -101,6 +127,10 @@ def test_two_replicas_on_the_gpu_code_path_share_one_gpu(
     share = {"num_cpus": 1, "num_gpus": 0.45, "num_replicas": 2}
     summary = deploy(one_gpu_head, tmp_path, http_port, application("falcon3", tiny_llama, share))
     assert "Resources per replica: 1.0 CPUs, 0.45 GPUs\n" in summary
+    assert re.search(
+        r"✓ Reserved by LLMServer:falcon3: 1.0 CPUs, 0.45 GPUs, on \S+ GPU 0 \(2 replicas\)",
+        summary,
+    )
     assert reserved(one_gpu_head) == [[{"CPU": 1.0, "GPU": 0.45}]] * 2
     wait_for_gpu_line(one_gpu_head, r" GPU \(0\.9 used of 0\.9 reserved")
     assert isinstance(chat(f"http://localhost:{http_port}/falcon3", "falcon3"), str)
@@ -110,12 +140,13 @@ def test_tensor_parallel_workers_share_what_the_replica_declares(
     gpu_serve_head: RayHead, tmp_path: Path, http_port: int, tiny_llama: Path
 ) -> None:
     share = {"num_cpus": 1, "num_gpus": 0.9}
-    deploy(
+    summary = deploy(
         gpu_serve_head,
         tmp_path,
         http_port,
         application("falcon3", tiny_llama, share, tensor_parallel_size=2),
     )
+    assert "✓ Reserved by LLMServer:falcon3: 1.0 CPUs, 0.9 GPUs, on " in summary
     assert reserved(gpu_serve_head) == [[{"CPU": 1.0, "GPU": 0.45}, {"GPU": 0.45}]]
     wait_for_gpu_line(gpu_serve_head, r" GPU \(0\.9 used of 0\.9 reserved")
     assert isinstance(chat(f"http://localhost:{http_port}/falcon3", "falcon3"), str)

@@ -17,7 +17,7 @@ SECTIONS = [
     (SOURCE.count("\n", 0, match.start()) + 1, int(match[1]), match[2])
     for match in BANNER.finditer(SOURCE)
 ]
-RAY_SECTION, DEPLOY_SECTION, REPORT_SECTION = 6, 8, 9
+RAY_SECTION, DEPLOY_SECTION, REPORT_SECTION = 7, 10, 11
 
 
 def section(node: ast.AST) -> int:
@@ -31,10 +31,11 @@ def walk(kind: type[ast.AST]) -> Iterator[ast.AST]:
 
 
 def test_the_sections_are_there_in_their_order() -> None:
-    assert [number for _, number, _ in SECTIONS] == list(range(2, 11))
+    assert [number for _, number, _ in SECTIONS] == list(range(2, 13))
     names = [name for _, _, name in SECTIONS]
     assert names == [
-        *("Types", "Config", "Resources", "Plan", "Ray", "Causes", "Deploy", "Report"),
+        *("Types", "Config", "Resources", "Plan", "Changes", "Ray", "Causes", "Verify"),
+        *("Deploy", "Report"),
         "Command line",
     ]
 

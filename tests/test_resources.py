@@ -280,31 +280,6 @@ def test_prefill_and_decode_are_fitted_each() -> None:
     assert result["args"]["prefill_config"] is not result["args"]["decode_config"]
 
 
-def edited(**change: Any) -> app.ApplicationSpec:
-    """One application with one LLM, after an edit of the LLM's deployment or of the LLM."""
-    deployment = {"num_gpus": 0.45, **change.pop("deployment", {})}
-    config, _ = app.normalise_application(application(llm(deployment, **change)), ())
-    return app.ApplicationSpec(0, "a", "/", config)
-
-
-@pytest.mark.parametrize(
-    ("change", "restarts"),
-    [
-        pytest.param({"deployment": {"max_ongoing_requests": 7}}, False, id="max_ongoing_requests"),
-        pytest.param(
-            {"deployment": {"autoscaling_config": {"max_replicas": 9}}}, False, id="autoscaling"
-        ),
-        pytest.param({"deployment": {"user_config": {"a": 1}}}, False, id="user_config"),
-        pytest.param({"deployment": {"health_check_period_s": 3}}, False, id="health check"),
-        pytest.param({"engine_kwargs": {"max_model_len": 4096}}, True, id="engine argument"),
-        pytest.param({"deployment": {"num_gpus": 0.5}}, True, id="GPU share"),
-        pytest.param({"runtime_env": {"pip": ["x"]}}, True, id="runtime environment"),
-    ],
-)
-def test_only_what_needs_new_replicas_changes_the_version(change: Config, restarts: bool) -> None:
-    assert (app.version_of(edited(**change)) != app.version_of(edited())) is restarts
-
-
 @pytest.mark.parametrize(
     ("resources", "text"),
     [

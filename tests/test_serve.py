@@ -6,77 +6,15 @@ import json
 import os
 import re
 import signal
-import subprocess
 import time
-import urllib.request
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from cluster import APP_V5, PYTHON, RayHead, get_json, run_app_v5, wait_until
+from cluster import RayHead, run_app_v5, wait_until
+from user import User, about, app, get_text
 
 pytestmark = pytest.mark.serve
-
-Config = dict[str, Any]
-
-
-def app(name: str, builder: str = "good", **keys: Any) -> Config:
-    """One application of fixture_apps, under its own route."""
-    return {
-        "name": name,
-        "route_prefix": f"/{name}",
-        "import_path": f"fixture_apps:{builder}",
-        **keys,
-    }
-
-
-class User:
-    """Writes configs and runs app_v5.py on them."""
-
-    def __init__(self, head: RayHead, path: Path, port: int) -> None:
-        self.head, self.path, self.port = head, path, port
-
-    def write(self, *applications: Config, **top: Any) -> Path:
-        http_options = {"host": "127.0.0.1", "port": self.port}
-        document = {"http_options": http_options, **top, "applications": applications}
-        file = self.path / "config.yaml"
-        file.write_text(json.dumps(document))
-        return file
-
-    def run(
-        self, *arguments: str, config: Path, timeout_s: float = 120
-    ) -> subprocess.CompletedProcess[str]:
-        return run_app_v5(config, *arguments, head=self.head, timeout_s=timeout_s)
-
-    def start(self, config: Path) -> subprocess.Popen[str]:
-        """The program in the background, in a process group of its own."""
-        return subprocess.Popen(
-            [PYTHON, str(APP_V5), str(config)],
-            env=self.head.env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def deploy(self, *applications: Config, **top: Any) -> subprocess.CompletedProcess[str]:
-        return self.run(config=self.write(*applications, **top))
-
-    def get(self, route: str) -> Any:
-        return get_json(f"http://127.0.0.1:{self.port}{route}")
-
-
-@pytest.fixture
-def user(serve_head: RayHead, tmp_path: Path, http_port: int) -> User:
-    return User(serve_head, tmp_path, http_port)
-
-
-def about(name: str, summary: str) -> str:
-    """The lines of a summary that are about one application."""
-    found = re.search(rf"^• {re.escape(name)}\b.*?(?=^\s*$)", summary, re.MULTILINE | re.DOTALL)
-    assert found, summary
-    return found[0]
 
 
 def test_a_good_a_failing_and_a_slow_application_do_not_touch_each_other(user: User) -> None:
@@ -160,12 +98,6 @@ def test_bound_applications_builders_and_families_all_deploy(user: User) -> None
     assert user.get("/bound")["text"] == "bound"
     assert get_text(user, "/family") == "hello"
     assert "No HTTP route" in about("quiet", finished.stdout)
-
-
-def get_text(user: User, route: str) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{user.port}{route}") as answer:
-        text: str = answer.read().decode()
-        return text
 
 
 def test_what_no_node_can_ever_hold_fails_at_once_and_alone(user: User) -> None:

@@ -1,0 +1,302 @@
+"""Running the program again on a real Serve, with requests flowing all the time."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import RayHead, wait_until
+from traffic import Traffic
+from user import Config, User, about, app, get_text
+
+pytestmark = pytest.mark.serve
+
+
+def versioned(name: str, version: str = "one", seconds: float = 0, **options: Any) -> Config:
+    """An application that tells its version; `options` are its deployment's."""
+    return app(
+        name,
+        "versioned",
+        args={"version": version, "seconds": seconds},
+        deployments=[{"name": "Versioned", "user_config": {"text": ""}, **options}],
+    )
+
+
+def pid_of(user: User, route: str) -> str:
+    return get_text(user, route).split()[-1]
+
+
+def test_an_unchanged_file_is_free(user: User) -> None:
+    applications = [versioned("a"), versioned("b", num_replicas=2)]
+    assert user.deploy(*applications).returncode == 0
+    with Traffic(user.base_url, "/a", "/b") as traffic:
+        started = time.monotonic()
+        finished = user.deploy(*applications)
+        print(f"an unchanged run took {time.monotonic() - started:.1f} s")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    for name in "ab":
+        assert "Unchanged: it runs already" in about(name, finished.stdout)
+        assert traffic[f"/{name}"].failures == []
+    assert len(traffic["/a"].texts) == 1
+    assert len(traffic["/b"].texts) == 2
+
+
+def test_light_edits_change_in_place_and_lose_no_request(user: User) -> None:
+    assert user.deploy(versioned("a"), versioned("b")).returncode == 0
+    edited = versioned(
+        "a",
+        num_replicas=2,
+        max_ongoing_requests=9,
+        user_config={"text": "x"},
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=10,
+    )
+    before = pid_of(user, "/a")
+    with Traffic(user.base_url, "/a", "/b") as traffic:
+        finished = user.deploy(edited, versioned("b"))
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "in place because deployments[0].user_config.text" in about("a", finished.stdout)
+    assert "Unchanged" in about("b", finished.stdout)
+    assert [traffic[route].failures for route in ("/a", "/b")] == [[], []]
+    assert len(traffic["/b"].texts) == 1
+    assert any(text.split() == ["one", "x", before] for text in traffic["/a"].texts)
+
+
+def test_a_restart_of_two_replicas_rolls_and_touches_nobody_else(user: User) -> None:
+    assert user.deploy(versioned("a", num_replicas=2), versioned("b")).returncode == 0
+    edited = user.write(versioned("a", "two", num_replicas=2), versioned("b"))
+    plan = user.run("--plan", config=edited).stdout
+    assert 'RESTART because args.version: "one" → "two"' in about("a", plan)
+    assert "rolling: Serve stops a fifth of the replicas at a time" in about("a", plan)
+    assert "unchanged" in about("b", plan)
+    with Traffic(user.base_url, "/a", "/b") as traffic:
+        finished = user.run(config=edited)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert [traffic[route].failures for route in ("/a", "/b")] == [[], []]
+    assert len(traffic["/b"].texts) == 1
+    assert {text.split()[0] for text in traffic["/a"].texts} == {"one", "two"}
+    assert get_text(user, "/a").startswith("two")
+
+
+def test_one_replica_restarts_without_a_gap_where_there_is_room(user: User) -> None:
+    assert user.deploy(versioned("a"), versioned("b")).returncode == 0
+    edited = user.write(versioned("a", "two", 3), versioned("b"))
+    plan = user.run("--plan", config=edited).stdout
+    assert "with a gap: Serve stops the one replica of Versioned" in about("a", plan)
+    assert "no gap" in about("a", user.run("--plan", "--no-downtime", config=edited).stdout)
+    with Traffic(user.base_url, "/a", "/b") as traffic:
+        finished = user.run("--no-downtime", config=edited)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert [traffic[route].failures for route in ("/a", "/b")] == [[], []]
+    assert traffic["/a"].longest_silence_s < 3
+    assert len(traffic["/b"].texts) == 1
+    assert get_text(user, "/a").startswith("two")
+
+
+def test_without_room_no_downtime_touches_nothing_and_says_why(user: User) -> None:
+    assert user.deploy(versioned("a", num_cpus=10)).returncode == 0
+    edited = user.write(versioned("a", "two", num_cpus=10))
+    before = get_text(user, "/a")
+    finished = user.run("--no-downtime", config=edited)
+    assert finished.returncode == 1
+    summary = about("a", finished.stdout)
+    assert "--no-downtime: there is no room for a new replica beside the old ones" in summary
+    assert "needs 10 CPU" in summary
+    assert "What ran before was not touched" in summary
+    assert get_text(user, "/a") == before
+    assert user.run("--plan", "--no-downtime", config=edited).returncode == 1
+
+
+def test_a_failed_edit_says_what_still_serves_and_rolls_back(user: User) -> None:
+    good = [versioned("a", num_replicas=2), versioned("b")]
+    broken = [versioned("a", "broken", num_replicas=2), versioned("b")]
+    assert user.deploy(*good).returncode == 0
+    with Traffic(user.base_url, "/a", "/b") as traffic:
+        failed = user.deploy(*broken)
+    assert failed.returncode == 1
+    summary = about("a", failed.stdout)
+    assert "ZeroDivisionError: this version never comes up" in summary
+    assert "Still from before the edit: 1 of 1 running replicas of Versioned" in summary
+    assert [traffic[route].failures for route in ("/a", "/b")] == [[], []]
+    still = pid_of(user, "/a")
+    again = [versioned("a", "broken", 1, num_replicas=2), versioned("b")]
+    with Traffic(user.base_url, "/a", "/b") as traffic:
+        finished = user.run("--on-failure", "rollback", "--json", config=user.write(*again))
+    report = json.loads(finished.stdout)
+    assert report["applications"][0]["rollback"] == (
+        "it was rolled back: its last good configuration is RUNNING"
+    )
+    assert [traffic[route].failures for route in ("/a", "/b")] == [[], []]
+    assert len(traffic["/b"].texts) == 1
+    assert finished.returncode == 1
+    wait_until(lambda: pid_of(user, "/a") != still, 20, "the second replica")
+    wait_until(lambda: pid_of(user, "/a") == still, 20, "the replica that never stopped")
+    assert "Unchanged" in about("a", user.deploy(*good).stdout)
+
+
+def test_a_new_application_that_fails_is_deleted_where_asked(user: User) -> None:
+    config = user.write(versioned("a", "broken"), versioned("b"))
+    finished = user.run("--on-failure", "delete", config=config)
+    assert finished.returncode == 1
+    assert "It was deleted again (--on-failure delete)" in about("a", finished.stdout)
+    assert "ZeroDivisionError" in about("a", finished.stdout)
+    wait_until(lambda: list(user.head.serve_details()["applications"]) == ["b"], 30, "the deletion")
+
+
+def test_what_the_file_does_not_name_stays_unless_it_is_pruned(user: User) -> None:
+    assert user.deploy(versioned("a"), versioned("b"), versioned("c")).returncode == 0
+    config = user.write(versioned("a"))
+    assert "not in file" in about("b", user.run("--plan", config=config).stdout)
+    kept = user.run(config=config)
+    assert "Not in the file, left alone: b (RUNNING), c (RUNNING)" in kept.stdout
+    planned = json.loads(user.run("--plan", "--prune", "--json", config=config).stdout)
+    assert {row["name"]: row["change"] for row in planned["applications"]} == {
+        "a": "unchanged",
+        "b": "delete",
+        "c": "delete",
+    }
+    with Traffic(user.base_url, "/a", "/c") as traffic:
+        only = user.run("--prune", "--only", "b", config=config)
+    assert (only.returncode, traffic["/a"].failures, traffic["/c"].failures) == (0, [], [])
+    # Its route is free for another at once.
+    renamed = user.write(versioned("a"), {**versioned("d"), "route_prefix": "/c"})
+    pruned = user.run("--prune", config=renamed)
+    assert pruned.returncode == 0, pruned.stdout + pruned.stderr
+    assert "🗑️  Deleting c" in pruned.stderr
+    assert set(user.head.serve_details()["applications"]) == {"a", "d"}
+    assert get_text(user, "/c").startswith("one")
+
+
+def used_cpus(user: User) -> float:
+    """By `ray status`, which is a few seconds old."""
+    used = re.search(r"([\d.]+)/16.0 CPU", user.head.ray_status())
+    assert used
+    return float(used[1])
+
+
+def test_delete_removes_what_the_file_names_and_frees_it(user: User) -> None:
+    both = user.write(versioned("a", num_cpus=10), versioned("b"))
+    assert user.run(config=both).returncode == 0
+    with Traffic(user.base_url, "/b") as traffic:
+        finished = user.run("--delete", "--only", "a", config=both)
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        assert "a: deleted; what it held is free" in finished.stdout
+        wait_until(lambda: used_cpus(user) == pytest.approx(0.1), 20, "the CPUs to be free")
+        # All of it fits again.
+        assert user.run(config=both).returncode == 0
+    assert traffic["/b"].failures == []
+    assert user.run("--delete", config=both).returncode == 0
+    gone = user.run("--delete", config=both)
+    assert "a: it was not there" in gone.stdout
+    assert user.head.serve_details()["applications"] == {}
+
+
+def test_two_runs_on_one_file_and_two_on_two(user: User) -> None:
+    slow = user.write(versioned("a", "one", 12), name="slow.yaml")
+    first = user.start(slow)
+    wait_until(lambda: "a" in user.head.serve_details()["applications"], 60, "the first run")
+    second = user.run("--json", config=slow)
+    [row] = json.loads(second.stdout)["applications"]
+    assert (second.returncode, row["result"]) == (1, "FAILED")
+    assert f"another run of this program works on it: process {first.pid}" in row["cause"]
+    other = user.run(config=user.write(versioned("b"), name="other.yaml"))
+    assert other.returncode == 0, other.stdout + other.stderr
+    first.communicate(timeout=60)
+    assert first.returncode == 0
+    assert set(user.head.serve_details()["applications"]) == {"a", "b"}
+    assert "Unchanged" in about("a", user.run(config=slow).stdout)
+
+
+def test_many_runs_at_once_leave_one_generation_of_replicas(user: User) -> None:
+    config = user.write(versioned("a"))
+    runs = [user.start(config) for _ in range(3)]
+    outputs = ["".join(run.communicate(timeout=120)) for run in runs]
+    assert 0 in [run.returncode for run in runs], outputs
+    for run, output in zip(runs, outputs, strict=True):
+        assert run.returncode == 0 or "another run of this program works on it" in output, output
+    details = user.head.serve_details()["applications"]["a"]["deployments"]["Versioned"]
+    assert len(details["replicas"]) == 1
+    assert "Unchanged" in about("a", user.run(config=config).stdout)
+
+
+def test_a_run_that_was_killed_holds_nothing_up(user: User) -> None:
+    config = user.write(versioned("a", "one", 5))
+    process = user.start(config)
+    wait_until(lambda: "a" in user.head.serve_details()["applications"], 60, "the first run")
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=10)
+    finished = user.run(config=config)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    details = user.head.serve_details()["applications"]["a"]["deployments"]["Versioned"]
+    assert len(details["replicas"]) == 1
+
+
+def test_a_taken_route_is_refused_before_anything_is_sent(user: User) -> None:
+    assert user.deploy(versioned("keep")).returncode == 0
+    config = user.write(versioned("b"), {**versioned("new"), "route_prefix": "/keep"})
+    finished = user.run(config=config)
+    assert finished.returncode == 2
+    assert "applications[1].route_prefix: /keep is the route of keep, which is running" in (
+        finished.stderr
+    )
+    assert set(user.head.serve_details()["applications"]) == {"keep"}
+
+
+def serve_deploy(head: RayHead, config: Path) -> None:
+    head.run("-m", "ray.serve.scripts", "deploy", str(config), "-a", head.dashboard_url)
+
+
+def test_what_serve_deploy_brought_is_recognised_and_taken_over(user: User) -> None:
+    config = user.write(versioned("a"), versioned("b"))
+    serve_deploy(user.head, config)
+    wait_until(
+        lambda: (
+            {app["status"] for app in user.head.serve_details()["applications"].values()}
+            == {"RUNNING"}
+        ),
+        60,
+        "serve deploy",
+    )
+    taken = user.write({**versioned("c"), "route_prefix": "/a"}, name="taken.yaml")
+    assert "is running (deployed by `serve deploy`)" in user.run(config=taken).stderr
+    before = get_text(user, "/b")
+    finished = user.run("--only", "a", config=config)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "RESTART because it was deployed by `serve deploy`" in about("a", finished.stdout)
+    assert "Unchanged" in about("a", user.run("--only", "a", config=config).stdout)
+    assert get_text(user, "/b") == before
+
+
+KILL_CONTROLLER = """
+import ray
+ray.init(address="auto", namespace="serve", log_to_driver=False)
+ray.kill(ray.get_actor("SERVE_CONTROLLER_ACTOR"), no_restart=False)
+"""
+
+
+def test_what_is_remembered_survives_the_controller(user: User) -> None:
+    assert user.deploy(versioned("a")).returncode == 0
+    before = get_text(user, "/a")
+    user.head.run("-c", KILL_CONTROLLER)
+    wait_until(
+        lambda: user.head.serve_details()["applications"]["a"]["status"] == "RUNNING",
+        60,
+        "the controller",
+    )
+    finished = user.deploy(versioned("a"))
+    assert "Unchanged" in about("a", finished.stdout), finished.stdout + finished.stderr
+    assert get_text(user, "/a") == before
+
+
+def test_force_restarts_what_is_unchanged(user: User) -> None:
+    assert user.deploy(versioned("a")).returncode == 0
+    before = pid_of(user, "/a")
+    finished = user.run("--force", config=user.write(versioned("a")))
+    assert "RESTART because --force" in about("a", finished.stdout)
+    assert pid_of(user, "/a") != before
