@@ -1,0 +1,84 @@
+"""What the program proves by itself of applications that run, on a real Serve."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from user import Config, User, about, app
+
+pytestmark = pytest.mark.serve
+
+
+def fake(name: str, behaviour: str = "", **args: Any) -> Config:
+    """A model that is none, with a builder of its own; it asks for 0.5 CPU and 0.25 GPU."""
+    llm = {
+        "model_loading_config": {"model_id": name, "model_source": "/no/matter"},
+        "deployment_config": {"num_cpus": 0.5, "num_gpus": 0.25},
+    }
+    return app(name, "fake_model", args={"llm_configs": [llm], "behaviour": behaviour, **args})
+
+
+def test_what_is_promised_is_read_back_and_answers(user: User) -> None:
+    finished = user.deploy(fake("model"), fake("old", "no chat"), app("good"))
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    model = about("model", finished.stdout)
+    assert "✓ Reserved by LLMServer:model: 0.5 CPUs, 0.25 GPUs, on 192." in model.replace(
+        "127.0.0.1", "192."
+    )
+    assert " GPU 0" in model
+    assert "✓ GET /v1/models: answered in" in model
+    assert "✓ POST /v1/chat/completions to model: answered in" in model
+    assert "first token after" in model
+    assert "✓ POST /v1/completions to old: answered in" in about("old", finished.stdout)
+    assert "✓ GET /health: answered in" in about("good", finished.stdout)
+    again = user.run("--json", config=user.write(fake("model")))
+    [row] = json.loads(again.stdout)["applications"]
+    assert row["change"] == "unchanged"
+    assert row["proof"]["reservations"][0]["reserved"] == {"CPU": 0.5, "GPU": 0.25}
+    assert row["proof"]["mismatches"] == []
+    assert [answer["model_id"] for answer in row["proof"]["answers"]] == ["", "model"]
+
+
+def test_a_builder_that_reserves_something_else_is_caught(user: User) -> None:
+    finished = user.deploy(fake("model", hoards=True), app("hoarder", "hoarder"), app("good"))
+    assert finished.returncode == 1
+    assert (
+        "✗ LLMServer:model: promised 0.25 GPU, reserved 1 "
+        "(its builder asks Ray for that, not for what the config says)"
+    ) in about("model", finished.stdout)
+    assert "✗ Hoarder: promised 0.10 CPU, reserved 0.60 (" in about("hoarder", finished.stdout)
+    assert "✗" not in about("good", finished.stdout)
+    assert "All deployments completed" not in finished.stdout
+
+
+@pytest.mark.parametrize(
+    ("application", "cause"),
+    [
+        pytest.param(
+            fake("bad", "other model"), "bad was asked, and other answered", id="another model"
+        ),
+        pytest.param(fake("bad", "other list"), "lists other, not bad", id="another list"),
+        pytest.param(fake("bad", "500"), "500 the engine is not well", id="500 with a reason"),
+        pytest.param(app("bad", "broken"), "500 Internal Server Error", id="500"),
+    ],
+)
+def test_a_bad_answer_fails_the_application_alone(
+    user: User, application: Config, cause: str
+) -> None:
+    finished = user.deploy(application, app("good"))
+    assert finished.returncode == 1
+    assert cause in about("bad", finished.stdout)
+    assert "✓ GET /health" in about("good", finished.stdout)
+    config = user.write(application, app("good"))
+    assert user.run("--no-smoke-test", config=config).returncode == 0
+
+
+def test_one_that_hangs_on_its_first_request_is_named_when_time_is_up(user: User) -> None:
+    config = user.write(fake("bad", "hangs"), app("good"))
+    finished = user.run("--timeout", "25", config=config)
+    assert finished.returncode == 1
+    assert "no answer within" in about("bad", finished.stdout)
+    assert "✓ GET /health" in about("good", finished.stdout)
