@@ -1487,7 +1487,7 @@ def promised_resources(llm: Config) -> Resources:
     """What the config says of one replica of a fitted LLM: nothing of what it leaves to Ray."""
     if llm.get("server_cls"):
         return {}
-    options = llm["deployment_config"].get("ray_actor_options") or {}
+    options = (llm.get("deployment_config") or {}).get("ray_actor_options") or {}
     promised: dict[str, float] = dict(options.get("resources") or {})
     workers = worker_bundles(llm)
     if options.get("num_cpus") is not None:
@@ -1514,7 +1514,7 @@ def normalise_application(config: Config, path: KeyPath) -> tuple[Config, Findin
         findings += move_short_keys(override, (*path, "deployments", index))
     for llm_path, llm in llm_configs(config):
         where = (*path, *llm_path)
-        deployment = llm.setdefault("deployment_config", {})
+        deployment = llm["deployment_config"] = llm.get("deployment_config") or {}
         findings += move_short_keys(deployment, (*where, "deployment_config"))
         findings += fit_engine(llm, where, config.get("runtime_env") or {})
     return config, findings

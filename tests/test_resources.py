@@ -271,6 +271,13 @@ def test_what_there_is_to_say_about_a_share(config: Config, message: str) -> Non
     assert found == [message]
 
 
+def test_an_empty_deployment_config_says_nothing() -> None:
+    config = {"name": "a", "args": {"llm_configs": [{**llm({}), "deployment_config": None}]}}
+    result, findings = app.normalise_application(config, ())
+    assert result["args"]["llm_configs"][0]["deployment_config"] == {}
+    assert findings == []
+
+
 def test_prefill_and_decode_are_fitted_each() -> None:
     shared = llm({"num_gpus": 0.5})
     config = {"name": "pd", "args": {"prefill_config": shared, "decode_config": shared}}
