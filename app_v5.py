@@ -8,9 +8,9 @@ The file is a Ray Serve config (what `serve deploy` takes). Every application is
 builders, fitted to the exact CPUs and GPUs that it declares, and deployed concurrently; one that
 fails does not touch the others, and its real cause is printed.
 
-Exit codes: 0 every application runs; 1 one failed; 2 the config or the command line is wrong and
-nothing was touched; 3 no Ray cluster, or it was lost; 4 time ran out with one still deploying;
-130 Ctrl-C; 143 SIGTERM.
+Exit codes: 0 every application runs and answers; 1 one failed; 2 the config or the command line is
+wrong and nothing was touched; 3 no Ray cluster, or it was lost; 4 time ran out with one still
+deploying; 130 Ctrl-C; 143 SIGTERM.
 """
 # To find a section: grep -A1 "^# =====" app_v5.py. To change ...
 #   which keys are accepted, or an error's words:  section 3 (Config)
@@ -3565,7 +3565,11 @@ class RayCluster:
                     *(group["bundles"].values() if group else ()),
                     *(dict(actor.required_resources) for actor in outside),
                 ]:
-                    held.update({key: amount for key, amount in resources.items() if amount})
+                    # "node:..." only says where something is to run.
+                    amounts = {
+                        k: v for k, v in resources.items() if v and not k.startswith("node:")
+                    }
+                    held.update(amounts)
                 nodes = group["bundles_to_node_id"].values() if group else [mine.node_id.hex()]
                 found.append(
                     Reservation(
@@ -4612,11 +4616,15 @@ def deploy(
         deletions = [action for action in actions if action.change is Change.DELETE]
         others = [action for action in actions if action.change is not Change.DELETE]
         for stage in filter(None, (deletions, others)):
+            if outcomes and board.stop_code:
+                outcomes |= {a.application.name: unfinished(a, board) for a in stage}
+                continue
             gate = Gate(cluster, stage, options.allow_pending)
             crowded = sum(changes(a) and shares_gpu(a.application) for a in stage) > 1
             run = Run(cluster, board, gate, options, crowded=crowded)
             outcomes |= deploy_stage(stage, run, show)
-        for action in [action for action in others if outcomes[action.application.name].disturbed]:
+        disturbed = [action for action in others if outcomes[action.application.name].disturbed]
+        for action in disturbed if not board.stop_code else ():
             again = replace(action, version=f"{action.version}.again", attempt=2)
             gate = Gate(cluster, [again], options.allow_pending)
             outcomes |= deploy_stage([again], Run(cluster, board, gate, options), show)
@@ -4766,43 +4774,41 @@ def prove(
     cluster, state, demands = run.cluster, reached["state"], reached["demands"]
     run.board.enter(application, "checking")
     held = cluster.reservations(state)
-    proof = Proof(
+    asleep = [] if run.options.wake else asleep_in(demands, state)
+    proof = reached["proof"] = Proof(
         held,
         mismatches(application, demands, held),
         engines=read_engines(application, demands, held, state, cluster),
-        skipped=not_asked(application, run),
+        skipped=not_asked(application, run, any(demand.ingress for demand in asleep)),
     )
-    reached["proof"] = proof
     if proof.skipped:
         return
 
     def fetch(url: str, body: Config | None) -> Response:
         return cluster.fetch(url, body, patience.seconds_left(SMOKE_TIMEOUT_S))
 
-    asleep = [] if run.options.wake else sleeping(application, demands, state)
+    ids = [model.model_id for model in application.models if demand_of(model, demands) in asleep]
     base_url = cluster.endpoint()
     wait_for_route(application, base_url, fetch, patience.pause)
-    reached["proof"] = replace(
-        proof, answers=smoke_test(application, asleep, base_url, fetch), asleep=tuple(asleep)
-    )
+    answers = smoke_test(application, ids, base_url, fetch)
+    reached["proof"] = replace(proof, answers=answers, asleep=tuple(ids))
 
 
-def not_asked(application: ApplicationSpec, run: Run) -> str:
+def not_asked(application: ApplicationSpec, run: Run, asleep: bool) -> str:
     """Why an application is not asked anything over HTTP; empty when it is."""
     if not run.options.smoke_test:
         return "--no-smoke-test"
     if application.route_prefix is None:
         return "it has no HTTP route"
+    if asleep:
+        return "its ingress has scaled to zero (--wake asks it)"
     return "" if run.cluster.endpoint() else "Serve has no HTTP proxy (proxy_location: Disabled)"
 
 
-def sleeping(
-    application: ApplicationSpec, demands: Sequence[Demand], state: ApplicationState
-) -> list[str]:
-    """The ids of an application's models that have scaled to zero; a request would start one."""
+def asleep_in(demands: Sequence[Demand], state: ApplicationState) -> list[Demand]:
+    """The deployments that have scaled to zero; a request would start a replica."""
     targets = {deployment.name: deployment.target_replicas for deployment in state.deployments}
-    found = [(model.model_id, demand_of(model, demands)) for model in application.models]
-    return [model_id for model_id, d in found if d and not targets.get(d.deployment, 1)]
+    return [demand for demand in demands if not targets.get(demand.deployment, 1)]
 
 
 def read_engines(

@@ -100,10 +100,23 @@ api = FastAPI()
 @serve.deployment
 @serve.ingress(api)
 class FakeModel:
-    """Speaks as an OpenAI server does; `behaviour` says what is wrong with it, if anything."""
+    """Speaks as an OpenAI server does; `behaviour` says what is wrong with it, if anything.
 
-    def __init__(self, model_id: str, behaviour: str) -> None:
+    "disturbed" fails the first time, as an engine does that others disturb; `notes` is a folder
+    where every start leaves a file with its beginning and its end.
+    """
+
+    def __init__(self, model_id: str, behaviour: str, notes: str) -> None:
         self.model_id, self.behaviour = model_id, behaviour
+        if notes:
+            began = time.time()
+            starts = list(Path(notes).glob(f"{model_id}-*"))
+            note = Path(notes) / f"{model_id}-{len(starts)}"
+            note.touch()
+            time.sleep(3)
+            note.write_text(f"{began} {time.time()}")
+            if behaviour == "disturbed" and not starts:
+                raise AssertionError("Error in memory profiling. Initial free memory 1 GiB")
 
     @api.get("/v1/models")
     def models(self) -> dict[str, Any]:
@@ -177,7 +190,8 @@ def fake_model(args: dict[str, Any]) -> serve.Application:
     share = llm["placement_group_config"]["bundle_per_worker"]["GPU"]
     actor["num_gpus"] = 1 if args.get("hoards") else share
     deployment = FakeModel.options(name=f"LLMServer:{model_id}", ray_actor_options=actor)
-    return deployment.bind(model_id, args.get("behaviour", ""))
+    once = deployment.options(max_constructor_retry_count=1)
+    return once.bind(model_id, args.get("behaviour", ""), args.get("notes", ""))
 
 
 def broken(args: dict[str, Any]) -> serve.Application:

@@ -50,4 +50,22 @@ def test_twelve_are_built_and_deployed_at_once_time_and_again(
         assert finished.returncode == 0, (attempt, finished.stdout, finished.stderr)
         assert "Total applications deployed: 12/12" in finished.stdout
         assert finished.stdout.count("Resources per replica: 1.0 CPUs, 0.05 GPUs\n") == 12
+        assert finished.stdout.count("its ingress has scaled to zero (--wake asks it)") == 12
         ray_head.shut_down_serve()
+
+
+def test_a_model_that_has_scaled_to_zero_is_listed_and_not_woken_up(
+    ray_head: RayHead, tmp_path: Path, http_port: int
+) -> None:
+    asleep = application(0)
+    del asleep["args"]["ingress_deployment_config"]
+    config = tmp_path / "config.yaml"
+    options = {"host": "127.0.0.1", "port": http_port}
+    config.write_text(json.dumps({"http_options": options, "applications": [asleep]}))
+    finished = run_app_v5(config, head=ray_head)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "✓ GET /v1/models: answered in" in finished.stdout
+    assert "model-0 is scaled to zero: not woken up (--wake asks it)" in finished.stdout
+    deployments = ray_head.serve_details()["applications"]["llm-0"]["deployments"]
+    assert [d["replicas"] for name, d in deployments.items() if name != "OpenAiIngress"] == [[]]
+    ray_head.shut_down_serve()

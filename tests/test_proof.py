@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,3 +83,46 @@ def test_one_that_hangs_on_its_first_request_is_named_when_time_is_up(user: User
     assert finished.returncode == 1
     assert "no answer within" in about("bad", finished.stdout)
     assert "✓ GET /health" in about("good", finished.stdout)
+
+
+def starts(notes: Path) -> dict[str, tuple[float, float]]:
+    """When each start of a model began and ended, by "MODEL-NUMBER"."""
+    return {
+        file.name: (float(began), float(ended))
+        for file in notes.iterdir()
+        for began, ended in [file.read_text().split()]
+    }
+
+
+def overlap(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one[0] < other[1] and other[0] < one[1]
+
+
+def test_engines_that_share_a_gpu_start_one_after_the_other_where_asked(
+    user: User, tmp_path: Path
+) -> None:
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    config = user.write(*(fake(name, notes=str(notes)) for name in ("one", "two")))
+    plan = user.run("--plan", config=config).stdout
+    assert "one shares its GPU and measures at its start what is free there" in plan
+    finished = user.run("--stagger", config=config)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    began = starts(notes)
+    assert not overlap(began["one-0"], began["two-0"])
+    assert user.run("--force", config=config).returncode == 0
+    began = starts(notes)
+    assert overlap(began["one-1"], began["two-1"])
+
+
+def test_an_engine_that_was_disturbed_is_tried_again_alone(user: User, tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    config = user.write(fake("one", "disturbed", notes=str(notes)), fake("two", notes=str(notes)))
+    finished = user.run("--on-failure", "delete", config=config)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "Second attempt, alone" in about("one", finished.stdout)
+    assert "Second attempt" not in about("two", finished.stdout)
+    began = starts(notes)
+    assert not overlap(began["one-1"], began["two-0"])
+    assert "Unchanged" in about("one", user.run(config=config).stdout)

@@ -271,6 +271,13 @@ def test_what_serve_deploy_brought_is_recognised_and_taken_over(user: User) -> N
     assert "RESTART because it was deployed by `serve deploy`" in about("a", finished.stdout)
     assert "Unchanged" in about("a", user.run("--only", "a", config=config).stdout)
     assert get_text(user, "/b") == before
+    broken = user.write(versioned("a"), versioned("b", "broken"))
+    failed = user.run("--only", "b", "--on-failure", "rollback", config=broken)
+    assert failed.returncode == 1
+    assert "It was rolled back: its last good configuration is RUNNING" in (
+        about("b", failed.stdout)
+    )
+    assert get_text(user, "/b").startswith("one")
 
 
 KILL_CONTROLLER = """
