@@ -3176,20 +3176,23 @@ class RayCluster:
         for namespace in (RECORDS, LAST_GOOD):
             _internal_kv_del(name, namespace=namespace)
 
-    def running(self, states: Mapping[str, ApplicationState]) -> dict[str, Running]:
-        """What this program knows about the applications of `states` that stay."""
+    def running(self, states: Iterable[ApplicationState]) -> dict[str, Running]:
+        """What this program knows about some applications of the cluster, by name."""
+        import ray
         from ray.experimental.internal_kv import _internal_kv_get
 
         found = {}
-        for state in states.values():
+        for state in states:
             if state.status == "DELETING":
                 continue
             kept = _internal_kv_get(state.name, namespace=RECORDS)
-            found[state.name] = Running(
-                state,
-                frozenset(info.version for info, _ in self.deployment_infos(state).values()),
-                read_record(json.loads(kept)) if kept else None,
-            )
+            try:
+                infos = [info for info, _ in self.deployment_infos(state).values()]
+            except ray.exceptions.RayTaskError:
+                infos = []  # a deployment has gone meanwhile: nothing to compare with
+            versions = frozenset(info.version for info in infos)
+            record = read_record(json.loads(kept)) if kept else None
+            found[state.name] = Running(state, versions, record)
         return found
 
     def deployment_infos(self, state: ApplicationState) -> dict[str, tuple[Any, str]]:
@@ -3200,10 +3203,14 @@ class RayCluster:
         controller = ray.get_actor(SERVE_CONTROLLER, namespace=SERVE_NAMESPACE)
         names = [deployment.name for deployment in state.deployments]
         calls = [controller.get_deployment_info.remote(name, state.name) for name in names]
-        answers = map(DeploymentRoute.FromString, ray.get(calls, timeout=CALL_TIMEOUT_S))
+        try:
+            answers = ray.get(calls, timeout=CALL_TIMEOUT_S)
+        except ray.exceptions.GetTimeoutError as error:
+            raise ClusterError(f"the Serve controller does not answer: {error}") from error
+        routes = map(DeploymentRoute.FromString, answers)
         return {
             name: (answer.deployment_info, answer.route)
-            for name, answer in zip(names, answers, strict=True)
+            for name, answer in zip(names, routes, strict=True)
         }
 
     def remember(self, action: Action, demands: Sequence[Demand]) -> None:
@@ -3995,6 +4002,11 @@ HINTS: tuple[tuple[str, str], ...] = (
     (r"ray::Builder\.build\(\)", "import_path's builder raised it: check args"),
     (r"validation errors? for \w+Config .*Input should be", "check that value in engine_kwargs"),
     (r"See root cause above", "the cause may stand in the replica's logs"),
+    (
+        r"^(?:GET|POST) http\S+: \d{3} ",
+        "its replicas run, and this is what it says to a request: see their logs; "
+        "--no-smoke-test asks nothing",
+    ),
 )
 """What a cause's text matches -> what would help; {name}s come from the match."""
 
@@ -4288,7 +4300,7 @@ def format_refusal(response: Response) -> str:
     error = next((part["error"] for part in parts if part.get("error")), None)
     message = error.get("message") if isinstance(error, dict) else error
     detail = next((part["detail"] for part in parts if part.get("detail")), None)
-    text = str(message or detail or response.text.strip() or "no body")
+    text = " ".join(str(message or detail or response.text or "").split()) or "no body"
     return f"{response.status} {shortened(text, MOST_CAUSE_CHARACTERS)}"
 
 
@@ -4383,6 +4395,7 @@ LOG_INTERVAL_S = 5.0
 LOST_AFTER_S = 30.0
 UNHEALTHY_GRACE_S = 30.0
 STOP_GRACE_S = 1.0
+WAITING_FOR_TURN = "waiting for its turn"
 
 
 class Cluster(Protocol):
@@ -4740,6 +4753,7 @@ def carry_out(action: Action, run: Run, reached: dict[str, Any]) -> Result:
     """
     if action.change is Change.DELETE:
         if action.before:
+            reached["submitted"] = True
             delete_application(action, run)
         return Result.DELETED
     if action.before and action.change is Change.UNCHANGED:
@@ -4753,7 +4767,7 @@ def carry_out(action: Action, run: Run, reached: dict[str, Any]) -> Result:
     admission = run.gate.admit(action, reached["demands"])
     nodes = admission.nodes if is_staggered(action, run.options) else frozenset()
     if nodes:
-        board.enter(application, "waiting for its turn", "--stagger")
+        board.enter(application, WAITING_FOR_TURN, "--stagger")
     with run.turns.on(nodes, Patience(board, math.inf)):
         board.enter(application, "submitting", admission.waits_for)
         patience = run.patience()
@@ -4785,7 +4799,9 @@ def prove(
         return
 
     def fetch(url: str, body: Config | None) -> Response:
-        return cluster.fetch(url, body, patience.seconds_left(SMOKE_TIMEOUT_S))
+        # A model that has to be woken up first takes as long as its start.
+        most = DEFAULT_TIMEOUT_S if run.options.wake else SMOKE_TIMEOUT_S
+        return cluster.fetch(url, body, patience.seconds_left(most))
 
     ids = [model.model_id for model in application.models if demand_of(model, demands) in asleep]
     base_url = cluster.endpoint()
@@ -4848,19 +4864,23 @@ def undo(action: Action, run: Run) -> dict[str, Any]:
     """What --on-failure asks to do about an application that did not come up, and what came of it,
     as fields of its outcome."""
     name, wish = action.application.name, run.options.on_failure
-    if wish == "delete" and action.change is Change.CREATE:
-        run.cluster.delete(name)
-        return {"deleted": True}
-    if wish != "rollback" or action.change is Change.CREATE:
-        return {}
-    run.board.enter(action.application, "rolling back")
+    new = action.change is Change.CREATE
     try:
+        if wish == "delete" and new:
+            run.cluster.delete(name)
+            return {"deleted": True}
+        if wish != "rollback" or not changes(action) or new:
+            return {}
+        run.board.enter(action.application, "rolling back")
         run.cluster.roll_back(name)
         state = settled(action.application, run.board, run.patience())
     except ApplicationError as error:
         return {"rollback": f"it could not be rolled back: {root_cause(str(error)).text}"}
     except (StillDeploying, Stopped):
         return {"rollback": "it is being rolled back: its last good configuration does not run yet"}
+    except Exception as error:  # noqa: BLE001
+        # Isolation, as in deploy_application: the outcome of this one is that it failed.
+        return {"rollback": f"--on-failure {wish} did not work: {root_cause(repr(error)).text}"}
     return {"rollback": f"it was rolled back: its last good configuration is {state.status}"}
 
 
@@ -4919,16 +4939,21 @@ def describe_state(
     return f"starting replicas {running}/{target}", failed or phase
 
 
+NOT_SENT = ("queued", "building", WAITING_FOR_TURN)
+"""What an application is doing, in words, while the cluster has not heard of it."""
+
+
 def unfinished(action: Action, board: Board) -> Outcome:
     """The outcome of an application whose worker did not come to its end."""
     progress = board.progress[action.application.name]
     lost = board.stop_code == EXIT_CLUSTER
     begun = progress.started is not None
+    sent = progress.words not in NOT_SENT and action.change is not Change.UNCHANGED
     return Outcome(
         action,
         Result.UNKNOWN if lost and begun else Result.INTERRUPTED,
         board.clock() - progress.started if progress.started is not None else 0.0,
-        submitted=begun and progress.words not in ("queued", "building"),
+        submitted=begun and sent,
         state=board.states.get(action.application.name),
     )
 
@@ -5108,16 +5133,17 @@ def format_unfinished(outcome: Outcome, dashboard_url: str) -> list[str]:
         lines += format_cause(outcome.cause)
     if outcome.result is Result.UNKNOWN:
         lines.append("   The cluster was lost: whether it runs, or ever will, is not known")
+    doing = "deleting" if outcome.action.change is Change.DELETE else "deploying"
     if outcome.result is Result.INTERRUPTED:
         lines.append(
-            "   It was submitted and goes on deploying; this program no longer watches it"
+            f"   It was submitted and goes on {doing}; this program no longer watches it"
             if outcome.submitted
             else "   It was not submitted"
         )
     if outcome.result is Result.STILL_DEPLOYING and outcome.state:
         lines.append(f"   Last state: {' · '.join(filter(None, describe_state(outcome.state)))}")
         if not outcome.deleted:
-            lines.append("   The cluster goes on deploying it")
+            lines.append(f"   The cluster goes on {doing} it")
     if outcome.deleted:
         lines.append("   It was deleted again (--on-failure delete)")
     lines += [f"   {line}" for line in format_survivors(outcome)]
@@ -5131,6 +5157,8 @@ def format_survivors(outcome: Outcome) -> list[str]:
     """What still serves of what ran before an edit that failed, read from the replicas."""
     action, state = outcome.action, outcome.state
     if action.before is None or outcome.result is Result.UNKNOWN:
+        return []
+    if action.change is Change.DELETE and outcome.submitted:
         return []
     if outcome.rollback:
         return [f"{outcome.rollback[:1].upper()}{outcome.rollback[1:]} (--on-failure rollback)"]
@@ -5678,14 +5706,19 @@ def chosen(
     applications: tuple[ApplicationSpec, ...], options: Options
 ) -> tuple[ApplicationSpec, ...]:
     """The applications that --only names; all without it."""
-    names = [application.name for application in applications]
+    # With --prune a pattern may be about applications that only the cluster has.
+    if not options.prune:
+        check_patterns([application.name for application in applications], options)
+    return tuple(item for item in applications if is_chosen(item.name, options))
+
+
+def check_patterns(names: Sequence[str], options: Options) -> None:
+    """Raise ConfigError for an --only that is about none of these applications."""
     for pattern in options.only:
-        # With --prune a pattern may be about applications that only the cluster has.
-        if not fnmatch.filter(names, pattern) and not options.prune:
+        if not fnmatch.filter(names, pattern):
             message = f"--only {pattern}: no application has that name"
             hint = f"there are {', '.join(names)}"
             raise ConfigError([Problem("command line", None, (), message, hint)])
-    return tuple(item for item in applications if is_chosen(item.name, options))
 
 
 def is_chosen(name: str, options: Options) -> bool:
@@ -5710,8 +5743,10 @@ def decided(
     known = {application.name for application in everything}
     others = [s for s in states.values() if s.name not in known and s.status != "DELETING"]
     pruned = [state for state in others if options.prune and is_chosen(state.name, options)]
+    check_patterns([*known, *(state.name for state in others)], options)
     claims |= {} if options.plan else cluster.claim(state.name for state in pruned)
-    running = cluster.running(states)
+    mentioned = {*names, *(state.name for state in pruned)}
+    running = cluster.running(state for name, state in states.items() if name in mentioned)
     deletions = [
         deletion(ApplicationSpec(-1, s.name, s.route_prefix, {}), running, claims, PRUNED)
         for s in pruned
