@@ -3346,7 +3346,10 @@ class RayCluster:
 
     def endpoint(self) -> str:
         """The public HTTP address, without a trailing slash: "http://localhost:8000"; empty when
-        Serve has no proxy (`proxy_location: Disabled`)."""
+        Serve has no proxy (`proxy_location: Disabled`).
+
+        `root_path` is not in it: that is what a proxy in front of Serve has cut off.
+        """
         import ray
         from ray.serve.schema import HTTPOptionsSchema
 
@@ -3360,7 +3363,7 @@ class RayCluster:
         local = not proxies or here in proxies
         loopback = options.host in ("0.0.0.0", "::", "127.0.0.1", "localhost")
         host = "localhost" if local and loopback else options.host if local else proxies[0]
-        return f"{scheme}://{host}:{options.port}{options.root_path.rstrip('/')}"
+        return f"{scheme}://{host}:{options.port}"
 
     # -- building and submitting ----------------------------------------------------------
 
@@ -5042,7 +5045,7 @@ def endpoints(application: ApplicationSpec) -> list[tuple[str, str]]:
     return [(method, f"{prefix}{path}") for method, path in LLM_ENDPOINTS]
 
 
-def format_running(outcome: Outcome, base_url: str) -> list[str]:
+def format_running(outcome: Outcome, base_url: str | None) -> list[str]:
     """The summary of one application that runs, in the layout that V5's users know."""
     application = outcome.application
     lines = [f"• {application.name}"]
@@ -5052,8 +5055,15 @@ def format_running(outcome: Outcome, base_url: str) -> list[str]:
         lines += format_action(outcome.action)
     if outcome.action.attempt > 1:
         lines.append("   Second attempt, alone: other engines on its GPU disturbed the first")
-    served = set()
-    for model in application.models:
+    lines += format_deployments(outcome)
+    lines += [f"   {line}" for line in format_proof(outcome.proof)]
+    return lines + format_address(application, base_url)
+
+
+def format_deployments(outcome: Outcome) -> list[str]:
+    """The models of an application, then its other deployments, with what each reserves."""
+    lines, served = [], set()
+    for model in outcome.application.models:
         lines += [f"   Model: {model.source}", f"   Model ID: {model.model_id}"]
         demand = demand_of(model, outcome.demands)
         if demand:
@@ -5063,21 +5073,24 @@ def format_running(outcome: Outcome, base_url: str) -> list[str]:
                 f"   Replicas: {format_replicas(demand)}",
             ]
         lines += [f"   Note: {note}" for note in model.notes]
-    for demand in outcome.demands:
-        if demand.deployment not in served:
-            kind = "Ingress" if demand.ingress else "Deployment"
-            lines.append(
-                f"   {kind} {demand.deployment}: {format_bundles(demand)} per replica, "
-                f"replicas {format_replicas(demand)}"
-            )
-    lines += [f"   {line}" for line in format_proof(outcome.proof)]
+    return lines + [
+        f"   {'Ingress' if demand.ingress else 'Deployment'} {demand.deployment}: "
+        f"{format_bundles(demand)} per replica, replicas {format_replicas(demand)}"
+        for demand in outcome.demands
+        if demand.deployment not in served
+    ]
+
+
+def format_address(application: ApplicationSpec, base_url: str | None) -> list[str]:
+    """Where an application answers; `base_url` is as in `Report`."""
     route = application.route_prefix
-    if not base_url:
-        return [*lines, "   It ran when the cluster was last seen"]
+    if base_url is None:
+        return ["   It ran when the cluster was last seen"]
     if route is None:
-        return [*lines, "   No HTTP route (route_prefix: null)"]
-    prefix = route.rstrip("/")
-    lines += [f"   Base URL: {base_url}{quote(prefix) or '/'}", "   Endpoints:"]
+        return ["   No HTTP route (route_prefix: null)"]
+    if not base_url:
+        return []
+    lines = [f"   Base URL: {base_url}{quote(route.rstrip('/')) or '/'}", "   Endpoints:"]
     return lines + [f"     • {method:<4} {path}" for method, path in endpoints(application)]
 
 
@@ -5195,12 +5208,12 @@ def format_seconds(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """How a run ended. `base_url` is empty when the cluster was lost; `others` are the running
-    applications that the file does not name."""
+    """How a run ended. `base_url` is None when the cluster was lost, and empty without an HTTP
+    proxy; `others` are the running applications that the file does not name."""
 
     outcomes: Sequence[Outcome]
     code: int
-    base_url: str
+    base_url: str | None
     dashboard_url: str
     seconds: float
     others: Sequence[ApplicationState] = ()
@@ -5277,7 +5290,7 @@ def state_json(state: ApplicationState) -> Config:
     return {"name": state.name, "status": state.status, "route_prefix": state.route_prefix}
 
 
-def outcome_json(outcome: Outcome, base_url: str) -> Config:
+def outcome_json(outcome: Outcome, base_url: str | None) -> Config:
     """One application of the report."""
     application, state = outcome.application, outcome.state
     route = application.route_prefix
@@ -5294,7 +5307,7 @@ def outcome_json(outcome: Outcome, base_url: str) -> Config:
         "cause": outcome.cause.text if outcome.cause else None,
         "hint": outcome.cause.hint if outcome.cause else None,
         "logs": log_commands(outcome),
-        "base_url": None if route is None else base_url + quote(route.rstrip("/")),
+        "base_url": base_url + quote(route.rstrip("/")) if base_url and route else None,
         "endpoints": [f"{method} {path}" for method, path in endpoints(application)],
     }
 
@@ -5693,7 +5706,7 @@ def run(session: Session, environ: Mapping[str, str]) -> int:
     report = Report(
         outcomes,
         exit_code(outcomes, board.stop_code),
-        "" if board.stop_code == EXIT_CLUSTER else cluster.endpoint(),
+        None if board.stop_code == EXIT_CLUSTER else cluster.endpoint(),
         cluster.dashboard_url,
         board.clock() - started,
         others,

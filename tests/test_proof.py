@@ -126,3 +126,18 @@ def test_an_engine_that_was_disturbed_is_tried_again_alone(user: User, tmp_path:
     began = starts(notes)
     assert not overlap(began["one-1"], began["two-0"])
     assert "Unchanged" in about("one", user.run(config=config).stdout)
+
+
+def test_a_root_path_and_no_proxy_at_all_are_asked_accordingly(user: User) -> None:
+    options = {"host": "127.0.0.1", "port": user.port, "root_path": "/behind"}
+    finished = user.deploy(app("good"), http_options=options)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "✓ GET /health: answered in" in about("good", finished.stdout)
+    assert f"Base URL: http://localhost:{user.port}/good\n" in finished.stdout
+    user.head.shut_down_serve()
+    finished = user.deploy(app("good"), proxy_location="Disabled")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    good = about("good", finished.stdout)
+    assert "Not asked over HTTP: Serve has no HTTP proxy (proxy_location: Disabled)" in good
+    assert "Base URL" not in good
+    assert "when the cluster was last seen" not in good
