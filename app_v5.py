@@ -2630,7 +2630,7 @@ def decide(
     a mark that was not used before.
     """
     action = compare(application, running, force=options.force, mark=mark)
-    if claim is not None:
+    if claim is not None and action.change is not Change.UNCHANGED:
         action = replace(action, refusal=claimed_by(claim))
     surge = options.no_downtime and action.change is Change.RESTART
     return replace(action, before=running, surge=surge)

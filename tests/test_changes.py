@@ -135,6 +135,8 @@ def test_one_that_another_run_has_is_refused_with_its_name() -> None:
     assert "process 7 on host, since 2026-01-02 03:04:05" in action.refusal.text
     assert not app.changes(action)
     assert app.moving([action]) == frozenset()
+    same = app.decide(edited(), running(edited(), 1), KEEP, mark="m", claim=claim)
+    assert (same.change, same.refusal) == (app.Change.UNCHANGED, None)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -137,6 +138,93 @@ def test_reasons_of_a_change() -> None:
     assert app.format_action(app.Action(SPEC, app.Change.RESTART, "1", reasons)) == [
         "   RESTART because args.x: 1 → 2",
         "      and args.y: 3 → 4",
+    ]
+
+
+ENGINE = app.EngineFigures("m", "r", "n", 0.45, 1_024_000, 500.0, 31.25, 1.5, 0.4, 5.25)
+PROOF = app.Proof(
+    reservations=(
+        app.Reservation("LLMServer:m", "r", {"CPU": 1.0, "GPU": 0.45}, ("10.0.0.1",), (0,)),
+        app.Reservation("LLMServer:m", "s", {"CPU": 1.0, "GPU": 0.45}, ("10.0.0.1",), (0,)),
+        app.Reservation("OpenAiIngress", "t", {"CPU": 2.0}, ("10.0.0.2",)),
+    ),
+    mismatches=("OpenAiIngress: promised 1 CPU, reserved 2 (why)",),
+    answers=(
+        app.Answer("GET /v1/models", 0.01),
+        app.Answer("POST /v1/chat/completions", 0.31, "m", 0.3),
+    ),
+    engines=(ENGINE,),
+    asleep=("n",),
+)
+
+
+def test_the_proof_reads_as_what_one_would_have_looked_up() -> None:
+    assert app.format_proof(PROOF) == [
+        "✗ OpenAiIngress: promised 1 CPU, reserved 2 (why)",
+        "✓ Reserved by LLMServer:m: 1.0 CPUs, 0.45 GPUs, on 10.0.0.1 GPU 0 (2 replicas)",
+        "✗ Reserved by OpenAiIngress: 2.0 CPUs, on 10.0.0.2",
+        "✓ GET /v1/models: answered in 0.01 s",
+        "✓ POST /v1/chat/completions to m: answered in 0.31 s, first token after 0.30 s",
+        "n is scaled to zero: not woken up (--wake asks it)",
+        "Engine of m says: KV cache 1,024,000 tokens, 31.25 GiB, 500 requests of full length at "
+        "once, weights loaded in 0.4 s, engine ready 5.2 s later",
+    ]
+    skipped = app.Proof(skipped="--no-smoke-test")
+    assert app.format_proof(skipped) == ["Not asked over HTTP: --no-smoke-test"]
+
+
+def test_a_broken_promise_is_no_success() -> None:
+    report = app.Report([replace(RUNNING, proof=PROOF)], 1, "http://h:8000", DASHBOARD, 75.0)
+    lines = app.format_summary(report)
+    assert "⚠️  Deployment Summary" in lines
+    assert "🔥 All deployments completed!" not in lines
+    [row] = app.report_json(report)["applications"]
+    assert row["proof"]["mismatches"] == PROOF.mismatches
+    assert row["proof"]["reservations"][0]["gpus"] == (0,)
+
+
+def after_an_edit(**keys: Any) -> app.Outcome:
+    """A failed edit: of two old replicas one still runs."""
+    replicas = tuple(app.ReplicaState(name, "RUNNING", "n", 1) for name in ("r1", "r2"))
+    before = app.DeploymentState("D", "HEALTHY", "", 2, replicas)
+    now = app.DeploymentState("D", "DEPLOY_FAILED", "", 2, replicas[:1])
+    name = "falcon3-app"
+    running = app.Running(app.ApplicationState(name, "RUNNING", deployments=(before,)))
+    action = app.Action(SPEC, app.Change.RESTART, "2", before=running)
+    state = app.ApplicationState(name, "DEPLOY_FAILED", deployments=(now,))
+    return replace(FAILED, action=action, **{"state": state, **keys})
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        pytest.param(
+            {}, "Still from before the edit: 1 of 1 running replicas of D", id="what still serves"
+        ),
+        pytest.param({"submitted": False}, "What ran before was not touched", id="not touched"),
+        pytest.param(
+            {"rollback": "it was rolled back: ..."},
+            "It was rolled back: ... (--on-failure rollback)",
+            id="rolled back",
+        ),
+    ],
+)
+def test_a_failed_edit_says_what_is_left(keys: dict[str, Any], line: str) -> None:
+    assert app.format_survivors(after_an_edit(**keys)) == [line]
+
+
+def test_deletions_have_their_own_part() -> None:
+    before = app.Running(app.ApplicationState("falcon3-app", "RUNNING"))
+    action = app.Action(SPEC, app.Change.DELETE, before=before)
+    gone = app.Outcome(action, app.Result.DELETED, 3.0, submitted=True)
+    report = app.Report([gone], 0, "http://h:8000", "", 3.0)
+    lines = app.format_summary(report)
+    assert "Total applications deleted: 1/1 in 3 s" in lines
+    assert "• falcon3-app: deleted; what it held is free" in lines
+    assert "🔥 All deletions completed!" in lines
+    left = replace(gone, result=app.Result.INTERRUPTED)
+    assert app.format_unfinished(left, "")[1:] == [
+        "   It was submitted and goes on deleting; this program no longer watches it"
     ]
 
 
