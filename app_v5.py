@@ -2782,29 +2782,19 @@ def taken_routes(
     applications: Sequence[ApplicationSpec], states: Mapping[str, ApplicationState]
 ) -> Findings:
     """The routes that other running applications hold: Serve would refuse the second one."""
-    holders = {
-        (state.route_prefix.rstrip("/") or "/"): state
-        for state in states.values()
-        if state.route_prefix is not None and state.status != "DELETING"
-    }
+    holders = {state.route_prefix: state for state in states.values() if state.status != "DELETING"}
     findings = []
     for application in applications:
         route = application.route_prefix
-        holder = holders.get(route.rstrip("/") or "/") if route is not None else None
-        if holder is None or holder.name == application.name:
+        holder = holders.get(route)
+        if route is None or holder is None or holder.name == application.name:
             continue
-        path = ("applications", application.index, "route_prefix")
+        origin = " (deployed by `serve deploy`)" if holder.source == "declarative" else ""
         findings.append(
             Finding(
-                path,
-                f"{route} is the route of {holder.name}, which is running"
-                + (" (deployed by `serve deploy`)" * (holder.source == "declarative")),
-                f"choose another route, or delete {holder.name} first"
-                + (
-                    ""
-                    if any(app.name == holder.name for app in applications)
-                    else " (--prune deletes what the file does not name)"
-                ),
+                ("applications", application.index, "route_prefix"),
+                f"{route} is the route of {holder.name}, which is running{origin}",
+                f"choose another route, or delete {holder.name} first",
             )
         )
     return findings

@@ -171,7 +171,7 @@ def test_without_downtime_room_for_a_fifth_more_is_needed(target: int, extra: in
 
 def test_a_route_that_another_application_has_is_named_with_its_key() -> None:
     spec = app.ApplicationSpec(3, "new", "/keep", {})
-    keep = app.ApplicationState("keep", "RUNNING", "", "/keep/", "declarative")
+    keep = app.ApplicationState("keep", "RUNNING", "", "/keep", "declarative")
     [finding] = app.taken_routes([spec], {"keep": keep})
     assert finding.path == ("applications", 3, "route_prefix")
     assert finding.message == (
