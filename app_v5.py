@@ -4203,16 +4203,22 @@ def wait_for_route(
     Raises ApplicationError when it does not come to know it: the proxies hear of a new
     application a moment after the controller (ray/serve/_private/proxy.py, "/-/routes").
     """
+    said = ""
     for attempt in range(ROUTE_ATTEMPTS):
         if attempt:
             pause()
-        response = fetch(f"{base_url}/-/routes", None)
+        try:
+            response = fetch(f"{base_url}/-/routes", None)
+        except ApplicationError as error:
+            said = str(error)  # a proxy that restarts listens again in some seconds
+            continue
         if read_json(response.text).get(application.route_prefix or "") == application.name:
             return
-    raise ApplicationError(
-        f"{base_url}/-/routes does not have {application.route_prefix} as the route of "
-        f"{application.name}, but says: {format_refusal(response)}"
-    )
+        said = (
+            f"{base_url}/-/routes does not have {application.route_prefix} as the route of "
+            f"{application.name}, but says: {format_refusal(response)}"
+        )
+    raise ApplicationError(said)
 
 
 def smoke_test(

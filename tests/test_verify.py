@@ -177,6 +177,19 @@ def test_somebody_elses_server_is_not_taken_for_serve() -> None:
     assert len(pauses) == app.ROUTE_ATTEMPTS - 1
 
 
+def test_a_proxy_that_restarts_is_waited_for() -> None:
+    said = iter([app.ApplicationError("connection refused"), response(200, {"/a": "a"})])
+
+    def fetch(url: str, body: Config | None) -> app.Response:
+        answer = next(said)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    app.wait_for_route(SPEC, "http://h:8000", fetch, lambda: None)
+    assert next(said, None) is None
+
+
 LOG = """
 INFO [gpu_model_runner.py:5472] Model loading took 1.5 GiB memory and 3.210000 seconds
 (EngineCore pid=7) INFO [default_loader.py:397] Loading weights took 0.44 seconds
