@@ -178,16 +178,19 @@ def test_somebody_elses_server_is_not_taken_for_serve() -> None:
 
 
 def test_a_proxy_that_restarts_is_waited_for() -> None:
-    said = iter([app.ApplicationError("connection refused"), response(200, {"/a": "a"})])
+    answers: list[Exception | app.Response] = [
+        app.ApplicationError("connection refused"),
+        response(200, {"/a": "a"}),
+    ]
 
     def fetch(url: str, body: Config | None) -> app.Response:
-        answer = next(said)
+        answer = answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     app.wait_for_route(SPEC, "http://h:8000", fetch, lambda: None)
-    assert next(said, None) is None
+    assert answers == []
 
 
 LOG = """
