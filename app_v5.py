@@ -2858,6 +2858,9 @@ RECORDS, LAST_GOOD, CLAIMS = "app_v5", "app_v5/last_good", "app_v5/claims"
 
 CONNECT_TIMEOUT_S = 10.0
 CALL_TIMEOUT_S = 5.0
+ONCE_TIMEOUT_S = 30.0
+"""How long a call of the controller may take: one that is repeated, and one that is not."""
+
 START_HINT = "start one with `ray start --head`, or give another with --address or RAY_ADDRESS"
 MOST_LOGS, LOG_LINES = 3, 400
 DEATHS = {
@@ -3194,7 +3197,7 @@ class RayCluster:
         names = [deployment.name for deployment in state.deployments]
         calls = [controller.get_deployment_info.remote(name, state.name) for name in names]
         try:
-            answers = ray.get(calls, timeout=CALL_TIMEOUT_S)
+            answers = ray.get(calls, timeout=ONCE_TIMEOUT_S)
         except ray.exceptions.GetTimeoutError as error:
             raise ClusterError(f"the Serve controller does not answer: {error}") from error
         routes = map(DeploymentRoute.FromString, answers)
@@ -3275,7 +3278,7 @@ class RayCluster:
         controller = ray.get_actor(SERVE_CONTROLLER, namespace=SERVE_NAMESPACE)
         options = ApplicationArgs().SerializeToString()
         call = controller.deploy_applications.remote({name: arguments}, {name: options})
-        ray.get(call, timeout=CALL_TIMEOUT_S)
+        ray.get(call, timeout=ONCE_TIMEOUT_S)
         if kept["record"]:
             _internal_kv_put(name, kept["record"], overwrite=True, namespace=RECORDS)
         else:

@@ -58,7 +58,8 @@ def test_a_model_that_has_scaled_to_zero_is_listed_and_not_woken_up(
     ray_head: RayHead, tmp_path: Path, http_port: int
 ) -> None:
     asleep = application(0)
-    del asleep["args"]["ingress_deployment_config"]
+    # Ray's builder would let the ingress scale to zero, too, when all its models do.
+    asleep["args"]["ingress_deployment_config"] = {"num_replicas": 1}
     config = tmp_path / "config.yaml"
     options = {"host": "127.0.0.1", "port": http_port}
     config.write_text(json.dumps({"http_options": options, "applications": [asleep]}))

@@ -274,6 +274,7 @@ def test_what_serve_deploy_brought_is_recognised_and_taken_over(user: User) -> N
     broken = user.write(versioned("a"), versioned("b", "broken"))
     failed = user.run("--only", "b", "--on-failure", "rollback", config=broken)
     assert failed.returncode == 1
+    assert "Traceback" not in failed.stderr, failed.stderr
     assert "It was rolled back: its last good configuration is RUNNING" in (
         about("b", failed.stdout)
     )
