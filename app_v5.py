@@ -2862,6 +2862,10 @@ ONCE_TIMEOUT_S = 30.0
 """How long a call of the controller may take: one that is repeated, and one that is not."""
 
 START_HINT = "start one with `ray start --head`, or give another with --address or RAY_ADDRESS"
+TOKEN_HINT = (
+    "something listens there: if it is a Ray head that wants a token, set RAY_AUTH_MODE=token (and "
+    "RAY_AUTH_TOKEN_PATH, if the token is not in ~/.ray/auth_token)"
+)
 MOST_LOGS, LOG_LINES = 3, 400
 DEATHS = {
     "oom_context": "OutOfMemoryError",
@@ -3061,16 +3065,19 @@ class RayCluster:
             found = canonicalize_bootstrap_address("auto" if wanted == "local" else wanted)
             check_reachable(found)
             context = ray.init(
-                address=found,
+                # Ray looks for a token (~/.ray/auth_token) only when it finds the cluster itself
+                # (ray/_private/worker.py).
+                address=wanted if wanted == "auto" else found,
                 namespace=SERVE_NAMESPACE,
                 log_to_driver=self.worker_logs,
                 logging_level=logging.INFO if self.worker_logs else logging.ERROR,
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
+            listens = "Failed to connect to Ray cluster" in str(error)
             raise ClusterError(
                 f"no Ray cluster{'' if wanted == 'auto' else f' at {wanted}'}: "
                 f"{first_line(str(error))}",
-                START_HINT,
+                TOKEN_HINT if listens else START_HINT,
             ) from error
         self.dashboard_url = f"http://{context.dashboard_url}" if context.dashboard_url else ""
         self.address = ray.get_runtime_context().gcs_address
@@ -5168,23 +5175,22 @@ def format_unfinished(outcome: Outcome, dashboard_url: str) -> list[str]:
 def format_survivors(outcome: Outcome) -> list[str]:
     """What still serves of what ran before an edit that failed, read from the replicas."""
     action, state = outcome.action, outcome.state
-    if action.before is None or outcome.result is Result.UNKNOWN:
-        return []
-    if action.change is Change.DELETE and outcome.submitted:
+    deleting = action.change is Change.DELETE and outcome.submitted
+    if action.before is None or outcome.result is Result.UNKNOWN or deleting:
         return []
     if outcome.rollback:
         return [f"{outcome.rollback[:1].upper()}{outcome.rollback[1:]} (--on-failure rollback)"]
-    if not outcome.submitted:
-        return ["What ran before was not touched"]
-    if state is None:
-        return []
-    old = {r.replica_id for d in action.before.state.deployments for r in d.replicas}
-    serving = [
-        f"{sum(r.state == 'RUNNING' and r.replica_id in old for r in deployment.replicas)}"
-        f" of {deployment.running} running replicas of {deployment.name}"
-        for deployment in state.deployments
+    if not outcome.submitted or state is None:
+        return [] if outcome.submitted else ["What ran before was not touched"]
+    now = {r.replica_id for d in state.deployments for r in d.replicas if r.state == "RUNNING"}
+    left = [
+        (d.name, sum(replica.replica_id in now for replica in d.replicas), len(d.replicas))
+        for d in action.before.state.deployments
     ]
-    return [f"Still from before the edit: {', '.join(serving)}"] if serving else []
+    if not any(count for _, count, _ in left):
+        return ["Nothing from before the edit serves any more"]
+    serving = [f"{count} of {total} replicas of {name}" for name, count, total in left]
+    return [f"Still serving from before the edit: {', '.join(serving)}"]
 
 
 def log_commands(outcome: Outcome) -> list[str]:

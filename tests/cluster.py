@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http
 import json
 import os
 import re
@@ -367,7 +368,9 @@ class RayHead:
     def _dashboard_answers(self) -> bool:
         try:
             self.serve_details()
-        except (OSError, urllib.error.HTTPError):
+        except urllib.error.HTTPError as error:
+            return error.code == http.HTTPStatus.UNAUTHORIZED  # it wants a token
+        except OSError:
             return False
         return True
 

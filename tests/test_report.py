@@ -199,7 +199,12 @@ def after_an_edit(**keys: Any) -> app.Outcome:
     ("keys", "line"),
     [
         pytest.param(
-            {}, "Still from before the edit: 1 of 1 running replicas of D", id="what still serves"
+            {}, "Still serving from before the edit: 1 of 2 replicas of D", id="what still serves"
+        ),
+        pytest.param(
+            {"state": app.ApplicationState("falcon3-app", "DEPLOY_FAILED")},
+            "Nothing from before the edit serves any more",
+            id="nothing left",
         ),
         pytest.param({"submitted": False}, "What ran before was not touched", id="not touched"),
         pytest.param(

@@ -122,7 +122,7 @@ def test_a_failed_edit_says_what_still_serves_and_rolls_back(user: User) -> None
     assert failed.returncode == 1
     summary = about("a", failed.stdout)
     assert "ZeroDivisionError: this version never comes up" in summary
-    assert "Still from before the edit: 1 of 1 running replicas of Versioned" in summary
+    assert "Still serving from before the edit: 1 of 2 replicas of Versioned" in summary
     assert [traffic[route].failures for route in ("/a", "/b")] == [[], []]
     still = pid_of(user, "/a")
     again = [versioned("a", "broken", 1, num_replicas=2), versioned("b")]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import RayHead, run_app_v5, wait_until
+from cluster import APP_V5, RayHead, run_app_v5, run_python, wait_until
 from user import User, about, app, get_text
 
 pytestmark = pytest.mark.serve
@@ -228,3 +228,21 @@ def test_a_head_that_dies_is_reported_before_ray_kills_the_program(
     assert "UNKNOWN" in about("slow", out)
     assert "the head node has not answered" in err
     assert "Traceback" not in err
+
+
+def test_a_head_that_wants_a_token_is_served_and_told_from_none(
+    tmp_path: Path, http_port: int
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef" * 4)
+    env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    with RayHead(env=env) as head:
+        user = User(head, tmp_path, http_port)
+        finished = user.deploy(app("good"), app("failing", "failing"))
+        assert finished.returncode == 1
+        assert "✓ GET /health" in about("good", finished.stdout)
+        assert "ZeroDivisionError" in about("failing", finished.stdout)
+        without = {**head.env, "RAY_AUTH_MODE": "disabled"}
+        refused = run_python(str(APP_V5), str(tmp_path / "config.yaml"), env=without, timeout_s=90)
+        assert refused.returncode == 3
+        assert "if it is a Ray head that wants a token, set RAY_AUTH_MODE=token" in refused.stderr
