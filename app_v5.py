@@ -2630,6 +2630,8 @@ def decide(
     a mark that was not used before.
     """
     action = compare(application, running, force=options.force, mark=mark)
+    if running is not None and running.state.source == "declarative":
+        action = replace(action, reasons=(*action.reasons, COMES_BACK))
     if claim is not None and action.change is not Change.UNCHANGED:
         action = replace(action, refusal=claimed_by(claim))
     surge = options.no_downtime and action.change is Change.RESTART
@@ -2651,14 +2653,23 @@ def deletion(
     reason: str = "--delete",
 ) -> Action:
     """Delete an application, if it is there."""
-    claim = claims.get(application.name)
+    claim, before = claims.get(application.name), running.get(application.name)
+    declared = before is not None and before.state.source == "declarative"
     return Action(
         application,
         Change.DELETE,
-        reasons=(reason,),
+        reasons=(reason, COMES_BACK) if declared else (reason,),
         refusal=claimed_by(claim) if claim else None,
-        before=running.get(application.name),
+        before=before,
     )
+
+
+COMES_BACK = (
+    "what `serve deploy` brought comes back when Serve's controller restarts, until `serve deploy` "
+    "runs with a file without it"
+)
+"""The controller applies its checkpoint of the declarative config again (seen on Ray 2.60;
+ray/serve/_private/controller.py `_recover_state_from_checkpoint`)."""
 
 
 def claimed_by(claim: Claim) -> Cause:
@@ -5266,7 +5277,8 @@ def format_group(title: str, items: Iterable[list[str]]) -> list[str]:
 
 def format_deleted(outcome: Outcome) -> list[str]:
     gone = "deleted; what it held is free" if outcome.action.before else "it was not there"
-    return [f"• {outcome.application.name}: {gone}"]
+    notes = outcome.action.reasons[1:]
+    return [f"• {outcome.application.name}: {gone}", *(f"   Note: {note}" for note in notes)]
 
 
 def format_others(others: Sequence[ApplicationState]) -> list[str]:

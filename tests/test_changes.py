@@ -106,11 +106,6 @@ def test_an_edit_of_one_deployments_resources_restarts_that_one_alone() -> None:
         pytest.param({"status": "DEPLOY_FAILED"}, "it is DEPLOY_FAILED", id="failed"),
         pytest.param({"status": "UNHEALTHY"}, "it is UNHEALTHY", id="unhealthy"),
         pytest.param(
-            {"source": "declarative"},
-            "it was deployed by `serve deploy`: there is nothing to compare with",
-            id="serve deploy",
-        ),
-        pytest.param(
             {"version": "other"},
             "it was deployed by other means: there is nothing to compare with",
             id="redeployed by other means",
@@ -120,6 +115,16 @@ def test_an_edit_of_one_deployments_resources_restarts_that_one_alone() -> None:
 def test_what_restarts_without_an_edit(keys: Config, reason: str) -> None:
     action = decide(edited(), running(edited(), 1, **keys))
     assert (action.change, action.reasons) == (app.Change.RESTART, (reason,))
+
+
+def test_what_serve_deploy_brought_comes_back_and_that_is_said() -> None:
+    before = running(edited(), 1, source="declarative")
+    action = decide(edited(), before)
+    assert action.change is app.Change.RESTART
+    reason = "it was deployed by `serve deploy`: there is nothing to compare with"
+    assert action.reasons == (reason, app.COMES_BACK)
+    assert app.deletion(edited(), {"a": before}, {}).reasons == ("--delete", app.COMES_BACK)
+    assert app.deletion(edited(), {"a": running(edited(), 1)}, {}).reasons == ("--delete",)
 
 
 def test_what_restarts_with_an_equal_fingerprint_gets_another_version() -> None:

@@ -252,6 +252,13 @@ def serve_deploy(head: RayHead, config: Path) -> None:
     head.run("-m", "ray.serve.scripts", "deploy", str(config), "-a", head.dashboard_url)
 
 
+def says(user: User, route: str, start: str) -> bool:
+    try:
+        return get_text(user, route).startswith(start)
+    except OSError:
+        return False
+
+
 def test_what_serve_deploy_brought_is_recognised_and_taken_over(user: User) -> None:
     config = user.write(versioned("a"), versioned("b"))
     serve_deploy(user.head, config)
@@ -279,6 +286,12 @@ def test_what_serve_deploy_brought_is_recognised_and_taken_over(user: User) -> N
         about("b", failed.stdout)
     )
     assert get_text(user, "/b").startswith("one")
+    # What the reason says beforehand: Serve's controller remembers the declarative config.
+    edited = user.write(versioned("a", "two"), versioned("b"))
+    assert user.run("--only", "a", config=edited).returncode == 0
+    assert get_text(user, "/a").startswith("two")
+    user.head.run("-c", KILL_CONTROLLER)
+    wait_until(lambda: says(user, "/a", "one"), 60, "serve deploy's version")
 
 
 KILL_CONTROLLER = """
