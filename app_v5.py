@@ -459,6 +459,10 @@ class ClusterError(Exception):
         self.hint = hint
 
 
+class ServeNotRunning(ClusterError):
+    """The cluster has no Serve."""
+
+
 class StillDeploying(Exception):
     """An application's time ran out."""
 
@@ -2868,9 +2872,12 @@ RECORDS, LAST_GOOD, CLAIMS = "app_v5", "app_v5/last_good", "app_v5/claims"
 `keep_last_good` and `claim`."""
 
 CONNECT_TIMEOUT_S = 10.0
-CALL_TIMEOUT_S = 5.0
-ONCE_TIMEOUT_S = 30.0
-"""How long a call of the controller may take: one that is repeated, and one that is not."""
+POLL_TIMEOUT_S = 5.0
+CONTROLLER_TIMEOUT_S = 30.0
+"""How long the controller may take to answer: to a poll, which comes again, and to other calls, in
+which it may restart."""
+
+MOST_BODY_BYTES = 2**20
 
 START_HINT = "start one with `ray start --head`, or give another with --address or RAY_ADDRESS"
 TOKEN_HINT = (
@@ -3157,25 +3164,42 @@ class RayCluster:
         now = current.model_dump()
         return tuple(sorted(key for key in given if now.get(key) != http_options.get(key)))
 
-    def serve_details(self) -> Config | None:
+    def ask_controller(
+        self, method: str, *arguments: Any, timeout_s: float = CONTROLLER_TIMEOUT_S
+    ) -> Any:
+        """What a method of Serve's controller returns.
+
+        Ray itself repeats a call when the controller restarts during it (`max_task_retries` in
+        ray/serve/_private/default_impl.py). Raises ServeNotRunning, ClusterError when there is no
+        answer in time, and RayTaskError for what the method itself raises.
+        """
+        import ray
+
+        try:
+            controller = ray.get_actor(SERVE_CONTROLLER, namespace=SERVE_NAMESPACE)
+        except ValueError as error:
+            raise ServeNotRunning("Serve is not running") from error
+        try:
+            return ray.get(getattr(controller, method).remote(*arguments), timeout=timeout_s)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            raise ClusterError(f"the Serve controller does not answer: {error}") from error
+
+    def serve_details(self, timeout_s: float = CONTROLLER_TIMEOUT_S) -> Config | None:
         """What the controller knows, in the shape of Ray's `ServeInstanceDetails`; None when Serve
         is not running. 1 ms of CPU; `serve.status()` costs 57 (measured on Ray 2.60)."""
         import ray
 
         try:
-            controller = ray.get_actor(SERVE_CONTROLLER, namespace=SERVE_NAMESPACE)
-        except ValueError:
+            details: Config = self.ask_controller("get_serve_instance_details", timeout_s=timeout_s)
+        except ServeNotRunning:
             return None
-        call = controller.get_serve_instance_details.remote()
-        try:
-            details: Config = ray.get(call, timeout=CALL_TIMEOUT_S)
-        except ray.exceptions.RayError as error:
-            raise ClusterError(f"the Serve controller does not answer: {error}") from error
+        except ray.exceptions.RayTaskError as error:
+            raise ClusterError(f"the Serve controller can't tell its state: {error}") from error
         return details
 
-    def states(self) -> dict[str, ApplicationState]:
+    def states(self, timeout_s: float = CONTROLLER_TIMEOUT_S) -> dict[str, ApplicationState]:
         """The state of every application on the cluster, by name."""
-        details = self.serve_details() or {"applications": {}}
+        details = self.serve_details(timeout_s) or {"applications": {}}
         return {name: read_state(app) for name, app in details["applications"].items()}
 
     def delete(self, name: str) -> None:
@@ -3208,21 +3232,14 @@ class RayCluster:
 
     def deployment_infos(self, state: ApplicationState) -> dict[str, tuple[Any, str]]:
         """What Serve's controller was told about each deployment, and the route of the ingress."""
-        import ray
         from ray.serve.generated.serve_pb2 import DeploymentRoute
 
-        controller = ray.get_actor(SERVE_CONTROLLER, namespace=SERVE_NAMESPACE)
-        names = [deployment.name for deployment in state.deployments]
-        calls = [controller.get_deployment_info.remote(name, state.name) for name in names]
-        try:
-            answers = ray.get(calls, timeout=ONCE_TIMEOUT_S)
-        except ray.exceptions.GetTimeoutError as error:
-            raise ClusterError(f"the Serve controller does not answer: {error}") from error
-        routes = map(DeploymentRoute.FromString, answers)
-        return {
-            name: (answer.deployment_info, answer.route)
-            for name, answer in zip(names, routes, strict=True)
-        }
+        found = {}
+        for deployment in state.deployments:
+            text = self.ask_controller("get_deployment_info", deployment.name, state.name)
+            answer = DeploymentRoute.FromString(text)
+            found[deployment.name] = (answer.deployment_info, answer.route)
+        return found
 
     def remember(self, action: Action, demands: Sequence[Demand]) -> None:
         """Leave in the cluster what a later run needs to tell what it would change.
@@ -3293,10 +3310,8 @@ class RayCluster:
             if row["ingress"] and kept["route_prefix"]:
                 deployment.route_prefix = kept["route_prefix"]
             arguments.append(deployment.SerializeToString())
-        controller = ray.get_actor(SERVE_CONTROLLER, namespace=SERVE_NAMESPACE)
         options = ApplicationArgs().SerializeToString()
-        call = controller.deploy_applications.remote({name: arguments}, {name: options})
-        ray.get(call, timeout=ONCE_TIMEOUT_S)
+        self.ask_controller("deploy_applications", {name: arguments}, {name: options})
         if kept["record"]:
             _internal_kv_put(name, kept["record"], overwrite=True, namespace=RECORDS)
         else:
@@ -4424,7 +4439,7 @@ class Cluster(Protocol):
     def build(self, application: ApplicationSpec, patience: Patience) -> tuple[Demand, ...]: ...
     def submit(self, action: Action, demands: Sequence[Demand], patience: Patience) -> None: ...
     def nodes(self, moving: Collection[str]) -> tuple[tuple[Node, ...], Holders]: ...
-    def states(self) -> dict[str, ApplicationState]: ...
+    def states(self, timeout_s: float) -> dict[str, ApplicationState]: ...
     def failure_logs(self, state: ApplicationState) -> list[str]: ...
     def starting_log(self, state: ApplicationState) -> str: ...
     def delete(self, name: str) -> None: ...
@@ -4706,7 +4721,7 @@ def watch(cluster: Cluster, board: Board) -> None:
     while not board.stop_code and not board.closed:
         polled_at = board.clock()
         try:
-            board.publish(cluster.states(), polled_at)
+            board.publish(cluster.states(POLL_TIMEOUT_S), polled_at)
         except ClusterError:
             pass  # a controller that restarts is silent for a while
         except Exception:  # noqa: BLE001
@@ -4756,6 +4771,8 @@ def deploy_application(action: Action, run: Run) -> Outcome:
         reached["state"] = board.states.get(application.name)
         lost = board.stop_code == EXIT_CLUSTER
         result = Result.UNKNOWN if lost else Result.INTERRUPTED
+    except ClusterError as error:
+        result, cause = Result.UNKNOWN, Cause(str(error), error.hint)
     except Exception as error:  # noqa: BLE001
         # Isolation: a defect that one application meets must not hide what became of the others.
         result, cause, detail = Result.FAILED, root_cause(repr(error)), traceback.format_exc()
@@ -5723,13 +5740,25 @@ def run(session: Session, environ: Mapping[str, str]) -> int:
     report = Report(
         outcomes,
         exit_code(outcomes, board.stop_code),
-        None if board.stop_code == EXIT_CLUSTER else cluster.endpoint(),
+        last_endpoint(session),
         cluster.dashboard_url,
         board.clock() - started,
         others,
     )
     terminal.print_report(report, options)
     return report.code
+
+
+def last_endpoint(session: Session) -> str | None:
+    """The public address for the summary; None when the cluster was lost: what became of the
+    applications has to be said all the same."""
+    if session.board.stop_code == EXIT_CLUSTER:
+        return None
+    try:
+        return session.cluster.endpoint()
+    except ClusterError as error:
+        session.terminal.say(f"⚠️  {error}")
+        return None
 
 
 def chosen(

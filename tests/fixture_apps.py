@@ -174,6 +174,11 @@ def good(args: dict[str, Any]) -> serve.Application:
     return Good.bind(args.get("text", "good"))
 
 
+def builds_slowly(args: dict[str, Any]) -> serve.Application:
+    time.sleep(float(args["seconds"]))
+    return Good.bind()
+
+
 def slow(args: dict[str, Any]) -> serve.Application:
     return Slow.bind(float(args["seconds"]))
 

@@ -74,7 +74,7 @@ class ScriptedCluster:
         with self.lock:
             self.submitted.append(action.application.name)
 
-    def states(self) -> dict[str, app.ApplicationState]:
+    def states(self, timeout_s: float = 0) -> dict[str, app.ApplicationState]:
         with self.lock:
             found = {}
             for name in self.submitted:
@@ -262,10 +262,10 @@ def test_a_controller_that_is_silent_for_a_while_is_waited_for(
     answers = iter([app.ClusterError("restarting"), app.ClusterError("restarting")])
     real = cluster.states
 
-    def states() -> dict[str, app.ApplicationState]:
+    def states(timeout_s: float) -> dict[str, app.ApplicationState]:
         for error in answers:
             raise error
-        return real()
+        return real(timeout_s)
 
     monkeypatch.setattr(cluster, "states", states)
     assert results(run(cluster, "a")) == {"a": "RUNNING"}
@@ -276,7 +276,7 @@ def test_a_watcher_with_a_defect_does_not_leave_everybody_waiting(
 ) -> None:
     cluster = ScriptedCluster()
 
-    def states() -> dict[str, app.ApplicationState]:
+    def states(timeout_s: float) -> dict[str, app.ApplicationState]:
         raise KeyError("node_ip")
 
     monkeypatch.setattr(cluster, "states", states)

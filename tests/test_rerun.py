@@ -315,6 +315,30 @@ def test_what_is_remembered_survives_the_controller(user: User) -> None:
     assert get_text(user, "/a") == before
 
 
+def test_a_controller_that_dies_with_a_call_in_flight_is_no_failure(user: User) -> None:
+    assert user.deploy(versioned("a")).returncode == 0
+    before = get_text(user, "/a")
+    slow = app("b", "builds_slowly", args={"seconds": 5})
+    process = user.start(user.write(versioned("a"), slow))
+    assert process.stderr is not None
+    while "b  building" not in process.stderr.readline():
+        pass
+    controller = next(
+        process
+        for node in user.head.nodes
+        for process in node.processes()
+        if process.cmdline()[:1] == ["ray::ServeController"]
+    )
+    controller.suspend()
+    time.sleep(10)
+    controller.kill()
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 0, out + err
+    assert "✓ GET /health" in about("b", out)
+    assert "Unchanged" in about("a", out)
+    assert get_text(user, "/a") == before
+
+
 def test_force_restarts_what_is_unchanged(user: User) -> None:
     assert user.deploy(versioned("a")).returncode == 0
     before = pid_of(user, "/a")
