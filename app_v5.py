@@ -358,12 +358,14 @@ class Reservation:
 
 @dataclass(frozen=True)
 class Response:
-    """What came back over HTTP; times in seconds since the request was sent."""
+    """What came back over HTTP; times in seconds since the request was sent. `ended` is false for
+    what was still being sent when there was enough of it, or no more time."""
 
     status: int
     text: str
     first_s: float
     total_s: float
+    ended: bool = True
 
 
 @dataclass(frozen=True)
@@ -403,6 +405,7 @@ class Proof:
     engines: tuple[EngineFigures, ...] = ()
     skipped: str = ""
     asleep: tuple[str, ...] = ()  # ids of models without a replica, which were not woken up
+    mute: tuple[str, ...] = ()  # ids of models that have learnt none of what is asked
 
 
 class Result(enum.Enum):
@@ -3621,7 +3624,8 @@ class RayCluster:
     def fetch(self, url: str, body: Config | None, timeout_s: float) -> Response:
         """GET `url`, or POST `body` to it as JSON. Raises ApplicationError without an answer.
 
-        A certificate is not checked: it is that of the user's own cluster.
+        A certificate is not checked: it is that of the user's own cluster. An answer without an
+        end, such as a stream of events, is cut off.
         """
         started = time.monotonic()
         request = urllib.request.Request(
@@ -3636,10 +3640,7 @@ class RayCluster:
             except urllib.error.HTTPError as error:
                 answer = error
             with answer:
-                first = answer.readline()
-                first_s = time.monotonic() - started
-                text = (first + answer.read()).decode(errors="replace")
-                return Response(answer.status, text, first_s, time.monotonic() - started)
+                return read_response(answer, started, timeout_s)
         except TimeoutError as error:
             raise ApplicationError(f"no answer within {timeout_s:.0f} s from {url}") from error
         except (OSError, http.client.HTTPException) as error:
@@ -3701,6 +3702,23 @@ class RayCluster:
         with contextlib.suppress(ray.exceptions.RayError, RuntimeError, OSError):
             return "".join(get_log(actor_id=actor_id, suffix=suffix, tail=LOG_LINES, timeout=10))
         return ""
+
+
+def read_response(answer: Any, started: float, timeout_s: float) -> Response:
+    """What an `http.client.HTTPResponse` sends in `timeout_s` from `started`, or its first
+    `MOST_BODY_BYTES`."""
+    parts: list[bytes] = []
+    first_s, ended = 0.0, False
+    with contextlib.suppress(TimeoutError):
+        while time.monotonic() - started < timeout_s and sum(map(len, parts)) < MOST_BODY_BYTES:
+            part = answer.read1(MOST_BODY_BYTES)
+            first_s = first_s or time.monotonic() - started
+            parts.append(part)
+            if not part:
+                ended = not answer.length  # of what was announced, nothing is missing
+                break
+    text = b"".join(parts).decode(errors="replace")
+    return Response(answer.status, text, first_s, time.monotonic() - started, ended)
 
 
 def read_demand(application: str, row: Config) -> Demand:
@@ -4033,8 +4051,8 @@ HINTS: tuple[tuple[str, str], ...] = (
     (r"See root cause above", "the cause may stand in the replica's logs"),
     (
         r"^(?:GET|POST) http\S+: \d{3} ",
-        "its replicas run, and this is what it says to a request: see their logs; "
-        "--no-smoke-test asks nothing",
+        "its replicas run, and this is what it says to a request: see their logs; --force starts "
+        "them anew, --no-smoke-test asks nothing",
     ),
 )
 """What a cause's text matches -> what would help; {name}s come from the match."""
@@ -4178,6 +4196,7 @@ QUESTIONS: tuple[tuple[str, Config], ...] = (
     ),
     ("/v1/completions", {"prompt": "Hello", "max_tokens": 1, "stream": True}),
     ("/v1/embeddings", {"input": "Hello"}),
+    ("/v1/score", {"text_1": "Hello", "text_2": "Hello"}),
 )
 """What a model is asked, the next where it has not learnt the one before."""
 
@@ -4259,16 +4278,17 @@ def wait_for_route(
 
 def smoke_test(
     application: ApplicationSpec, asleep: Collection[str], base_url: str, fetch: Fetch
-) -> tuple[Answer, ...]:
+) -> tuple[tuple[Answer, ...], tuple[str, ...]]:
     """Ask an application over its public address. Raises ApplicationError for a bad answer.
 
-    `asleep` are the ids of models without a replica, which are not asked to answer.
+    `asleep` are the ids of models without a replica, which are not asked to answer. Returns the
+    answers, and the ids of the models that have learnt none of what is asked.
     """
     url = base_url + quote((application.route_prefix or "").rstrip("/"))
     listed = fetch(f"{url}/v1/models", None) if application.models else None
     own_builder = not application.config["import_path"].startswith("ray.serve.llm")
     if listed is None or (listed.status == NOT_FOUND and own_builder):
-        return (ask_ingress(url, fetch),)
+        return (ask_ingress(url, fetch),), ()
     if listed.status != OK:
         raise ApplicationError(f"GET {url}/v1/models: {format_refusal(listed)}")
     ids = [str(row.get("id")) for row in read_json(listed.text).get("data") or []]
@@ -4277,9 +4297,10 @@ def smoke_test(
             raise ApplicationError(
                 f"GET {url}/v1/models lists {', '.join(ids) or 'nothing'}, not {model.model_id}"
             )
-    answers = [Answer("GET /v1/models", listed.total_s)]
-    awake = [model for model in application.models if model.model_id not in asleep]
-    return (*answers, *(ask_model(model.model_id, url, fetch) for model in awake))
+    awake = [model.model_id for model in application.models if model.model_id not in asleep]
+    said = {model_id: ask_model(model_id, url, fetch) for model_id in awake}
+    mute = tuple(model_id for model_id, answer in said.items() if answer is None)
+    return (Answer("GET /v1/models", listed.total_s), *filter(None, said.values())), mute
 
 
 def ask_ingress(url: str, fetch: Fetch) -> Answer:
@@ -4293,8 +4314,9 @@ def ask_ingress(url: str, fetch: Fetch) -> Answer:
     return Answer(f"GET {path}", response.total_s)
 
 
-def ask_model(model_id: str, url: str, fetch: Fetch) -> Answer:
-    """One token from a model, over the first interface that it has."""
+def ask_model(model_id: str, url: str, fetch: Fetch) -> Answer | None:
+    """One token from a model, over the first interface that it has; None when it says itself that
+    it has none of them, as a model does that transcribes."""
     for path, question in QUESTIONS:
         response = fetch(url + path, {**question, "model": model_id})
         parts = read_parts(response.text)
@@ -4305,11 +4327,14 @@ def ask_model(model_id: str, url: str, fetch: Fetch) -> Answer:
         if not (unknown and CANNOT.search(response.text)):
             raise ApplicationError(f"POST {url}{path}: {format_refusal(response)}")
     else:
-        raise ApplicationError(f"POST {url}{path}: {format_refusal(response)}")
+        return None
     names = {str(part["model"]) for part in parts if part.get("model")}
     if names != {model_id}:
         said = ", ".join(sorted(names)) or "nobody"
         raise ApplicationError(f"POST {url}{path}: {model_id} was asked, and {said} answered")
+    if not response.ended:
+        seconds = f"{response.total_s:.0f} s"
+        raise ApplicationError(f"POST {url}{path}: one token had no end within {seconds}")
     first_s = response.first_s if question.get("stream") else None
     return Answer(f"POST {path}", response.total_s, model_id, first_s)
 
@@ -4843,8 +4868,8 @@ def prove(
     ids = [model.model_id for model in application.models if demand_of(model, demands) in asleep]
     base_url = cluster.endpoint()
     wait_for_route(application, base_url, fetch, patience.pause)
-    answers = smoke_test(application, ids, base_url, fetch)
-    reached["proof"] = replace(proof, answers=answers, asleep=tuple(ids))
+    answers, mute = smoke_test(application, ids, base_url, fetch)
+    reached["proof"] = replace(proof, answers=answers, mute=mute, asleep=tuple(ids))
 
 
 def not_asked(application: ApplicationSpec, run: Run, asleep: bool) -> str:
@@ -5146,6 +5171,10 @@ def format_proof(proof: Proof | None) -> list[str]:
         who = f" to {answer.model_id}" if answer.model_id else ""
         lines.append(f"✓ {answer.request}{who}: answered in {answer.total_s:.2f} s{first}")
     lines += [f"{name} is scaled to zero: not woken up (--wake asks it)" for name in proof.asleep]
+    lines += [
+        f"{name} is listed, and neither chats, completes, embeds nor scores: not asked"
+        for name in proof.mute
+    ]
     lines += [format_engine(engine) for engine in proof.engines]
     return [*lines, f"Not asked over HTTP: {proof.skipped}"] if proof.skipped else lines
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -100,8 +104,10 @@ LIST = response(200, {"data": [{"id": "m"}]})
 STREAM = response(200, 'data: {"model": "m"}\n\ndata: [DONE]\n')
 
 
-def smoke(answers: Mapping[str, app.Response], *asleep: str) -> tuple[app.Answer, ...]:
-    return app.smoke_test(SPEC, asleep, "http://h:8000", Server(answers))
+def smoke(answers: Mapping[str, app.Response]) -> tuple[app.Answer, ...]:
+    found, mute = app.smoke_test(SPEC, (), "http://h:8000", Server(answers))
+    assert mute == ()
+    return found
 
 
 def test_a_model_is_listed_and_says_one_token() -> None:
@@ -134,6 +140,13 @@ def test_a_model_that_only_embeds_is_asked_for_that() -> None:
     assert answers[-1] == app.Answer("POST /v1/embeddings", 0.5, "m", None)
 
 
+def test_a_model_that_does_none_of_what_is_asked_is_no_failure() -> None:
+    server = Server({"/a/v1/models": LIST})  # it transcribes, say
+    answers, mute = app.smoke_test(SPEC, (), "http://h:8000", server)
+    assert (len(answers), mute) == (1, ("m",))
+    assert server.asked == ["/a/v1/models", *(f"/a{path}" for path, _ in app.QUESTIONS)]
+
+
 @pytest.mark.parametrize(
     ("chat", "message"),
     [
@@ -144,6 +157,9 @@ def test_a_model_that_only_embeds_is_asked_for_that() -> None:
         pytest.param(response(200, 'data: {"model": "x"}'), "m was asked, and x answered", id="x"),
         pytest.param(response(200, "<html>"), "m was asked, and nobody answered", id="no model"),
         pytest.param(response(503, ""), "503 no body", id="no body"),
+        pytest.param(
+            app.Response(200, STREAM.text, 1, 60, ended=False), "no end within 60 s", id="endless"
+        ),
     ],
 )
 def test_a_bad_answer_is_told_in_the_servers_words(chat: app.Response, message: str) -> None:
@@ -162,7 +178,7 @@ def test_an_application_without_models_has_to_answer_below_500() -> None:
     for status, good in ((405, True), (404, True), (500, False)):
         server = Server({"/a/": response(status, "oh no")})
         if good:
-            [answer] = app.smoke_test(plain, (), "http://h:8000", server)
+            [answer], _ = app.smoke_test(plain, (), "http://h:8000", server)
             assert answer.request == "GET /"
         else:
             with pytest.raises(app.ApplicationError, match="GET http://h:8000/a/: 500 oh no"):
@@ -191,6 +207,50 @@ def test_a_proxy_that_restarts_is_waited_for() -> None:
 
     app.wait_for_route(SPEC, "http://h:8000", fetch, lambda: None)
     assert answers == []
+
+
+class Dripping(BaseHTTPRequestHandler):
+    """Answers whole, breaks off, or never comes to an end."""
+
+    def do_GET(self) -> None:
+        self.send_response(500 if self.path == "/error" else 200)
+        if self.path != "/endless":
+            self.send_header("Content-Length", "9" if self.path == "/broken" else "5")
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            self.wfile.write(b"begun")
+            while self.path == "/endless":
+                time.sleep(0.05)
+                self.wfile.write(b".")
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def dripping() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Dripping) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "ended"),
+    [
+        pytest.param("/whole", 200, True, id="whole"),
+        pytest.param("/error", 500, True, id="an error"),
+        pytest.param("/broken", 200, False, id="broken off"),
+        pytest.param("/endless", 200, False, id="endless"),
+    ],
+)
+def test_an_answer_without_an_end_is_cut_off(
+    dripping: str, path: str, status: int, ended: bool
+) -> None:
+    found = app.RayCluster().fetch(dripping + path, None, timeout_s=1)
+    assert (found.status, found.ended) == (status, ended)
+    assert found.text.startswith("begun")
+    assert found.first_s <= found.total_s
 
 
 LOG = """
