@@ -5194,6 +5194,8 @@ def format_engine(engine: EngineFigures) -> str:
         parts.append(f"{engine.kv_cache_gib:.2f} GiB")
     if engine.max_concurrency is not None:
         parts.append(f"{engine.max_concurrency:g} requests of full length at once")
+    if engine.weights_gib is not None:
+        parts.append(f"weights {engine.weights_gib:.2f} GiB")
     if engine.weights_s is not None:
         parts.append(f"weights loaded in {engine.weights_s:.1f} s")
     if engine.start_s is not None:
@@ -5280,6 +5282,12 @@ class Report:
     seconds: float
     others: Sequence[ApplicationState] = ()
 
+    @property
+    def warnings(self) -> list[str]:
+        """What is odd, though no promise is broken."""
+        proofs = [outcome.proof for outcome in self.outcomes if outcome.proof]
+        return small_caches([engine for proof in proofs for engine in proof.engines])
+
 
 def format_summary(report: Report) -> list[str]:
     """The whole summary, line by line."""
@@ -5304,8 +5312,7 @@ def format_summary(report: Report) -> list[str]:
         "❌ Not Running:" if wanted else "❌ Not Deleted:",
         [format_unfinished(outcome, report.dashboard_url) for outcome in failed],
     )
-    engines = [engine for o in running if o.proof for engine in o.proof.engines]
-    lines += ["", *(f"⚠️  {text}" for text in small_caches(engines))]
+    lines += ["", *(f"⚠️  {text}" for text in report.warnings)]
     lines += [*format_others(report.others), RULE]
     if good:
         lines.append(f"🔥 All {'deployments' if wanted else 'deletions'} completed!")
@@ -5344,6 +5351,7 @@ def report_json(report: Report) -> Config:
         "exit_code": report.code,
         "seconds": round(report.seconds, 1),
         "dashboard": report.dashboard_url,
+        "warnings": report.warnings,
         "applications": [outcome_json(outcome, report.base_url) for outcome in report.outcomes],
         "not_in_file": [state_json(state) for state in report.others],
     }

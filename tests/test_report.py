@@ -167,7 +167,7 @@ def test_the_proof_reads_as_what_one_would_have_looked_up() -> None:
         "✓ POST /v1/chat/completions to m: answered in 0.31 s, first token after 0.30 s",
         "n is scaled to zero: not woken up (--wake asks it)",
         "Engine of m says: KV cache 1,024,000 tokens, 31.25 GiB, 500 requests of full length at "
-        "once, weights loaded in 0.4 s, engine ready 5.2 s later",
+        "once, weights 1.50 GiB, weights loaded in 0.4 s, engine ready 5.2 s later",
     ]
     skipped = app.Proof(skipped="--no-smoke-test")
     assert app.format_proof(skipped) == ["Not asked over HTTP: --no-smoke-test"]
@@ -181,6 +181,16 @@ def test_a_broken_promise_is_no_success() -> None:
     [row] = app.report_json(report)["applications"]
     assert row["proof"]["mismatches"] == PROOF.mismatches
     assert row["proof"]["reservations"][0]["gpus"] == (0,)
+
+
+def test_a_small_cache_is_warned_about_for_people_and_programs() -> None:
+    small = replace(ENGINE, model_id="small", kv_cache_gib=12.0)
+    proofs = [app.Proof(engines=(engine,)) for engine in (ENGINE, small)]
+    outcomes = [replace(RUNNING, proof=proof) for proof in proofs]
+    report = app.Report(outcomes, 0, "http://h:8000", DASHBOARD, 75.0)
+    [warning] = app.report_json(report)["warnings"]
+    assert warning.startswith("small: its engine got 13.5 GiB")
+    assert f"⚠️  {warning}" in app.format_summary(report)
 
 
 def after_an_edit(**keys: Any) -> app.Outcome:
