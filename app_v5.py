@@ -63,7 +63,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from urllib.parse import quote
 
 import yaml
@@ -4681,9 +4681,7 @@ def deploy(
     """
     for action in actions:
         board.enter(action.application, "queued")
-    for target in (watch, follow_logs):
-        name = target.__name__
-        threading.Thread(target=target, args=(cluster, board), daemon=True, name=name).start()
+    start_threads(cluster, board, watch, check_alive, follow_logs)
     outcomes: dict[str, Outcome] = {}
     try:
         deletions = [action for action in actions if action.change is Change.DELETE]
@@ -4707,29 +4705,49 @@ def deploy(
     return [outcomes[action.application.name] for action in actions]
 
 
+def start_threads(
+    cluster: Cluster, board: Board, *targets: Callable[[Cluster, Board], None]
+) -> None:
+    """Start what runs beside the workers until the board is closed, or the run stops."""
+    for target in targets:
+        name = target.__name__
+        threading.Thread(target=target, args=(cluster, board), daemon=True, name=name).start()
+
+
 def deploy_stage(
     actions: Sequence[Action], run: Run, show: Callable[[list[Progress]], None]
 ) -> dict[str, Outcome]:
     """Take some applications to their outcomes, by name, each in a worker of a pool."""
-    board = run.board
-    pool = ThreadPoolExecutor(
-        worker_count(len(actions), os.cpu_count() or 1, run.options.max_workers),
-        thread_name_prefix="deploy",
-    )
     # Those that wait for their turn come last, so that they keep no worker from the others.
     staggered = partial(is_staggered, options=run.options)
     ordered = sorted(actions, key=staggered)
-    futures = [pool.submit(deploy_application, action, run) for action in ordered]
+    workers = worker_count(len(actions), os.cpu_count() or 1, run.options.max_workers)
+    calls = [partial(deploy_application, action, run) for action in ordered]
+    outcomes = in_workers(calls, workers, run.board, show)
+    return {
+        action.application.name: outcome or unfinished(action, run.board)
+        for action, outcome in zip(ordered, outcomes, strict=True)
+    }
+
+
+Returned = TypeVar("Returned")
+
+
+def in_workers(
+    calls: Sequence[Callable[[], Returned]],
+    workers: int,
+    board: Board,
+    show: Callable[[list[Progress]], None],
+) -> list[Returned | None]:
+    """What some calls return, made by a pool of threads; None for those that were not done when
+    the run stopped: a thread may hang in a call of Ray then, and is not waited for."""
+    pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="worker")
+    futures = [pool.submit(call) for call in calls]
     while not all(future.done() for future in futures) and not board.stop_code:
         show(board.wait_for_change(POLL_INTERVAL_S))
     pool.shutdown(wait=False, cancel_futures=True)
     wait_for_futures(futures, timeout=STOP_GRACE_S if board.stop_code else None)
-    return {
-        action.application.name: future.result()
-        if future.done() and not future.cancelled()
-        else unfinished(action, board)
-        for action, future in zip(ordered, futures, strict=True)
-    }
+    return [f.result() if f.done() and not f.cancelled() else None for f in futures]
 
 
 def is_staggered(action: Action, options: Options) -> bool:
@@ -4742,7 +4760,6 @@ def watch(cluster: Cluster, board: Board) -> None:
 
     One poller, because a poll costs CPU and N threads would pay it N times (measured on Ray 2.60).
     """
-    heartbeat_at = alive_at = board.clock()
     while not board.stop_code and not board.closed:
         polled_at = board.clock()
         try:
@@ -4752,12 +4769,21 @@ def watch(cluster: Cluster, board: Board) -> None:
         except Exception:  # noqa: BLE001
             # Without its watcher every application would wait for its deadline.
             board.stop(EXIT_CLUSTER, traceback.format_exc())
-        if board.clock() - heartbeat_at >= HEARTBEAT_INTERVAL_S:
-            heartbeat_at = board.clock()
-            alive_at = heartbeat_at if cluster.alive() else alive_at
-            if heartbeat_at - alive_at > LOST_AFTER_S:
-                board.stop(EXIT_CLUSTER, "the head node has not answered for 30 s")
         time.sleep(POLL_INTERVAL_S)
+
+
+def check_alive(cluster: Cluster, board: Board) -> None:
+    """Stop the run when the head node has gone.
+
+    In a thread of its own: a call of Ray may hang in that case, until Ray ends the whole program.
+    """
+    alive_at = board.clock()
+    while not board.stop_code and not board.closed:
+        time.sleep(HEARTBEAT_INTERVAL_S)
+        if cluster.alive():
+            alive_at = board.clock()
+        elif board.clock() - alive_at > LOST_AFTER_S:
+            board.stop(EXIT_CLUSTER, f"the head node has not answered for {LOST_AFTER_S:.0f} s")
 
 
 def follow_logs(cluster: Cluster, board: Board) -> None:
@@ -5020,6 +5046,9 @@ def unfinished(action: Action, board: Board) -> Outcome:
     )
 
 
+INTERRUPTED = Cause("interrupted")
+
+
 def build_all(
     applications: Sequence[ApplicationSpec],
     cluster: Cluster,
@@ -5039,18 +5068,18 @@ def build_all(
         except StillDeploying:
             cause = Cause("the builder did not return in time", "raise --timeout")
         except Stopped:
-            cause = Cause("interrupted", "")
+            cause = INTERRUPTED
         else:
             board.enter(application, "built")
             return demands
         board.enter(application, Result.FAILED.value, cause.text)
         return cause
 
-    with ThreadPoolExecutor(max(1, len(applications)), thread_name_prefix="build") as pool:
-        futures = [pool.submit(build, application) for application in applications]
-        while not all(future.done() for future in futures):
-            show(board.wait_for_change(POLL_INTERVAL_S))
-    return [future.result() for future in futures]
+    start_threads(cluster, board, check_alive)
+    calls = [partial(build, application) for application in applications]
+    built = in_workers(calls, len(calls), board, show)
+    board.close()
+    return [INTERRUPTED if result is None else result for result in built]
 
 
 def exit_code(outcomes: Sequence[Outcome], stop_code: int) -> int:
@@ -5893,6 +5922,7 @@ def plan(session: Session, actions: Sequence[Action], others: Sequence[Applicati
         built = build_all(applications, cluster, board, session.options, terminal.show)
     terminal.close()
     if board.stop_code:
+        terminal.say(f"🛑 Stopped: {board.stop_reason}")
         return board.stop_code
     demands = [
         demand

@@ -230,6 +230,25 @@ def test_a_head_that_dies_is_reported_before_ray_kills_the_program(
     assert "Traceback" not in err
 
 
+def test_a_head_that_dies_ends_a_plan(tmp_path: Path, http_port: int) -> None:
+    with RayHead() as head:
+        user = User(head, tmp_path, http_port)
+        process = user.start(
+            user.write(app("slow", "builds_slowly", args={"seconds": 200})), "--plan"
+        )
+        assert process.stderr is not None
+        while "slow  building" not in process.stderr.readline():
+            pass
+        time.sleep(3)
+        head.nodes[0].kill()
+        died = time.monotonic()
+        _, err = process.communicate(timeout=90)
+    assert time.monotonic() - died < 55
+    assert process.returncode == 3
+    assert "the head node has not answered" in err
+    assert "Traceback" not in err
+
+
 def test_a_head_that_wants_a_token_is_served_and_told_from_none(
     tmp_path: Path, http_port: int
 ) -> None:
