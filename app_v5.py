@@ -8,27 +8,38 @@ The file is a Ray Serve config (what `serve deploy` takes). Every application is
 builders, fitted to the exact CPUs and GPUs that it declares, and deployed concurrently; one that
 fails does not touch the others, and its real cause is printed.
 
-Exit codes: 0 every application runs and answers; 1 one failed; 2 the config or the command line is
-wrong and nothing was touched; 3 no Ray cluster, or it was lost; 4 time ran out with one still
-deploying; 130 Ctrl-C; 143 SIGTERM.
+Exit codes: 0 every application runs and answers; 1 one failed, or could not be verified; 2 the
+config or the command line is wrong and nothing was touched; 3 no Ray cluster, or it was lost;
+4 time ran out with one still deploying; 129 SIGHUP; 130 Ctrl-C; 143 SIGTERM.
 """
 # To find a section: grep -A1 "^# =====" app_v5.py. To change ...
-#   which keys are accepted, or an error's words:  section 3 (Config)
-#   what a replica reserves:                       section 4 (Resources)
-#   how the plan predicts:                         section 5 (Plan)
-#   what restarts, what changes in place:          section 6 (Changes)
-#   anything that calls Ray:                       section 7 (Ray)
+#   a timeout, an interval, a limit:               section 1 (Settings)
+#   an option of the command line:                 section 2 (Types), `Options`
+#   how a file is read, what is hidden:            section 3 (Config)
+#   which keys are accepted, or an error's words:  section 4 (Check)
+#   what a replica reserves:                       section 5 (Resources)
+#   what fits where:                               section 6 (Plan)
+#   what restarts, what changes in place:          section 7 (Changes)
 #   what a failure's cause or hint says:           section 8 (Causes)
-#   what is proved of an application that runs:    section 9 (Verify)
-#   the order of things, deadlines, stopping:      section 10 (Deploy)
-#   what is printed:                               section 11 (Report)
-#   options and exit codes:                        section 12 (Command line)
+#   anything that calls Ray:                       section 9 (Ray)
+#   what is checked of an application that runs:   section 10 (Verify)
+#   the order of things, deadlines, stopping:      section 11 (Deploy)
+#   what is printed:                               section 12 (Report)
+#   exit codes:                                    section 13 (Command line)
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__":
+    # The imports below take a moment, and nothing is there yet that a signal could leave behind.
+    for early in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(early) is not signal.SIG_IGN:
+            signal.signal(early, lambda number, _: os._exit(128 + number))
+
 import argparse
 import ast
-import base64
 import contextlib
 import dataclasses
 import difflib
@@ -36,7 +47,7 @@ import enum
 import fnmatch
 import functools
 import hashlib
-import http.client
+import hmac
 import importlib
 import importlib.util
 import io
@@ -44,17 +55,13 @@ import itertools
 import json
 import logging
 import math
-import os
 import re
-import signal
 import socket
-import ssl
 import sys
+import tempfile
 import threading
 import time
 import traceback
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -63,8 +70,8 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from urllib.parse import quote, quote_plus
 
 import yaml
 from rich.console import Console
@@ -72,138 +79,107 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+if TYPE_CHECKING:
+    from ray.serve.schema import ApplicationDetails, DeploymentDetails, ReplicaDetails
+
+# ======================================================================================
+# 1. Settings: what one may want to tweak
+# ======================================================================================
+
+POLL_INTERVAL_S = 1.0
+HEARTBEAT_INTERVAL_S = 5.0
+CONNECT_TIMEOUT_S = 10.0
+BUILD_PATIENCE_S = 8.0  # with another's builder, before an application is built in its own process
+POLL_TIMEOUT_S = 5.0
+LOG_TIMEOUT_S = 5
+CONTROLLER_TIMEOUT_S = 30.0  # Serve's controller may restart in that time
+CLUSTER_LOST_AFTER_S = 30.0
+CONTROLLER_LOST_AFTER_S = 120.0
+UNHEALTHY_GRACE_S = 30.0
+PROXY_TIMEOUT_S = 60.0  # a proxy that restarts took 25 s
+SMOKE_TIMEOUT_S = 60.0
+STOP_GRACE_S = 2.0
+
+MAX_FILE_BYTES = 2 * 1024 * 1024
+MAX_DEPTH = 100
+MAX_VALUES = 100_000  # aliases expanded; real configs stay a hundred times below all three
+MOST_VALUE_CHARACTERS = 60
+MOST_CAUSE_CHARACTERS = 300
+MOST_BODY_BYTES = 2**20
+MOST_LOGS, LOG_LINES = 3, 400
+MOST_NEW_NODES = 8
+
+WHOLE_GPU_MEMORY_FRACTION = 0.9
+"""What an engine takes of a card that it has to itself; vLLM's own default is 0.92, and engines
+that share a card need room for one CUDA context each."""
+
+SURGE_PERCENT = 20
+"""How many replicas more than wanted --no-downtime starts at a time: as many as Serve otherwise
+stops, max(20%, 1) (ray/serve/_private/deployment_state.py)."""
+
 # ======================================================================================
 # 2. Types: what flows from section to section
 # ======================================================================================
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+EXIT_OK, EXIT_FAILED, EXIT_CONFIG, EXIT_CLUSTER, EXIT_TIMEOUT, EXIT_SIGNAL = 0, 1, 2, 3, 4, 128
+
 Config = dict[str, Any]
 """One mapping as YAML gives it: keys are strings, values are plain data."""
 
 KeyPath = tuple[str | int, ...]
 """Where a value stands in the document: ("applications", 0, "args", "llm_configs", 0)."""
 
+Place = tuple[str, int, int]
+"""A file, and a line and a column in it, which start at 1."""
+
 Resources = Mapping[str, float]
 """Ray resources by name: {"CPU": 1.0, "GPU": 0.45, "memory": 2e9} (memory in bytes)."""
 
 
-Holders = Mapping[str, Sequence[tuple[str, Resources]]]
-"""Who holds what on each node, by the node's name: ("application/deployment", its resources)."""
-
-
-class Severity(enum.Enum):
-    ERROR = "error"
-    WARNING = "warning"
-
-
-@dataclass(frozen=True, order=True)
-class Mark:
-    """A place in a file; line and column start at 1."""
-
-    line: int
-    column: int
-
-
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong in the config: where, what, and what would be right."""
+    """One thing wrong in the config: at which key, what, and what would be right."""
 
-    file: str
-    mark: Mark | None
     path: KeyPath
     message: str
     hint: str = ""
-    severity: Severity = Severity.ERROR
+    warning: bool = False
+    place: Place | None = None
+
+
+Problems = list[Problem]
 
 
 class ConfigError(Exception):
     """The config or the command line is wrong and nothing was touched (exit code 2)."""
 
-    def __init__(self, problems: list[Problem]) -> None:
+    def __init__(self, problems: Problems) -> None:
         super().__init__("\n".join(problem.message for problem in problems))
         self.problems = problems
 
 
 @dataclass(frozen=True)
 class Document:
-    """A loaded YAML file: plain data without shared objects, and where every key stands.
-
-    `marks` holds, for each key path, where its key (or list item) starts. `origins` maps the path
-    of an inlined llm_configs entry to the file it came from. `secrets` are the texts that no output
-    may show.
-    """
+    """A loaded YAML file: plain data, the place of every key and list item, and the texts that no
+    output may show."""
 
     file: str
     data: Config
-    marks: Mapping[KeyPath, Mark]
-    origins: Mapping[KeyPath, str] = field(default_factory=dict)
+    places: Mapping[KeyPath, Place]
     secrets: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
-class Node:
-    """One live node. `free_gpus` are the free shares of its single GPUs, by index (a prediction
-    where Ray does not tell); `labels` are Ray's node labels."""
-
-    name: str
-    total: Resources
-    free: Resources
-    free_gpus: tuple[float, ...] = ()
-    labels: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Demand:
-    """What each replica of one deployment reserves, from Ray's own build of the application."""
-
-    application: str
-    deployment: str
-    bundles: tuple[Resources, ...]
-    strategy: str  # PACK, SPREAD, STRICT_PACK, STRICT_SPREAD
-    min_replicas: int
-    max_replicas: int
-    max_replicas_per_node: int | None = None
-    label_selectors: tuple[Mapping[str, str], ...] = ()  # one per bundle, or empty
-    initial_replicas: int | None = None
-    autoscaling: bool = False
-    ingress: bool = False
-
-    @property
-    def reserved(self) -> dict[str, float]:
-        """What one replica reserves in all its bundles."""
-        total: dict[str, float] = {}
-        for bundle in self.bundles:
-            for resource, amount in bundle.items():
-                total[resource] = total.get(resource, 0.0) + amount
-        return total
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A problem of a value at a key path, before it is known where in a file that stands; `place`
-    is the key to point at, where it is another."""
-
-    path: KeyPath
-    message: str
-    hint: str = ""
-    severity: Severity = Severity.ERROR
-    place: KeyPath = ()
-
-
-Findings = list[Finding]
-
-
-@dataclass(frozen=True)
 class ModelSpec:
-    """One LLM of an application, for what people read."""
+    """One LLM of an application; `promised` is what a replica shall reserve, as far as the config
+    says it. `measures_memory`: its engine asks what is free on a card that it shares."""
 
     model_id: str
     source: str
     deployment_name: str
-    memory_fraction: float = 0.0  # of each card that a worker of its engine uses; 0: no GPU
-    promised: Resources = field(
-        default_factory=dict
-    )  # what a replica shall reserve, as far as said
-    share: float = 0.0  # of a GPU, for each worker of the engine
-    measures_memory: bool = False  # shares a card, and sizes its KV cache by what is free there
+    promised: Resources = field(default_factory=dict)
+    measures_memory: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -216,138 +192,77 @@ class ApplicationSpec:
     route_prefix: str | None
     config: Config
     models: tuple[ModelSpec, ...] = ()
-    sealed: Config = field(default_factory=dict)
-    """`config` with fingerprints in the place of secrets: what may be kept and shown."""
 
 
 @dataclass(frozen=True)
-class ReplicaState:
-    """One replica as Serve's controller knows it."""
-
-    replica_id: str
-    state: str
-    node: str
-    pid: int
-    actor_id: str = ""
-    started_s: float = 0.0  # seconds since 1970
-    log_file: str = ""
-
-
-@dataclass(frozen=True)
-class DeploymentState:
-    """One running deployment; the words are Serve's own."""
+class Node:
+    """One live node. `free_gpus` are the free shares of its single GPUs (a guess where Ray does not
+    tell); `holders` are ("application/deployment", what it holds there)."""
 
     name: str
-    status: str
-    message: str
-    target_replicas: int
-    replicas: tuple[ReplicaState, ...] = ()
-    dead_replicas: tuple[ReplicaState, ...] = ()
-
-    @property
-    def running(self) -> int:
-        return sum(replica.state == "RUNNING" for replica in self.replicas)
+    total: Resources
+    free: Resources
+    free_gpus: tuple[float, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    holders: tuple[tuple[str, Resources], ...] = ()
+    new: bool = False  # an autoscaler may add it: nothing of it is free yet
 
 
 @dataclass(frozen=True)
-class ApplicationState:
-    """One application on the cluster; the words are Serve's own."""
+class Demand:
+    """What each replica of one deployment reserves, from Ray's own build of the application."""
 
-    name: str
-    status: str
-    message: str = ""
-    route_prefix: str | None = None
-    source: str = "imperative"
-    deployments: tuple[DeploymentState, ...] = ()
+    application: str
+    deployment: str
+    bundles: tuple[Resources, ...]
+    strategy: str = "PACK"  # or SPREAD, STRICT_PACK, STRICT_SPREAD
+    min_replicas: int = 1
+    max_replicas: int = 1
+    autoscaling: bool = False
+    ingress: bool = False
+    max_replicas_per_node: int | None = None
+    label_selectors: tuple[Mapping[str, str], ...] = ()  # one per bundle, or empty
 
     @property
-    def broken(self) -> bool:
-        return self.status in ("DEPLOY_FAILED", "UNHEALTHY")
+    def label(self) -> str:
+        return f"{self.application}/{self.deployment}"
+
+    @property
+    def reserved(self) -> Resources:
+        """What one replica reserves in all its bundles."""
+        names = dict.fromkeys(name for bundle in self.bundles for name in bundle)
+        return {name: sum(bundle.get(name, 0.0) for bundle in self.bundles) for name in names}
 
 
 @dataclass(frozen=True)
-class Running:
-    """An application that is on the cluster already, and what this program knows about it.
-
-    `versions` are its deployments' versions. `record` is what the run that gave them left in the
-    cluster, None when the application came there by other means.
-    """
-
-    state: ApplicationState
-    versions: frozenset[str] = frozenset()
-    record: Record | None = None
+class Cause:
+    text: str
+    hint: str = ""
 
 
 @dataclass(frozen=True)
 class Record:
     """What a run leaves in the cluster about an application: enough to tell what a later one would
-    change. Secrets stand in `config` as fingerprints."""
+    change. Secrets stand in `config` as keyed fingerprints."""
 
     version: str
     config: Config
     demands: tuple[Demand, ...]
 
 
-class Change(enum.Enum):
-    """What a run does to what runs under an application's name."""
-
-    CREATE = "create"
-    UNCHANGED = "unchanged"
-    IN_PLACE = "in place"
-    RESTART = "RESTART"
-    DELETE = "delete"
-
-
 @dataclass(frozen=True)
-class Action:
-    """What a run does with one application, and why. Serve compares `version` for itself.
+class Running:
+    """An application that is on the cluster already; `versions` are its deployments', `record` is
+    None where it was no run of this program that gave them."""
 
-    `restarting` names the deployments that get new replicas, None when all of them do. A `refusal`
-    says why the application is not touched at all. `surge` starts new replicas before the old ones
-    stop. `before` is what ran under the name.
-    """
-
-    application: ApplicationSpec
-    change: Change
-    version: str = ""
-    reasons: tuple[str, ...] = ()
-    restarting: frozenset[str] | None = None
-    surge: bool = False
-    refusal: Cause | None = None
-    before: Running | None = None
-    attempt: int = 1
-
-
-@dataclass(frozen=True)
-class Claim:
-    """Which run of this program works on an application now; `job` is its id in Ray."""
-
-    job: str
-    host: str
-    pid: int
-    since: str  # local time of that run's host, ISO 8601
-
-
-def failed_replicas(state: ApplicationState) -> list[ReplicaState]:
-    """The replicas that do not run, of the deployments that are not healthy, the latest first.
-
-    Serve calls a replica dead some seconds after it has given up on the application, so the dead
-    ones alone would leave out the one that tells why.
-    """
-    failed = [
-        replica
-        for deployment in state.deployments
-        if deployment.status != "HEALTHY"
-        for replica in (*deployment.replicas, *deployment.dead_replicas)
-        if replica.actor_id and replica.state != "RUNNING"
-    ]
-    return sorted(failed, key=lambda replica: replica.started_s, reverse=True)
+    details: ApplicationDetails
+    versions: frozenset[str] = frozenset()
+    record: Record | None = None
 
 
 @dataclass(frozen=True)
 class Reservation:
-    """What one running replica holds, read back from Ray; `gpus` are the indices of its GPUs on
-    `nodes`, as far as Ray tells."""
+    """What one running replica holds, read back from Ray; `gpus` are indices on `nodes`."""
 
     deployment: str
     replica_id: str
@@ -379,37 +294,29 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class EngineFigures:
-    """What the engine of one replica says of itself; None for what its log does not have."""
-
-    model_id: str
-    replica_id: str
-    node: str
-    share: float
-    kv_cache_tokens: int | None = None
-    max_concurrency: float | None = None
-    kv_cache_gib: float | None = None
-    weights_gib: float | None = None
-    weights_s: float | None = None
-    start_s: float | None = None
-
-
-@dataclass(frozen=True)
 class Proof:
-    """What was checked of an application that runs. `mismatches` are broken promises in words,
-    `skipped` says why nothing was asked over HTTP."""
+    """What was checked of an application that runs. `mismatches` are broken promises, `notes` what
+    was not asked and what the engines say; `unverified` says why it could not be asked."""
 
     reservations: tuple[Reservation, ...] = ()
     mismatches: tuple[str, ...] = ()
     answers: tuple[Answer, ...] = ()
-    engines: tuple[EngineFigures, ...] = ()
-    skipped: str = ""
-    asleep: tuple[str, ...] = ()  # ids of models without a replica, which were not woken up
-    mute: tuple[str, ...] = ()  # ids of models that have learnt none of what is asked
+    notes: tuple[str, ...] = ()
+    unverified: str = ""
+
+
+class Change(enum.Enum):
+    """What a run does to what runs under an application's name."""
+
+    CREATE = "create"
+    UNCHANGED = "unchanged"
+    IN_PLACE = "in place"
+    RESTART = "RESTART"
+    DELETE = "delete"
 
 
 class Result(enum.Enum):
-    """How an application's deployment ended."""
+    """How that ended."""
 
     RUNNING = "RUNNING"
     DELETED = "DELETED"
@@ -419,39 +326,67 @@ class Result(enum.Enum):
     INTERRUPTED = "INTERRUPTED"
 
 
-RESULT_WORDS = frozenset(result.value for result in Result)
+@dataclass
+class Action:
+    """What a run does with one application, and what comes of it; only its worker changes that.
 
+    Serve compares `version` for itself. `restarting` names the deployments that get new replicas,
+    None when all of them do; `surge` starts those before the old ones stop. `refusal` says why the
+    application is not touched. `kept` is what will be remembered of its config.
 
-@dataclass(frozen=True)
-class Cause:
-    text: str
-    hint: str = ""
+    Times are the run's clock, in seconds. `words` and `detail` say what the application does now.
+    `sent` is "yes" once Serve has it, "perhaps" while it is being handed over. `disturbed`: by
+    another engine that started with it, so that it is worth another attempt, alone.
+    """
 
+    application: ApplicationSpec
+    change: Change
+    version: str = ""
+    reasons: tuple[str, ...] = ()
+    restarting: frozenset[str] | None = None
+    surge: bool = False
+    refusal: Cause | None = None
+    before: Running | None = None
+    kept: Config = field(default_factory=dict)
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one application; `seconds` count from its turn to its end."""
-
-    action: Action
-    result: Result
-    seconds: float
-    cause: Cause | None = None
+    attempt: int = 1
+    result: Result | None = None
+    words: str = "queued"
     detail: str = ""
+    started: float | None = None
+    ended: float | None = None
+    deadline: float = math.inf
     demands: tuple[Demand, ...] = ()
-    state: ApplicationState | None = None
-    submitted: bool = False
-    deleted: bool = False
-    rollback: str = ""  # what --on-failure rollback came to, in words
+    waits_for: str = ""
+    sent: str = ""
+    details: ApplicationDetails | None = None
     proof: Proof | None = None
-    disturbed: bool = False  # by another engine that started with it: worth another attempt, alone
+    cause: Cause | None = None
+    no_log: str = ""
+    trace: str = ""
+    disturbed: bool = False
+    deleted: bool = False
 
     @property
-    def application(self) -> ApplicationSpec:
-        return self.action.application
+    def name(self) -> str:
+        return self.application.name
+
+    @property
+    def submits(self) -> bool:
+        """Whether the application has to be built and submitted."""
+        return not self.refusal and self.change not in (Change.UNCHANGED, Change.DELETE)
+
+    def seconds(self, now: float = 0.0) -> float:
+        """From its turn to its end, or until now."""
+        return 0.0 if self.started is None else max(0.0, (self.ended or now) - self.started)
 
 
 class ApplicationError(Exception):
     """One application failed; the others go on."""
+
+
+class Unreachable(Exception):
+    """Something could not be asked, which says nothing about the application."""
 
 
 class ClusterError(Exception):
@@ -462,1069 +397,252 @@ class ClusterError(Exception):
         self.hint = hint
 
 
-class ServeNotRunning(ClusterError):
-    """The cluster has no Serve."""
-
-
-class StillDeploying(Exception):
+class DeadlinePassed(Exception):
     """An application's time ran out."""
-
-
-class Interrupted(Exception):
-    """A signal came before anything was deployed."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(code)
-        self.code = code
 
 
 class Stopped(Exception):
     """The run was interrupted, or the cluster was lost."""
 
 
-EXIT_OK, EXIT_FAILED, EXIT_CONFIG, EXIT_CLUSTER, EXIT_TIMEOUT = 0, 1, 2, 3, 4
-EXIT_SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
-DEFAULT_TIMEOUT_S = 30 * 60.0
+def option(default: Any, text: str, **how: Any) -> Any:
+    """An option of the command line: its default, its help, and what argparse needs besides."""
+    return field(default=default, metadata={"help": text, **how})
 
 
 @dataclass(frozen=True)
 class Options:
-    """The command line."""
+    """The command line: every field but the first is an option."""
 
     config: str
-    address: str | None = None
-    max_workers: int | None = None
-    timeout_s: float = DEFAULT_TIMEOUT_S
-    worker_logs: bool = False
-    plan: bool = False
-    allow_pending: bool = False
-    force: bool = False
-    only: tuple[str, ...] = ()
-    json: bool = False
-    on_failure: str = "keep"
-    no_downtime: bool = False
-    stagger: bool = False
-    smoke_test: bool = True
-    wake: bool = False
-    prune: bool = False
-    delete: bool = False
-
-
-# ======================================================================================
-# 3. Config: text → document with line marks → checked
-# ======================================================================================
-
-MAX_BYTES = 2 * 1024 * 1024
-MAX_DEPTH = 100
-MAX_VALUES = 100_000
-MOST_VALUE_CHARACTERS = 60
-"""A file's limits, aliases expanded; real configs stay a hundred times below them."""
-
-YAML_TAG = "tag:yaml.org,2002:"
-PLAIN_TAGS = frozenset(
-    YAML_TAG + name
-    for name in (
-        *("null", "bool", "int", "float", "str", "binary", "timestamp"),
-        *("map", "seq", "merge", "omap", "pairs", "set"),
+    plan: bool = option(False, "show what would go where, change nothing; exit 1 for a misfit")
+    only: Sequence[str] | None = option(
+        None, "only the applications of this name, or pattern, such as 'falcon*'", action="append"
     )
-)
-VARIABLE = re.compile(r"\$(?:\$\{|\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\})")
-SECRET_WORDS = frozenset(
-    ("token", "key", "apikey", "password", "passwd", "secret", "credential", "credentials")
-)
-SHORTEST_SECRET = 4
-SEAL = "sha256:"
+    force: bool = option(False, "deploy again what runs unchanged, too")
+    prune: bool = option(False, "first delete what runs and the file does not name")
+    delete: bool = option(False, "delete what the file names, until what it holds is free")
+    wait: bool = option(False, "wait, within --timeout, for another run on the same applications")
+    allow_pending: bool = option(False, "deploy what no node can hold, too: the cluster will grow")
+    no_downtime: bool = option(False, "start new replicas before the old ones stop")
+    on_failure: str = option(
+        "keep", "what becomes of a new application that fails", choices=("keep", "delete")
+    )
+    max_workers: int = option(
+        0,
+        "applications that deploy at once (default: min(applications, max(2, CPU cores of the "
+        "cluster))); 1 deploys one after the other, as V4 did",
+        type=int,
+    )
+    timeout: float = option(
+        30 * 60.0, "seconds to wait for each application (1800; 0: for ever)", type=float
+    )
+    no_smoke_test: bool = option(False, "do not ask the applications anything over HTTP")
+    address: str = option("", "HOST:PORT of the cluster (default: RAY_ADDRESS, or this machine's)")
+    json: bool = option(False, "print one JSON document to stdout, all else to stderr")
+    logs: bool = option(False, "show the workers' logs and tracebacks")
 
+
+# ======================================================================================
+# 3. Config: text → document with the place of every key; secrets
+# ======================================================================================
+
+TEXT_TAG, MERGE_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+VARIABLE = re.compile(r"\$(?:\$\{|\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\})")
+EXPECTED_TOP = "a mapping with `applications`"
 
 LLM_ARGS = ("llm_config", "prefill_config", "decode_config")
 """Builder arguments that hold one LLM each; `llm_configs` holds a list of them."""
 
-DEFAULT_APPLICATION = "default"
-DEFAULT_ROUTE = "/"
+PATHS = ("llm_configs", *LLM_ARGS, "model_source")
+"""Keys that take a text instead of a mapping."""
+
+DEFAULT_APPLICATION, DEFAULT_ROUTE = "default", "/"
 """What Ray's schema takes when `name` and `route_prefix` are not given."""
 
 
 # -- text → document ---------------------------------------------------------------------------
 
 
-def load_document(file: str, environ: Mapping[str, str]) -> Document:
-    """Read a config file into plain data, with the place of every key.
+def load_document(file: str, environ: Mapping[str, str]) -> tuple[Document, Problems]:
+    """Read a config file into plain data, with the place of every key, and what is wrong in it.
 
     Environment variables are filled in, and `llm_configs` entries that are paths are replaced by
-    what those files hold. Raises ConfigError.
+    what those files hold. Raises ConfigError for what makes all of the file unusable.
     """
-    text = read_text(file)
     loader = DocumentLoader(file, environ)
-    data = loader.load(text)
-    problem = check_top(file, data)
-    if problem:
-        raise ConfigError([problem])
+    data = loader.load(file, ())
+    check_top(file, data)
     loader.inline_files(data)
-    if loader.problems:
-        raise ConfigError(sorted(loader.problems, key=position))
-    return Document(
-        file, data, loader.marks, loader.origins, frozenset(loader.secrets | secrets_in(data))
-    )
+    secrets = frozenset(loader.secrets | secrets_in(data))
+    return Document(file, data, loader.places, secrets), loader.problems
 
 
-def position(problem: Problem) -> tuple[str, Mark]:
-    return problem.file, problem.mark or Mark(0, 0)
+def unusable(message: str, hint: str = "", place: Place = ("", 0, 0)) -> ConfigError:
+    return ConfigError([Problem((), message, hint, place=place)])
 
 
 def read_text(file: str) -> str:
     """A file's text. Raises ConfigError when it can't be read as UTF-8 text of sane size."""
-
-    def broken(message: str, hint: str = "") -> ConfigError:
-        return ConfigError([Problem(file, None, (), message, hint)])
-
+    path, hint, place = Path(file), "save the file as UTF-8", (file, 0, 0)
     try:
-        with Path(file).open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            data = stream.read(MAX_BYTES + 1)
-    except IsADirectoryError:
-        raise broken("this is a directory", "give the YAML file in it") from None
+        if path.exists() and not path.is_file():
+            raise unusable("this is no regular file", "give the YAML file", place)
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise unusable(f"{size} bytes are more than the limit of {MAX_FILE_BYTES}", "", place)
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise broken(f"can't be read: {error.strerror or error}") from None
-    if len(data) > MAX_BYTES:
-        raise broken(f"{max(size, len(data))} bytes are more than the limit of {MAX_BYTES}")
-    try:
-        text = data.decode("utf-8-sig")
+        raise unusable(f"can't be read: {error.strerror or error}", "", place) from None
     except UnicodeDecodeError as error:
-        raise broken(
-            f"byte {error.start} is not UTF-8: {error.reason}", "save the file as UTF-8"
-        ) from None
+        message = f"byte {error.start} is not UTF-8: {error.reason}"
+        raise unusable(message, hint, place) from None
     if "\0" in text:
-        raise broken(
-            f"byte {data.index(0)} is a NUL: this is not UTF-8 text", "save the file as UTF-8"
-        )
+        raise unusable("there is a NUL in it: this is not UTF-8 text", hint, place)
     return text
 
 
 class DocumentLoader:
-    """Turns YAML nodes into plain data, and keeps where each key stands.
-
-    PyYAML's own constructor takes the last of two equal keys, shares one object between aliases,
-    and has no limits; its parser, resolver and scalar constructors are used as they are.
-    """
+    """Turns YAML into plain data, and keeps where each key stands; PyYAML alone takes the last of
+    two equal keys, and has no limits."""
 
     def __init__(self, file: str, environ: Mapping[str, str]) -> None:
         self.file = file
         self.environ = environ
-        self.marks: dict[KeyPath, Mark] = {}
-        self.origins: dict[KeyPath, str] = {}
+        self.yaml = yaml.SafeLoader("")
+        self.places: dict[KeyPath, Place] = {}
         self.secrets: set[str] = set()
-        self.problems: list[Problem] = []
+        self.problems: Problems = []
         self.values = 0
-        self.scalars = yaml.SafeLoader("")
-        self.files = [file]
+        self.filled: set[int] = set()
 
-    def problem(self, mark: Mark | None, path: KeyPath, message: str, hint: str = "") -> None:
-        self.problems.append(Problem(self.files[-1], mark, path, message, hint))
-
-    def load(self, text: str, path: KeyPath = ()) -> Any:
-        """The document's data. Raises ConfigError for what makes all of it unusable."""
-        file = self.files[-1]
+    def load(self, file: str, path: KeyPath) -> Any:
+        """A file's data. Raises ConfigError for what makes all of it unusable."""
+        text = read_text(file)
         try:
-            check_events(file, text)
             nodes = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
-        except yaml.MarkedYAMLError as error:
-            raise ConfigError([syntax_problem(file, text, error)]) from None
+            if len(nodes) > 1:
+                message, hint = "a second document starts here", "keep one document in the file"
+                raise unusable(message, hint, place_of(nodes[1], file))
+            if not nodes or nodes[0] is None:
+                raise unusable(f"is empty; expected {EXPECTED_TOP}", "", (file, 0, 0))
+            self.walk(nodes[0], path, (), file)
+            return unshared(self.yaml.construct_document(nodes[0]))
         except yaml.YAMLError as error:
-            raise ConfigError([Problem(file, None, (), f"not YAML: {error}")]) from None
-        if len(nodes) > 1:
-            raise ConfigError(
-                [
-                    Problem(
-                        file, mark_of(nodes[1]), (), "a second document starts here", ONE_DOCUMENT
-                    )
-                ]
-            )
-        if not nodes or nodes[0] is None:
-            raise ConfigError([Problem(file, None, (), f"is empty; expected {EXPECTED_TOP}")])
-        return self.value(nodes[0], path, ())
+            # The line itself is not quoted, since a secret may stand in it.
+            mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+            text = str(getattr(error, "problem", error))
+            tabs = " (indent with spaces, not tabs)" if "\\t" in text else ""
+            place = (file, mark.line + 1, mark.column + 1) if mark else (file, 0, 0)
+            raise unusable(f"not YAML: {text}{tabs}", "", place) from None
+        except RecursionError:
+            message = f"nested deeper than {MAX_DEPTH} levels"
+            raise unusable(message, "", (file, 0, 0)) from None
 
-    def value(self, node: yaml.Node, path: KeyPath, above: tuple[int, ...]) -> Any:
-        """One node's plain data; `above` are the nodes that it lies in."""
+    def walk(self, node: yaml.Node, path: KeyPath, above: tuple[int, ...], file: str) -> None:
+        """Note the places below a node, fill in variables, and look for what YAML lets through;
+        `above` are the nodes that it lies in."""
         self.values += 1
+        below, place = (*above, id(node)), place_of(node, file)
         if self.values > MAX_VALUES:
             message = f"excessive aliasing: more than {MAX_VALUES} values when aliases are expanded"
-            raise ConfigError([Problem(self.files[-1], mark_of(node), path, message)])
-        if id(node) in above:
-            message = "an alias stands inside of what it refers to"
-            raise ConfigError([Problem(self.files[-1], mark_of(node), path, message)])
-        if isinstance(node, yaml.MappingNode):
-            return self.mapping(node, path, (*above, id(node)))
-        if isinstance(node, yaml.SequenceNode):
-            items = []
+            raise unusable(message, "", place)
+        if id(node) in above or len(above) > MAX_DEPTH:
+            inside = "an alias stands inside of what it refers to"
+            deep = f"nested deeper than {MAX_DEPTH} levels"
+            raise unusable(inside if id(node) in above else deep, "", place)
+        if isinstance(node, yaml.ScalarNode):
+            self.scalar(node, path, place)
+        elif isinstance(node, yaml.SequenceNode):
             for index, item in enumerate(node.value):
-                self.marks[(*path, index)] = mark_of(item)
-                items.append(self.value(item, (*path, index), (*above, id(node))))
-            return items
-        assert isinstance(node, yaml.ScalarNode)
-        return self.scalar(node, path)
+                self.places[(*path, index)] = place_of(item, file)
+                self.walk(item, (*path, index), below, file)
+        for key_node, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key_node.tag == MERGE_TAG:
+                self.walk(value, path, below, file)
+            elif isinstance(key_node, yaml.ScalarNode):
+                here = (*path, self.yaml.construct_object(key_node))
+                before, place = self.places.get(here), place_of(key_node, file)
+                if before and [k.value for k, _ in node.value].count(key_node.value) > 1:
+                    message = f"is given twice, in line {before[1]} and in line {place[1]}"
+                    self.problems.append(Problem(here, message, "keep one of them", place=place))
+                self.places[here] = place
+                self.walk(value, here, below, file)
 
-    def mapping(self, node: yaml.MappingNode, path: KeyPath, above: tuple[int, ...]) -> Config:
-        """A mapping; what `<<` merges in stands below what is written."""
-        merged: Config = {}
-        own: Config = {}
-        lines: dict[Any, int] = {}
-        for key_node, value_node in node.value:
-            if key_node.tag == YAML_TAG + "merge":
-                sources = (
-                    value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
-                )
-                for source in reversed(sources):
-                    if isinstance(source, yaml.MappingNode):
-                        merged.update(self.value(source, path, above))
-                    else:
-                        self.problem(mark_of(source), path, "`<<` takes a mapping")
-                continue
-            if not isinstance(key_node, yaml.ScalarNode):
-                self.problem(mark_of(key_node), path, "a mapping or a list can't be a key")
-                continue
-            key, mark = self.scalars.construct_object(key_node), mark_of(key_node)
-            if key in own:
-                message = f"{key!r} is given twice, in line {lines[key]} and in line {mark.line}"
-                self.problem(mark, path, message, "keep one of them")
-            lines[key] = mark.line
-            self.marks[(*path, key)] = mark
-            own[key] = self.value(value_node, (*path, key), above)
-            self.marks[(*path, key)] = mark
-        return {**merged, **own}
-
-    def scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
-        """A scalar, with environment variables filled in; unquoted ones get their type anew."""
-        if "${" in node.value and node.tag in (YAML_TAG + "str", YAML_TAG + "merge"):
-            filled = VARIABLE.sub(lambda match: self.variable(match, node, path), node.value)
-            tag = node.tag
-            if node.style is None:
-                tag = self.scalars.resolve(yaml.ScalarNode, filled, (True, False))  # type: ignore[no-untyped-call]
-            node = yaml.ScalarNode(tag, filled, node.start_mark, node.end_mark, node.style)
+    def scalar(self, node: yaml.ScalarNode, path: KeyPath, place: Place) -> None:
+        """Fill in environment variables, once for all aliases; what is unquoted gets its type
+        anew."""
+        if "${" in node.value and node.tag == TEXT_TAG and id(node) not in self.filled:
+            self.filled.add(id(node))
+            node.value = VARIABLE.sub(lambda m: self.variable(m, path, place), node.value)
+            node.tag = self.tag_of(node.value) if node.style is None else node.tag
         try:
-            return self.scalars.construct_object(node)
-        except (ValueError, yaml.YAMLError) as error:
-            self.problem(mark_of(node), path, f"{node.value!r} can't be read: {error}")
-            return None
+            self.yaml.construct_object(node)
+        except ValueError as error:
+            self.problems.append(Problem(path, f"can't be read: {error}", place=place))
+            node.tag = TEXT_TAG
 
-    def variable(self, match: re.Match[str], node: yaml.Node, path: KeyPath) -> str:
-        name, default = match["name"], match["default"]
+    def tag_of(self, text: str) -> str:
+        """What YAML takes an unquoted text for."""
+        tag: str = self.yaml.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
+        return tag
+
+    def variable(self, match: re.Match[str], path: KeyPath, place: Place) -> str:
+        name = match["name"]
         if name is None:
             return "${"
-        if name in self.environ:
-            text = self.environ[name]
-            if len(text) >= SHORTEST_SECRET and not is_number(text):
-                self.secrets.add(text)
-            return text
-        if default is None:
-            hint = f"export it, or give a default: ${{{name}:-...}}"
-            self.problem(mark_of(node), path, f"environment variable {name} is not set", hint)
-        return default or ""
+        text = self.environ.get(name, match["default"])
+        wrong = partial(Problem, path, place=place)
+        if text is None:
+            hint = f"export it, or give a default: ${{{name}:-...}}; $${{ stands for a plain ${{"
+            self.problems.append(wrong(f"environment variable {name} is not set", hint))
+        elif "\\udc" in ascii(text):
+            self.problems.append(wrong(f"environment variable {name} is not UTF-8"))
+        elif name in self.environ and self.tag_of(text) == TEXT_TAG:
+            # Not a number, nor a `true`: those would be hidden wherever else they stand.
+            self.secrets.add(text)
+        return text or ""
 
     def inline_files(self, data: Config) -> None:
-        """Replace the paths among the builders' LLMs by what the files hold."""
-        for index, application in enumerate(as_list(data.get("applications"))):
-            args = application.get("args") if isinstance(application, dict) else None
-            if not isinstance(args, dict):
+        """Replace the paths among the LLMs of Ray's builders by what the files hold; a path whose
+        file is missing stays."""
+        folders = list(dict.fromkeys([Path(self.file).absolute().parent, Path.cwd()]))
+        for path, llm, holder in llm_places(data):
+            if not isinstance(llm, str):
                 continue
-            for key in LLM_ARGS:
-                self.inline(args, key, ("applications", index, "args", key))
-            entries = args.get("llm_configs")
-            if isinstance(entries, list):
-                for place in range(len(entries)):
-                    path = ("applications", index, "args", "llm_configs", place)
-                    self.inline(entries, place, path)
-
-    def inline(self, holder: Any, key: str | int, path: KeyPath) -> None:
-        name = holder.get(key) if isinstance(holder, dict) else holder[key]
-        if not isinstance(name, str):
-            return
-        base, here = Path(self.file).absolute().parent, Path.cwd()
-        found = next(
-            (str(folder / name) for folder in (base, here) if (folder / name).exists()), None
-        )
-        if found is None:
-            hint = f"looked in {base} and in {here}"
-            self.problem(self.marks.get(path), path, f"there is no file {name!r}", hint)
-            return
-        self.files.append(found)
-        try:
-            value = self.load(read_text(found), path)
-            if not isinstance(value, dict):
-                self.problem(None, path, "expected a mapping with `model_loading_config`")
-            holder[key] = value
-            self.origins[path] = found
-        except ConfigError as error:
-            self.problems += error.problems
-        finally:
-            self.files.pop()
+            found = next((f"{folder / llm}" for folder in folders if (folder / llm).exists()), None)
+            if found is None:
+                hint = f"looked in {' and in '.join(map(str, folders))}"
+                self.problems.append(Problem(path, f"there is no file {llm!r}", hint))
+                continue
+            try:
+                holder[path[-1]] = self.load(found, path)
+            except ConfigError as error:
+                self.problems += error.problems
 
 
-EXPECTED_TOP = "a mapping with `applications`"
-ONE_DOCUMENT = "keep one document in the file"
+def place_of(node: yaml.Node, file: str) -> Place:
+    return file, node.start_mark.line + 1, node.start_mark.column + 1
 
 
-def mark_of(node: yaml.Node | yaml.Event) -> Mark:
-    start = node.start_mark
-    return Mark(start.line + 1, start.column + 1) if start else Mark(1, 1)
-
-
-def check_events(file: str, text: str) -> None:
-    """Look at the stream of events before anything is built from it. Raises ConfigError."""
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        mark = mark_of(event)
-        if depth > MAX_DEPTH:
-            raise ConfigError([Problem(file, mark, (), f"nested deeper than {MAX_DEPTH} levels")])
-        tag = getattr(event, "tag", None)
-        if tag and tag not in PLAIN_TAGS and tag != "!":
-            message = f"the tag {tag.replace(YAML_TAG, '!!')} is not allowed"
-            raise ConfigError([Problem(file, mark, (), message, "plain YAML values only")])
-
-
-def syntax_problem(file: str, text: str, error: yaml.MarkedYAMLError) -> Problem:
-    """A parser's complaint with the line that it is about."""
-    place = error.problem_mark or error.context_mark
-    if place is None:
-        return Problem(file, None, (), f"not YAML: {error.problem}")
-    lines = text.splitlines()
-    shown = lines[place.line].strip() if place.line < len(lines) else "(end of the file)"
-    message = f"not YAML: {error.problem}"
-    if "\\t" in str(error.problem):
-        message += " (indent with spaces, not tabs)"
-    return Problem(file, Mark(place.line + 1, place.column + 1), (), message, f"the line: {shown}")
-
-
-def check_top(file: str, data: Any) -> Problem | None:
-    """What is wrong with a document as a whole."""
+def check_top(file: str, data: Any) -> None:
+    """Raise ConfigError for what is wrong with a document as a whole."""
+    message, hint = f"expected {EXPECTED_TOP}", ""
     if not isinstance(data, dict):
-        kind = "a list" if isinstance(data, list) else "a single value"
-        return Problem(file, Mark(1, 1), (), f"expected {EXPECTED_TOP}, this is {kind}")
-    if "apiVersion" in data and "kind" in data and "applications" not in data:
-        hint = f"expected {EXPECTED_TOP}"
+        message += f", this is {'a list' if isinstance(data, list) else 'a single value'}"
+    elif "applications" in data:
+        return
+    elif "apiVersion" in data and "kind" in data:
+        hint, message = message, f"this is a Kubernetes manifest ({data['kind']})"
         if data["kind"] == "RayService":
             hint = "its spec.serveConfigV2 holds the Serve config: save that text as a file"
-        message = f"this is a Kubernetes manifest ({data['kind']})"
-        return Problem(file, Mark(1, 1), (), message, hint)
-    if "applications" not in data:
-        similar = did_you_mean("applications", data)
-        return Problem(file, Mark(1, 1), (), f"expected {EXPECTED_TOP}", similar)
-    return None
-
-
-def did_you_mean(wanted: str, keys: Iterable[Any]) -> str:
-    close = difflib.get_close_matches(wanted, [key for key in keys if isinstance(key, str)], 1, 0.7)
-    return f"did you mean {wanted!r} by {close[0]!r}?" if close else ""
-
-
-def is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def llm_configs(application: Config) -> list[tuple[KeyPath, Config]]:
-    """The LLMs among an application's builder arguments, each with its path below it."""
-    args = application.get("args") or {}
-    found: list[tuple[KeyPath, Any]] = [
-        (("args", "llm_configs", index), llm)
-        for index, llm in enumerate(as_list(args.get("llm_configs")))
-    ]
-    found += [(("args", key), args[key]) for key in LLM_ARGS if key in args]
-    return [(path, llm) for path, llm in found if isinstance(llm, dict)]
-
-
-# -- secrets -----------------------------------------------------------------------------------
-
-
-def is_secret_key(key: str) -> bool:
-    """Whether a key names a secret: HF_TOKEN, api-key, dbPassword; not max_tokens, tokenizer."""
-    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", key)
-    return any(word.lower() in SECRET_WORDS for word in words)
-
-
-def secrets_in(value: Any, key: str = "") -> set[str]:
-    """The texts under keys that name secrets."""
-    if isinstance(value, dict):
-        return set().union(*(secrets_in(item, str(name)) for name, item in value.items()))
-    if isinstance(value, list):
-        return set().union(*(secrets_in(item, key) for item in value))
-    long_enough = isinstance(value, str) and len(value) >= SHORTEST_SECRET
-    return {value} if long_enough and is_secret_key(key) else set()
-
-
-def seal(value: Any, secrets: Collection[str]) -> Any:
-    """A copy in which each text with a secret in it is a fingerprint: equal only if it is equal."""
-    if isinstance(value, dict):
-        return {key: seal(item, secrets) for key, item in value.items()}
-    if isinstance(value, list):
-        return [seal(item, secrets) for item in value]
-    if isinstance(value, str) and any(secret in value for secret in secrets):
-        return SEAL + hashlib.sha256(value.encode()).hexdigest()[:16]
-    return value
-
-
-def mask(text: str, secrets: Collection[str]) -> str:
-    """`text` without the secrets, the longest first."""
-    for secret in sorted(secrets, key=len, reverse=True):
-        text = text.replace(secret, "***")
-    return text
-
-
-# -- which keys there are: Ray's own schemas, read without importing Ray -------------------------
-
-SCHEMA_SOURCES = (
-    ("ray", "serve/schema.py"),
-    ("ray", "serve/config.py"),
-    ("ray", "llm/_internal/serve/core/configs/llm_config.py"),
-    ("ray", "llm/_internal/serve/core/configs/accelerators.py"),
-    ("ray", "llm/_internal/serve/core/ingress/builder.py"),
-    ("ray", "llm/_internal/serve/serving_patterns/data_parallel/builder.py"),
-    ("ray", "llm/_internal/serve/serving_patterns/prefill_decode/builder.py"),
-    ("ray", "llm/_internal/common/placement.py"),
-    ("ray", "llm/_internal/common/utils/cloud_utils.py"),
-    ("vllm", "engine/arg_utils.py"),
-    ("vllm", "entrypoints/launchers/cli_args.py"),
-)
-"""Where the schemas stand: importing them takes 2 s for Serve's and 10 s for the LLM's."""
-
-SHORT_RESOURCES = frozenset(("num_cpus", "cpus", "num_gpus", "gpus"))
-LLM_LISTS = {"llm_configs", *LLM_ARGS}
-ENGINE, OPTIONS, LLM_BUILDER, BUNDLE = "engine", "deployment options", "LLM builder", "bundle"
-
-SCHEMA_PARTS: Mapping[str, tuple[str, ...]] = {
-    ENGINE: ("EngineArgs", "AsyncEngineArgs", "FrontendArgs", "BaseFrontendArgs"),
-    LLM_BUILDER: ("LLMServingArgs", "DPOpenAiServingArgs", "PDServingArgs"),
-    "accelerator": ("AcceleratorConfig", "CPUConfig", "GPUConfig", "TPUConfig"),
-    "model source": ("CloudMirrorConfig", "LoraMirrorConfig"),
-}
-"""Places that accept the fields of several classes."""
-
-CHILDREN: Mapping[tuple[str, str], str] = {
-    ("ServeDeploySchema", "http_options"): "HTTPOptionsSchema",
-    ("ServeDeploySchema", "grpc_options"): "gRPCOptionsSchema",
-    ("ServeDeploySchema", "logging_config"): "LoggingConfig",
-    ("ServeDeploySchema", "tracing_config"): "TracingConfig",
-    ("ServeDeploySchema", "controller_options"): "ControllerOptions",
-    ("ServeDeploySchema", "applications"): "ServeApplicationSchema",
-    ("ServeApplicationSchema", "logging_config"): "LoggingConfig",
-    ("ServeApplicationSchema", "deployments"): "DeploymentSchema",
-    ("DeploymentSchema", "ray_actor_options"): "RayActorOptionsSchema",
-    ("DeploymentSchema", "autoscaling_config"): "AutoscalingConfig",
-    ("DeploymentSchema", "logging_config"): "LoggingConfig",
-    ("DeploymentSchema", "request_router_config"): "RequestRouterConfig",
-    ("DeploymentSchema", "gang_scheduling_config"): "GangSchedulingConfig",
-    (OPTIONS, "ray_actor_options"): "RayActorOptionsSchema",
-    (OPTIONS, "autoscaling_config"): "AutoscalingConfig",
-    (OPTIONS, "logging_config"): "LoggingConfig",
-    (LLM_BUILDER, "llm_configs"): "LLMConfig",
-    **{(LLM_BUILDER, key): "LLMConfig" for key in LLM_ARGS},
-    (LLM_BUILDER, "ingress_deployment_config"): OPTIONS,
-    ("LLMConfig", "model_loading_config"): "ModelLoadingConfig",
-    ("LLMConfig", "deployment_config"): OPTIONS,
-    ("LLMConfig", "engine_kwargs"): ENGINE,
-    ("LLMConfig", "lora_config"): "LoraConfig",
-    ("LLMConfig", "placement_group_config"): "PlacementGroupConfig",
-    ("LLMConfig", "accelerator_config"): "accelerator",
-    ("PlacementGroupConfig", "bundle_per_worker"): BUNDLE,
-    ("PlacementGroupConfig", "bundles"): BUNDLE,
-    ("ModelLoadingConfig", "model_source"): "model source",
-}
-"""Which schema the value of a field has, where it is a mapping or a list of mappings."""
-
-FORBIDS_OTHERS = frozenset(
-    ("LLMConfig", "ModelLoadingConfig", "LoraConfig", "LoggingConfig", ENGINE)
-)
-"""Schemas for which Ray refuses an unknown field; the others ignore it without a word."""
-
-KnownKeys = Mapping[str, frozenset[str]]
-"""Schema name -> its fields; a schema that was not found is not in it, and is not checked."""
-
-
-@functools.cache
-def known_keys() -> KnownKeys:
-    """The fields of the installed Ray's and vLLM's schemas, from their source (0.1 s)."""
-    classes: dict[str, tuple[frozenset[str], tuple[str, ...]]] = {}
-    for package, file in SCHEMA_SOURCES:
-        spec = importlib.util.find_spec(package)
-        for folder in (spec.submodule_search_locations or ()) if spec else ():
-            with contextlib.suppress(OSError, SyntaxError):
-                classes.update(read_classes(Path(folder, file).read_text("utf-8")))
-    known = {name: fields_of(name, classes) for name in classes}
-    for place, parts in SCHEMA_PARTS.items():
-        if any(part in known for part in parts):
-            known[place] = frozenset().union(*(known.get(part, ()) for part in parts))
-    spec = importlib.util.find_spec("ray")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        with contextlib.suppress(OSError, SyntaxError, StopIteration):
-            known[OPTIONS] = deployment_options(Path(folder, "serve/api.py").read_text("utf-8"))
-    return known
-
-
-def read_classes(source: str) -> dict[str, tuple[frozenset[str], tuple[str, ...]]]:
-    """The annotated fields and the bases of each class in a source file."""
-    return {
-        node.name: (
-            frozenset(
-                item.target.id
-                for item in node.body
-                if isinstance(item, ast.AnnAssign)
-                and isinstance(item.target, ast.Name)
-                and not item.target.id.startswith("_")
-            ),
-            tuple(base.id for base in node.bases if isinstance(base, ast.Name)),
-        )
-        for node in ast.parse(source).body
-        if isinstance(node, ast.ClassDef)
-    }
-
-
-def fields_of(
-    name: str, classes: Mapping[str, tuple[frozenset[str], tuple[str, ...]]]
-) -> frozenset[str]:
-    fields, bases = classes[name]
-    return fields.union(*(fields_of(base, classes) for base in bases if base in classes))
-
-
-def deployment_options(source: str) -> frozenset[str]:
-    """The options of `@serve.deployment`, which is what a `deployment_config` is passed to."""
-    (function,) = (
-        node
-        for node in ast.parse(source).body
-        if isinstance(node, ast.FunctionDef) and node.name == "deployment"
-    )
-    names = [argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)]
-    return frozenset(name for name in names if not name.startswith("_"))
-
-
-# -- document → problems -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What a value has to be."""
-
-    kinds: tuple[type, ...]
-    words: str
-    least: float = -math.inf
-    most: float = math.inf
-    above: float = -math.inf
-    others: tuple[str, ...] = ()
-
-    def broken_by(self, value: Any) -> bool:
-        if value is None or value in self.others:
-            return False
-        if isinstance(value, bool) and bool not in self.kinds:
-            return True
-        if isinstance(value, str) and float in self.kinds and is_number(value):
-            value = float(value)  # Ray's schema reads numbers that stand in quotes
-        if not isinstance(value, self.kinds):
-            return True
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return not (self.least <= value <= self.most and value > self.above)
-        return False
-
-
-AMOUNT = Rule((int, float), "a number, 0 or more", least=0, most=1e18)
-POSITIVE = Rule((int, float), "a number above 0", above=0, most=1e18)
-COUNT = Rule((int,), "a whole number, 1 or more", least=1)
-COUNT_FROM_0 = Rule((int,), "a whole number, 0 or more", least=0)
-TEXT = Rule((str,), "a text")
-MAPPING = Rule((dict,), "a mapping")
-LIST = Rule((list,), "a list")
-
-RULES: Mapping[str, Rule] = {
-    **dict.fromkeys((*SHORT_RESOURCES, "memory"), AMOUNT),
-    **dict.fromkeys(("max_replicas", "max_ongoing_requests"), COUNT),
-    **dict.fromkeys(("min_replicas", "initial_replicas"), COUNT_FROM_0),
-    **dict.fromkeys(
-        ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"), COUNT
-    ),
-    **dict.fromkeys(
-        ("target_ongoing_requests", "metrics_interval_s", "look_back_period_s"), POSITIVE
-    ),
-    **dict.fromkeys(("upscale_delay_s", "downscale_delay_s"), AMOUNT),
-    **dict.fromkeys(("health_check_period_s", "health_check_timeout_s"), POSITIVE),
-    **dict.fromkeys(("graceful_shutdown_wait_loop_s", "graceful_shutdown_timeout_s"), AMOUNT),
-    "max_queued_requests": Rule((int,), "a whole number, -1 (no limit) or more", least=-1),
-    "num_replicas": Rule((int,), "a whole number, 1 or more, or auto", least=1, others=("auto",)),
-    "gpu_memory_utilization": Rule((int, float), "a number above 0, 1 at most", above=0, most=1),
-    "port": Rule((int,), "a port, 1 to 65535", least=1, most=65535),
-    **dict.fromkeys(("model_id", "import_path", "name", "host", "route_prefix"), TEXT),
-    "model_source": Rule((str, dict), "a text, or a mapping with bucket_uri"),
-    **dict.fromkeys(
-        (
-            "args",
-            "runtime_env",
-            "env_vars",
-            "ray_actor_options",
-            "deployment_config",
-            "engine_kwargs",
-        ),
-        MAPPING,
-    ),
-    **dict.fromkeys(("model_loading_config", "http_options", "grpc_options", "resources"), MAPPING),
-    **dict.fromkeys(("placement_group_config", "accelerator_config", "lora_config"), MAPPING),
-    **dict.fromkeys(("autoscaling_config", "logging_config", "bundle_per_worker"), MAPPING),
-    **dict.fromkeys(("tracing_config", "controller_options", *LLM_ARGS), MAPPING),
-    **dict.fromkeys(("request_router_config", "gang_scheduling_config"), MAPPING),
-    "ingress_deployment_config": MAPPING,
-    **dict.fromkeys(("applications", "deployments", "llm_configs", "bundles"), LIST),
-    "proxy_location": Rule((str,), "EveryNode, HeadOnly or Disabled"),
-}
-"""What the value of a key has to be, wherever a schema of ours has that key."""
-
-BELONGS: Mapping[str, str] = {
-    **dict.fromkeys(("min_replicas", "max_replicas", "initial_replicas"), "autoscaling_config"),
-    **dict.fromkeys(("target_ongoing_requests", "upscale_delay_s"), "autoscaling_config"),
-    **dict.fromkeys(("downscale_delay_s", "metrics_interval_s"), "autoscaling_config"),
-    **dict.fromkeys(
-        ("max_ongoing_requests", "num_replicas", "autoscaling_config"), "deployment_config"
-    ),
-    **dict.fromkeys(("ray_actor_options", "user_config", *SHORT_RESOURCES), "deployment_config"),
-    **dict.fromkeys(("model_id", "model_source"), "model_loading_config"),
-    **dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size"), "engine_kwargs"),
-    **dict.fromkeys(("max_model_len", "gpu_memory_utilization", "dtype"), "engine_kwargs"),
-    **dict.fromkeys(("llm_configs", "llm_config"), "args"),
-    **dict.fromkeys(("model_loading_config", "engine_kwargs", "deployment_config"), "llm_configs"),
-    **dict.fromkeys(("memory", "resources", "accelerator_type"), "ray_actor_options"),
-    **dict.fromkeys(("name", "route_prefix", "import_path", "deployments"), "applications"),
-    **dict.fromkeys(("env_vars", "pip", "working_dir"), "runtime_env"),
-}
-"""Where a key belongs that people put elsewhere, and that Ray then ignores without a word."""
-
-
-def check_document(document: Document, known: KnownKeys) -> list[Problem]:
-    """Everything wrong with a document, sorted by its place."""
-    findings = check_schema(document.data, "ServeDeploySchema", (), known)
-    for key in UNSUPPORTED_TOP:
-        if document.data.get(key) is not None:
-            findings.append(Finding((key,), *UNSUPPORTED))
-    applications = as_list(document.data.get("applications"))
-    if document.data.get("applications") == []:
-        findings.append(Finding(("applications",), "there is no application", "", Severity.WARNING))
-    for index, application in enumerate(applications):
-        path = ("applications", index)
-        if isinstance(application, dict):
-            findings += check_application(application, path, known)
-    findings += check_unique_applications(applications)
-    return problems_of(document, findings)
-
-
-UNSUPPORTED_TOP = ("target_capacity",)
-UNSUPPORTED = (
-    "is only supported by `serve deploy`: Serve does not take it for single applications",
-    "leave it out, or deploy this file with `serve deploy`",
-)
-
-
-def check_schema(value: Config, schema: str, path: KeyPath, known: KnownKeys) -> Findings:
-    """Unknown and misplaced keys, and wrong values, of a mapping and of all below it."""
-    findings: Findings = []
-    fields = known.get(schema)
-    extra = SHORT_RESOURCES if schema in ("DeploymentSchema", OPTIONS) else frozenset()
-    for key, item in value.items():
-        here = (*path, key)
-        if fields is not None and key not in fields | extra:
-            findings.append(unknown_key(key, schema, here, fields | extra))
-            continue
-        rule = RULES.get(key) if isinstance(key, str) else None
-        if rule and rule.broken_by(item):
-            findings.append(Finding(here, f"{show_value(item)} is not {rule.words}"))
-            continue
-        child = CHILDREN.get((schema, key))
-        for place, below in children(item, here):
-            if child and isinstance(below, dict):
-                findings += check_schema(below, child, place, known)
-            elif child and (isinstance(item, list) or (rule is None and below is not None)):
-                findings.append(Finding(place, f"{show_value(below)} is not a mapping"))
-        if key == "runtime_env" and isinstance(item, dict):
-            findings += check_runtime_env(item, here)
-        if (child == BUNDLE or key == "resources") and not findings:
-            findings += check_amounts(item, here)
-    if schema in ("DeploymentSchema", OPTIONS):
-        findings += check_replicas(value, path)
-    return findings
-
-
-def children(item: Any, path: KeyPath) -> list[tuple[KeyPath, Any]]:
-    """A value itself, or the items of a list, each with its place."""
-    if isinstance(item, list):
-        return [((*path, index), below) for index, below in enumerate(item)]
-    return [(path, item)]
-
-
-def check_amounts(item: Any, path: KeyPath) -> Findings:
-    """The amounts of a resource mapping, or of a list of them."""
-    return [
-        Finding((*place, resource), f"{show_value(amount)} is not {AMOUNT.words}")
-        for place, below in children(item, path)
-        for resource, amount in (below or {}).items()
-        if AMOUNT.broken_by(amount)
-    ]
-
-
-def unknown_key(key: Any, schema: str, path: KeyPath, fields: frozenset[str]) -> Finding:
-    """What to say about a key that a schema does not have.
-
-    A near miss is an error. A key that may be new in a later Ray is one only where Ray refuses it.
-    """
-    above = path[:-1]
-
-    def finding(message: str, hint: str = "", severity: Severity = Severity.ERROR) -> Finding:
-        return Finding(above, message, hint, severity, place=path)
-
-    close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.75)
-    belongs = BELONGS.get(str(key))
-    if schema == "AutoscalingConfig" and key == "max_ongoing_requests":
-        return finding(f"{key!r} does not belong here", "move it up, beside autoscaling_config")
-    if belongs and schema != ENGINE and belongs not in path:
-        return finding(f"{key!r} does not belong here", f"move it into {belongs}")
-    if close:
-        return finding(f"unknown key {key!r}, did you mean {close[0]!r}?")
-    if schema in FORBIDS_OTHERS and schema != ENGINE:
-        return finding(f"unknown key {key!r}", f"known are {', '.join(sorted(fields))}")
-    ignored = "Ray ignores it" if schema != ENGINE else "the engine may refuse it"
-    return finding(f"unknown key {key!r}; {ignored}", severity=Severity.WARNING)
-
-
-def show_value(value: Any) -> str:
-    """A value in a message, short and in YAML's words."""
-    text = {True: "true", False: "false", None: "null"}.get(value) if is_word(value) else None
-    text = text or (repr(value) if isinstance(value, str) else str(value))
-    return shortened(text, MOST_VALUE_CHARACTERS)
-
-
-def shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 3]}..."
-
-
-def is_word(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
-
-
-def check_runtime_env(runtime_env: Config, path: KeyPath) -> Findings:
-    """Values of env_vars that are no texts have broken Serve's controller."""
-    variables = runtime_env.get("env_vars")
-    if variables is None:
-        return []
-    if not isinstance(variables, dict):
-        return [Finding((*path, "env_vars"), f"{show_value(variables)} is not a mapping")]
-    return [
-        Finding(
-            (*path, "env_vars", name),
-            f"{show_value(value)} is not a text",
-            f'put it in quotes: {name}: "{show_value(value)}"',
-        )
-        for name, value in variables.items()
-        if not isinstance(value, str)
-    ]
-
-
-def check_replicas(options: Config, path: KeyPath) -> Findings:
-    """Replica counts that contradict each other."""
-    autoscaling = options.get("autoscaling_config")
-    number = options.get("num_replicas")
-    if not isinstance(autoscaling, dict):
-        return []
-    findings: Findings = []
-    if number is not None and number != "auto":
-        findings.append(
-            Finding(
-                (*path, "num_replicas"),
-                "num_replicas and autoscaling_config exclude each other",
-                "remove one of them, or set num_replicas: auto",
-            )
-        )
-    least, most = autoscaling.get("min_replicas", 1), autoscaling.get("max_replicas", 1)
-    first = autoscaling.get("initial_replicas")
-    numbers = [n for n in (least, most, first) if n is not None]
-    if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
-        return findings
-    if "max_replicas" not in autoscaling and number == "auto":
-        most = 100
-    if least is not None and most is not None and least > most:
-        message = f"min_replicas: {least} is more than max_replicas: {most}"
-        findings.append(Finding((*path, "autoscaling_config"), message))
-    elif first is not None and not (least or 0) <= first <= (most or 1):
-        message = f"initial_replicas: {first} is not between {least} and {most}"
-        findings.append(Finding((*path, "autoscaling_config", "initial_replicas"), message))
-    return findings
-
-
-def check_application(application: Config, path: KeyPath, known: KnownKeys) -> Findings:
-    """What Ray's schema alone does not say about one application."""
-    findings: Findings = []
-    if application.get("import_path") is None:
-        hint = "for LLMs: import_path: ray.serve.llm:build_openai_app"
-        findings.append(Finding(path, "import_path is missing", hint))
-    elif isinstance(application["import_path"], str):
-        findings += check_import_path(application["import_path"], (*path, "import_path"))
-    if application.get("autoscaling_policy") is not None:
-        findings.append(Finding((*path, "autoscaling_policy"), *UNSUPPORTED))
-    name = application.get("name", DEFAULT_APPLICATION)
-    if name == "" or name is None or (isinstance(name, str) and "#" in name):
-        findings.append(
-            Finding((*path, "name"), "a name is a text with something in it and no '#'")
-        )
-    findings += check_route(application.get("route_prefix", DEFAULT_ROUTE), (*path, "route_prefix"))
-    for index, override in enumerate(as_list(application.get("deployments"))):
-        if isinstance(override, dict) and not override.get("name"):
-            findings.append(Finding((*path, "deployments", index), "name is missing"))
-    names = [
-        ((*path, "deployments", index, "name"), override.get("name"))
-        for index, override in enumerate(as_list(application.get("deployments")))
-        if isinstance(override, dict)
-    ]
-    findings += check_unique(names, "deployment")
-    args = application.get("args")
-    rays_own = str(application.get("import_path")).startswith("ray.serve.llm")
-    if isinstance(args, dict) and (rays_own or args.keys() & LLM_LISTS):
-        findings += check_llm_args(args, (*path, "args"), known, rays_own)
-    return findings
-
-
-def check_import_path(import_path: str, path: KeyPath) -> Findings:
-    """The forms that Ray's ServeApplicationSchema takes."""
-    module, colon, attribute = import_path.partition(":")
-    if not colon:
-        module, _, attribute = import_path.rpartition(".")
-    if module and attribute and ":" not in attribute and " " not in import_path.strip():
-        return []
-    hint = "module:attribute, such as ray.serve.llm:build_openai_app"
-    return [Finding(path, f"{import_path!r} is not an import path", hint)]
-
-
-def check_route(route: Any, path: KeyPath) -> Findings:
-    """Serve's rules for a route_prefix; null means that there is no HTTP route."""
-    if not isinstance(route, str) or route == "/":
-        return []
-    if not route.startswith("/"):
-        return [Finding(path, f"{route!r} does not start with '/'", f"write /{route}")]
-    if route.endswith("/"):
-        return [Finding(path, f"{route!r} ends with '/'", "leave the last '/' out")]
-    if "{" in route or "}" in route:
-        return [Finding(path, f"{route!r} has a wildcard, which Serve does not take")]
-    return []
-
-
-def check_unique_applications(applications: Sequence[Any]) -> Findings:
-    names, routes = [], []
-    for index, application in enumerate(applications):
-        if isinstance(application, dict):
-            path: KeyPath = ("applications", index)
-            names.append(((*path, "name"), application.get("name", DEFAULT_APPLICATION)))
-            route = application.get("route_prefix", DEFAULT_ROUTE)
-            route = route.rstrip("/") or "/" if isinstance(route, str) else route
-            routes.append(((*path, "route_prefix"), route))
-    return check_unique(names, "application") + check_unique(routes, "route")
-
-
-def check_unique(values: Sequence[tuple[KeyPath, Any]], what: str) -> Findings:
-    """A finding for each value that stood at another place before."""
-    findings: Findings = []
-    first: dict[str, KeyPath] = {}
-    for path, value in values:
-        if not isinstance(value, str):
-            continue
-        if value in first:
-            message = f"the {what} {value!r} is there twice, first at {format_key(first[value])}"
-            findings.append(Finding(path, message, "give each its own"))
-        first.setdefault(value, path)
-    return findings
-
-
-def check_llm_args(args: Config, path: KeyPath, known: KnownKeys, rays_own: bool) -> Findings:
-    """The arguments of a builder that takes LLMs; a builder of the user's own may take more."""
-    fields = {key: value for key, value in args.items() if rays_own or key in LLM_LISTS}
-    findings = check_schema(fields, LLM_BUILDER, path, known)
-    if not args.keys() & LLM_LISTS:
-        findings.append(Finding(path, "there is no LLM", "give llm_configs, a list of them"))
-    models, names = [], []
-    for llm_path, llm in llm_configs({"args": args}):
-        where = (*path, *llm_path[1:])
-        loading = llm.get("model_loading_config")
-        if loading is None:
-            findings.append(Finding(where, "model_loading_config is missing", "it holds model_id"))
-        if not isinstance(loading, dict):
-            continue
-        model_id = loading.get("model_id")
-        if model_id is None:
-            findings.append(Finding((*where, "model_loading_config"), "model_id is missing"))
-        models.append(((*where, "model_loading_config", "model_id"), model_id))
-        deployment = llm.get("deployment_config")
-        named = deployment.get("name") if isinstance(deployment, dict) else None
-        if named:
-            names.append(((*where, "deployment_config", "name"), named))
-    if "llm_configs" in args:
-        findings += check_unique(models, "model id") + check_unique(names, "deployment")
-        if args["llm_configs"] == []:
-            findings.append(Finding((*path, "llm_configs"), "there is no LLM"))
-    return findings
-
-
-# -- problems → text -----------------------------------------------------------------------------
-
-
-def problems_of(document: Document, findings: Findings) -> list[Problem]:
-    """Findings with the file and the line of the nearest key that stands in one, in their order."""
-    problems = []
-    for finding in findings:
-        path = finding.place or finding.path
-        nearest = [path[:length] for length in range(len(path), 0, -1)]
-        place = next((above for above in nearest if above in document.marks), ())
-        origin = next((above for above in nearest if above in document.origins), ())
-        problems.append(
-            Problem(
-                document.origins.get(origin, document.file),
-                document.marks.get(place, Mark(1, 1)),
-                finding.path,
-                mask(finding.message, document.secrets),
-                mask(finding.hint, document.secrets),
-                finding.severity,
-            )
-        )
-    return sorted(dict.fromkeys(problems), key=position)
-
-
-def format_problem(problem: Problem) -> str:
-    """ "config.yaml:14:9: applications[0].name: what is wrong; what would be right"."""
-    place = problem.file
-    if problem.mark:
-        place += f":{problem.mark.line}:{problem.mark.column}"
-    warning = "warning: " if problem.severity is Severity.WARNING else ""
-    key = f"{format_key(problem.path)}: " if problem.path else ""
-    hint = f"; {problem.hint}" if problem.hint else ""
-    return f"{place}: {warning}{key}{problem.message}{hint}"
-
-
-def format_key(path: KeyPath) -> str:
-    """A key path as people write it: applications[0].args.llm_configs[0]."""
-    text = ""
-    for key in path:
-        text += f"[{key}]" if isinstance(key, int) else f".{key}" if text else str(key)
-    return text
-
-
-# ======================================================================================
-# 4. Resources: short keys, the engine's share, what one replica reserves
-# ======================================================================================
-
-SHORT_KEYS = {"num_cpus": ("num_cpus", "cpus"), "num_gpus": ("num_gpus", "gpus")}
-"""Ray's actor option -> the spellings accepted beside `ray_actor_options`."""
-
-WHOLE_GPU_MEMORY_FRACTION = 0.9
-"""What an engine takes of a card that it has to itself; vLLM's own default is 0.92, and engines
-that share a card need room for one CUDA context each."""
-
-MOST_SHARE_FOR_TWO = 0.5
-GPU_STEP = 10_000
-"""Ray counts resources in steps of 1/10000."""
-
-
-def read_applications(document: Document) -> tuple[tuple[ApplicationSpec, ...], Findings]:
-    """The applications of a checked document, normalised, with what there is to say about them."""
-    applications: list[ApplicationSpec] = []
-    findings: Findings = []
-    for index, given in enumerate(document.data.get("applications") or []):
-        config, found = normalise_application(given, ("applications", index))
-        findings += found
-        if config.get("logging_config") is None and document.data.get("logging_config"):
-            config["logging_config"] = unshared(document.data["logging_config"])
-        config.setdefault("name", DEFAULT_APPLICATION)
-        applications.append(
-            ApplicationSpec(
-                index=index,
-                name=config["name"],
-                route_prefix=config.get("route_prefix", DEFAULT_ROUTE),
-                config=config,
-                models=tuple(describe_model(llm) for _, llm in llm_configs(config)),
-                sealed=seal(config, document.secrets),
-            )
-        )
-    return tuple(applications), findings
-
-
-def describe_model(llm: Config) -> ModelSpec:
-    """What people read about one LLM; the deployment's name is made as Ray's builder makes it."""
-    loading = llm["model_loading_config"]
-    model_id = str(loading["model_id"])
-    source = loading.get("model_source") or model_id
-    if isinstance(source, dict):
-        source = source.get("bucket_uri", "")
-    deployment = llm.get("deployment_config") or {}
-    options = deployment.get("ray_actor_options") or {}
-    engine = llm.get("engine_kwargs") or {}
-    notes = []
-    if "num_gpus" not in options and not llm.get("placement_group_config"):
-        notes.append("num_gpus is not given: Ray's default of 1 GPU for each engine worker")
-    share = own_worker_share(llm)
-    env_vars = (llm.get("runtime_env") or {}).get("env_vars") or {}
-    if "VLLM_RAY_PER_WORKER_GPUS" in env_vars and "gpu_memory_utilization" in engine:
-        notes.append(
-            f"gpu_memory_utilization {short(engine['gpu_memory_utilization'])} for a share of "
-            f"{env_vars['VLLM_RAY_PER_WORKER_GPUS']} GPU a worker"
-        )
-    return ModelSpec(
-        model_id=model_id,
-        source=str(source),
-        deployment_name=deployment.get("name") or model_id.replace("/", "--").replace(".", "_"),
-        memory_fraction=0.0
-        if accelerator_kind(llm) in ("cpu", "tpu") or "kv_cache_memory_bytes" in engine
-        else float(engine.get("gpu_memory_utilization") or WHOLE_GPU_MEMORY_FRACTION),
-        promised=promised_resources(llm),
-        share=share,
-        measures_memory=0 < share < 1
-        and accelerator_kind(llm) not in ("cpu", "tpu")
-        and engine.get("kv_cache_memory_bytes") is None,
-        notes=tuple(notes),
-    )
-
-
-def promised_resources(llm: Config) -> Resources:
-    """What the config says of one replica of a fitted LLM: nothing of what it leaves to Ray."""
-    if llm.get("server_cls"):
-        return {}
-    options = (llm.get("deployment_config") or {}).get("ray_actor_options") or {}
-    promised: dict[str, float] = dict(options.get("resources") or {})
-    workers = worker_bundles(llm)
-    if options.get("num_cpus") is not None:
-        cpus = sum(float(bundle.get("CPU") or 0) for bundle in workers)
-        promised["CPU"] = float(options["num_cpus"]) + cpus
-    if workers:
-        gpus = sum(float(bundle.get("GPU") or 0) for bundle in workers)
-        promised["GPU"] = float(options.get("num_gpus") or 0) + gpus
-    if options.get("memory") is not None:
-        promised["memory"] = float(options["memory"])
-    return promised
-
-
-def normalise_application(config: Config, path: KeyPath) -> tuple[Config, Findings]:
-    """Return a copy of one application in the form that Ray's schema and builders take.
-
-    Short resource keys go into `ray_actor_options`, and each LLM's engine is fitted to the share
-    that its deployment declares. The input is never changed: with YAML aliases one object may
-    stand in two places.
-    """
-    config = unshared(config)
-    findings: Findings = []
-    for index, override in enumerate(config.get("deployments") or []):
-        findings += move_short_keys(override, (*path, "deployments", index))
-    for llm_path, llm in llm_configs(config):
-        where = (*path, *llm_path)
-        deployment = llm["deployment_config"] = llm.get("deployment_config") or {}
-        findings += move_short_keys(deployment, (*where, "deployment_config"))
-        findings += fit_engine(llm, where, config.get("runtime_env") or {})
-    return config, findings
+    elif "import_path" in data:
+        message = "this is the old form of a config, with one application at the top"
+        hint = "write it as the one item of `applications:`"
+    else:
+        close = difflib.get_close_matches("applications", map(str, data), 1, 0.7)
+        hint = f"did you mean 'applications' by {close[0]!r}?" if close else ""
+    raise unusable(message, hint, (file, 1, 1))
 
 
 def unshared(value: Any) -> Any:
@@ -1536,209 +654,667 @@ def unshared(value: Any) -> Any:
     return value
 
 
-def move_short_keys(options: Config, path: KeyPath) -> Findings:
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def as_dict(value: Any) -> Config:
+    return value if isinstance(value, dict) else {}
+
+
+def is_rays_builder(application: Config) -> bool:
+    return str(application.get("import_path")).startswith("ray.serve.llm")
+
+
+def llm_places(data: Config) -> Iterator[tuple[KeyPath, Any, Any]]:
+    """The places for LLMs among the builders' arguments of a document: path, value, holder.
+
+    A builder of the user's own may take anything there: what looks like an LLM counts.
+    """
+    for number, application in enumerate(as_list(data.get("applications"))):
+        args = as_dict(as_dict(application).get("args"))
+        path: KeyPath = ("applications", number, "args")
+        entries: Any = as_list(args.get("llm_configs"))
+        places = [((*path, key), args[key], args) for key in LLM_ARGS if key in args]
+        places += [((*path, "llm_configs", i), llm, entries) for i, llm in enumerate(entries)]
+        for place, llm, holder in places:
+            if is_rays_builder(application) or as_dict(llm).get("model_loading_config"):
+                yield place, llm, holder
+
+
+# -- secrets -----------------------------------------------------------------------------------
+
+SECRET_WORD = re.compile(
+    r"(?:.*(?:password|passwd|passphrase|secret)|pass|pwd|token|key|apikey|credential|cred)s?"
+)
+SHORTEST_SECRET, LONG_SECRET = 4, 32
+HIDDEN, FINGERPRINT = "***", "hmac:"
+URL_SECRETS = re.compile(r"(?<=://)[^/?#\s@'\"]+(?=@)|(?<=[?&])([\w.~-]+=)[^&#\s'\"]+")
+"""User info, and the values of a query."""
+
+
+def is_secret_key(key: str) -> bool:
+    """Whether a key names a secret: HF_TOKEN, api_keys, PGPASSWORD, dbPass; not tokenizer."""
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", key)
+    return any(SECRET_WORD.fullmatch(word.lower()) for word in words)
+
+
+def secrets_in(value: Any, key: str = "") -> set[str]:
+    """The texts under keys that name secrets."""
+    if isinstance(value, dict):
+        return set().union(*(secrets_in(item, str(name)) for name, item in value.items()))
+    if isinstance(value, list):
+        return set().union(*(secrets_in(item, key) for item in value))
+    return {value} if isinstance(value, str) and value and is_secret_key(key) else set()
+
+
+@functools.lru_cache
+def spellings(secrets: frozenset[str]) -> list[str]:
+    """Secrets as they are, and as Python, JSON and URLs write them; the longest first."""
+    plain: set[str] = set()
+    for secret in secrets:
+        plain |= {secret, quote(secret), quote(secret, safe=""), quote_plus(secret)}
+        plain |= {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
+    return sorted(plain | {repr(form)[1:-1] for form in plain}, key=len, reverse=True)
+
+
+def redact(text: str, secrets: frozenset[str]) -> str:
+    """`text` without the secrets, and without what URLs hold of them. Of a long one its beginning
+    is enough, since a message may cut it short."""
+    for form in spellings(secrets):
+        if len(form) < SHORTEST_SECRET:
+            text = re.sub(rf"(?<!\w){re.escape(form)}(?!\w)", HIDDEN, text)
+            continue
+        head = form[: LONG_SECRET // 2] if len(form) >= LONG_SECRET else form
+        start = text.find(head)
+        while start >= 0:
+            same = (mine == its for mine, its in zip(form, text[start:], strict=False))
+            shown = sum(itertools.takewhile(bool, same))
+            text = text[:start] + HIDDEN + text[start + shown :]
+            start = text.find(head, start + len(HIDDEN))
+    return URL_SECRETS.sub(lambda match: (match[1] or "") + HIDDEN, text)
+
+
+def map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy of plain data with each text changed."""
+    if isinstance(value, Mapping):
+        return {key: map_texts(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [map_texts(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def fingerprint(text: str, key: bytes) -> str:
+    """16 hexadecimal digits; who has not the key can't guess a weak text from it."""
+    return hmac.new(key, text.encode(errors="replace"), hashlib.sha256).hexdigest()[:16]
+
+
+# ======================================================================================
+# 4. Check: document → problems
+# ======================================================================================
+#
+# Which keys there are is read from the sources of Ray's own schemas, without importing Ray.
+
+SCHEMA_SOURCES = (
+    ("ray", "serve/schema.py"),
+    ("ray", "serve/config.py"),
+    ("ray", "llm/_internal/serve/core/configs/llm_config.py"),
+    ("ray", "llm/_internal/serve/core/ingress/builder.py"),
+    ("ray", "llm/_internal/serve/serving_patterns/data_parallel/builder.py"),
+    ("ray", "llm/_internal/serve/serving_patterns/prefill_decode/builder.py"),
+    ("ray", "llm/_internal/common/placement.py"),
+    ("vllm", "engine/arg_utils.py"),
+    ("vllm", "entrypoints/launchers/cli_args.py"),
+)
+"""Where the schemas stand: importing them takes 2 s for Serve's and 10 s for the LLM's."""
+
+TOP, DEPLOYMENT = "ServeDeploySchema", "DeploymentSchema"
+LLM, ENGINE, BUILDER = "LLMConfig", "AsyncEngineArgs", "LLMServingArgs"
+SCHEMA_PARTS: Mapping[str, tuple[str, ...]] = {
+    ENGINE: ("FrontendArgs", "BaseFrontendArgs"),
+    BUILDER: ("DPOpenAiServingArgs", "PDServingArgs"),
+}
+"""Schemas that stand for others, too."""
+
+SHORT_KEYS = {"num_cpus": ("num_cpus", "cpus"), "num_gpus": ("num_gpus", "gpus")}
+"""Ray's actor option -> the spellings accepted beside `ray_actor_options`."""
+
+SHORT_RESOURCES = tuple(itertools.chain(*SHORT_KEYS.values()))
+ADDED: Mapping[str, Mapping[str, str]] = {
+    DEPLOYMENT: {**dict.fromkeys(SHORT_RESOURCES, ""), "max_constructor_retry_count": ""},
+    LLM: {
+        "deployment_config": DEPLOYMENT,
+        "engine_kwargs": ENGINE,
+        "placement_group_config": "PlacementGroupConfig",
+    },
+    BUILDER: {"ingress_deployment_config": DEPLOYMENT},
+}
+"""Fields that Ray's classes do not have, or whose schema their annotations do not tell."""
+
+FORBIDS_OTHERS = frozenset((LLM, "ModelLoadingConfig", "LoraConfig", "LoggingConfig", ENGINE))
+"""Schemas for which Ray refuses an unknown field; the others ignore it without a word."""
+
+Schemas = Mapping[str, Mapping[str, str]]
+"""Schema -> its fields -> the schema of the field's value, or "". What was not found is not in it,
+and is not checked."""
+
+
+@functools.cache
+def known_schemas() -> Schemas:
+    """The fields of the installed Ray's and vLLM's schemas, from their source (0.1 s)."""
+    nodes: dict[str, ast.ClassDef] = {}
+    for package, file in SCHEMA_SOURCES:
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            with contextlib.suppress(OSError, SyntaxError):
+                body = ast.parse(Path(folder, file).read_text("utf-8")).body
+                nodes |= {node.name: node for node in body if isinstance(node, ast.ClassDef)}
+    nodes.pop("BundleConfig", None)  # it takes any resource
+    # An enumeration has no fields, and is no mapping.
+    nodes = {name: node for name, node in nodes.items() if fields_of(node, nodes)}
+    known = {name: fields_of(node, nodes) for name, node in nodes.items()}
+    for schema, parts in SCHEMA_PARTS.items():
+        for part in parts if schema in known else ():
+            known[schema] |= known.get(part, {})
+    return {name: {**fields, **ADDED.get(name, {})} for name, fields in known.items()}
+
+
+def fields_of(node: ast.ClassDef, nodes: Mapping[str, ast.ClassDef]) -> dict[str, str]:
+    """The annotated fields of a class and of its bases, with their schemas."""
+    fields: dict[str, str] = {}
+    for base in node.bases:
+        if isinstance(base, ast.Name) and base.id in nodes:
+            fields |= fields_of(nodes[base.id], nodes)
+    for item in node.body:
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+            named = [part.id for part in ast.walk(item.annotation) if isinstance(part, ast.Name)]
+            fields[item.target.id] = next((name for name in named if name in nodes), "")
+    return {name: child for name, child in fields.items() if not name.startswith("_")}
+
+
+# -- document → problems -------------------------------------------------------------------------
+
+UNSUPPORTED = (
+    "is only supported by `serve deploy`: Serve does not take it for single applications",
+    "leave it out, or deploy this file with `serve deploy`",
+)
+RETIRED = {
+    "max_concurrent_queries": "max_ongoing_requests",
+    "target_num_ongoing_requests_per_replica": "target_ongoing_requests",
+}
+NAME = re.compile(r"[ -\"$-~]+")
+MOST_NAME_CHARACTERS = 231
+"""Ray's metrics take ASCII alone: another name stops Serve's controller for good. "#" separates the
+parts of a replica's name, which, with its application's, becomes a file's (255 bytes)."""
+
+
+def check_document(document: Document, schemas: Schemas) -> Problems:
+    """What is wrong with a document's keys, and with the values that this program itself reads; the
+    others are Ray's own schemas' to check (`check_values`)."""
+    problems = check_keys(document.data, TOP, (), schemas)
+    applications = document.data["applications"]
+    if document.data.get("target_capacity") is not None:
+        problems.append(Problem(("target_capacity",), *UNSUPPORTED))
+    if not applications or not isinstance(applications, list):
+        empty = applications in ([], None)
+        text = "there is no application" if empty else "is not a list of applications"
+        return [*problems, Problem(("applications",), text, warning=empty)]
+    names: list[tuple[str, KeyPath, Any]] = []
+    for index, application in enumerate(applications):
+        path: KeyPath = ("applications", index)
+        if not isinstance(application, dict):
+            continue
+        if application.get("import_path") is None:
+            hint = "for LLMs: import_path: ray.serve.llm:build_openai_app"
+            problems.append(Problem(path, "import_path is missing", hint))
+        if application.get("autoscaling_policy") is not None:
+            problems.append(Problem((*path, "autoscaling_policy"), *UNSUPPORTED))
+        name, route = (*path, "name"), (*path, "route_prefix")
+        names.append(("application", name, application.get("name", DEFAULT_APPLICATION)))
+        names.append(("route", route, application.get("route_prefix", DEFAULT_ROUTE)))
+        for place, override in enumerate(as_list(application.get("deployments"))):
+            where = (*path, "deployments", place, "name")
+            names.append((f"deployment of {index}", where, as_dict(override).get("name")))
+        if is_rays_builder(application):
+            args = as_dict(application.get("args"))
+            problems += check_keys(args, BUILDER, (*path, "args"), schemas)
+            if not any(args.get(key) for key in ("llm_configs", *LLM_ARGS)):
+                hint = "give llm_configs, a list of them"
+                problems.append(Problem((*path, "args"), "there is no LLM", hint))
+    found, models = check_llms(document.data)
+    return problems + found + check_names([*names, *models])
+
+
+def check_llms(data: Config) -> tuple[Problems, list[tuple[str, KeyPath, Any]]]:
+    """What Ray's builders say too late, or too little, about one LLM; and the names in them."""
+    problems: Problems = []
+    names: list[tuple[str, KeyPath, Any]] = []
+    for path, llm, _ in llm_places(data):
+        if not isinstance(llm, dict):
+            continue
+        options = as_dict(llm.get("deployment_config"))
+        model_id = as_dict(llm.get("model_loading_config")).get("model_id")
+        if not isinstance(model_id, str) or not model_id:
+            problems.append(Problem(path, "model_loading_config.model_id is missing, or no text"))
+        group = path[1] if path[-2] == "llm_configs" else path  # prefill and decode share theirs
+        where = (*path, "model_loading_config", "model_id")
+        names.append((f"model id of {group}", where, model_id))
+        where = (*path, "deployment_config", "name")
+        names.append((f"model's deployment of {group}", where, options.get("name")))
+        for option in ("placement_group_bundles", "placement_group_strategy"):
+            if option in options:
+                message = "Ray refuses it here: an engine's bundles are made for its workers"
+                hint = "use placement_group_config, beside deployment_config"
+                problems.append(Problem((*path, "deployment_config", option), message, hint))
+    return problems, names
+
+
+def check_names(names: Iterable[tuple[str, KeyPath, Any]]) -> Problems:
+    """What is wrong with names of which each kind must be there once: (kind, place, name)."""
+    problems: Problems = []
+    first: dict[tuple[str, Any], KeyPath] = {}
+    for kind, path, name in names:
+        if not isinstance(name, str):
+            continue
+        if (kind, name) in first:
+            what, there = kind.partition(" of ")[0], format_key(first[kind, name])
+            message = f"the {what} {name!r} is there twice, first at {there}"
+            problems.append(Problem(path, message, "give each its own"))
+        first.setdefault((kind, name), path)
+        if kind != "route":
+            problems += check_name(name, path)
+        elif not name.isascii():
+            message = "Serve answers 500 to every request under a route that is not ASCII"
+            problems.append(Problem(path, message))
+    return problems
+
+
+def check_name(name: Any, path: KeyPath) -> Problems:
+    """What Ray does not bear in the name of an application or a deployment."""
+    if not isinstance(name, str) or (NAME.fullmatch(name) and len(name) <= MOST_NAME_CHARACTERS):
+        return []
+    hint = f"printable ASCII without '#', at most {MOST_NAME_CHARACTERS} characters with the other"
+    return [Problem(path, f"Ray can't bear the name {show_value(name)}", hint)]
+
+
+def check_keys(value: Config, schema: str, path: KeyPath, schemas: Schemas) -> Problems:
+    """Unknown and misplaced keys of a mapping and of all below it, and what is no mapping."""
+    problems: Problems = []
+    fields = schemas.get(schema)
+    for key, item in value.items():
+        here = (*path, key)
+        if fields is not None and key not in fields:
+            problems.append(unknown_key(key, schema, here, schemas))
+            continue
+        needed, rule = RULES.get(str(key), ("", None))
+        if rule and item is not None and not rule(item):
+            problems.append(Problem(here, f"{show_value(item)} is not {needed}"))
+        child, is_list = (fields or {}).get(key), isinstance(item, list)
+        for index, below in enumerate(item) if is_list else [(0, item)]:
+            place = (*here, index) if is_list else here
+            if child and isinstance(below, dict):
+                problems += check_keys(below, child, place, schemas)
+            elif child and (is_list or item is not None) and not is_path(key, below):
+                problems.append(Problem(place, f"{show_value(below)} is not a mapping"))
+        variables = as_dict(item).get("env_vars") if key == "runtime_env" else None
+        if not isinstance(variables, dict | None):
+            message = f"{show_value(variables)} is not a mapping"
+            problems.append(Problem((*here, "env_vars"), message))
+        for name, text in as_dict(variables).items():
+            if not isinstance(text, str):  # it has broken Serve's controller
+                hint = f'put it in quotes: {name}: "{show_value(text)}"'
+                message = f"{show_value(text)} is not a text"
+                problems.append(Problem((*here, "env_vars", name), message, hint))
+    return problems
+
+
+def is_path(key: Any, value: Any) -> bool:
+    """Whether a text stands where a mapping would, and may."""
+    return isinstance(value, str) and key in PATHS
+
+
+def is_number(value: Any, least: float, most: float = 1e18) -> bool:
+    """Whether a value is a finite number in these bounds; Ray reads one that stands in quotes."""
+    with contextlib.suppress(TypeError, ValueError):
+        return not isinstance(value, bool) and least <= float(value) <= most
+    return False
+
+
+def are_amounts(value: Any) -> bool:
+    bundles = value if isinstance(value, list) else [value]
+    amounts = [amount for bundle in bundles for amount in as_dict(bundle).values()]
+    mappings = all(isinstance(bundle, dict) for bundle in bundles)
+    return mappings and all(is_number(amount, 0) for amount in amounts if amount is not None)
+
+
+def are_options(llm: Config) -> bool:
+    """Whether what a builder of the user's own takes is written as Ray's LLMs are."""
+    parts = [llm.get(key) for key in ADDED[LLM]]
+    options = as_dict(llm.get("deployment_config"))
+    pairs = [*options.items(), *as_dict(options.get("ray_actor_options")).items()]
+    pairs += as_dict(llm.get("engine_kwargs")).items()
+    rules = [RULES[key][1](value) for key, value in pairs if key in RULES and value is not None]
+    return all(isinstance(part, dict | None) for part in parts) and all(rules)
+
+
+RULES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(SHORT_RESOURCES, ("a number, 0 or more", partial(is_number, least=0))),
+    **dict.fromkeys(
+        ("tensor_parallel_size", "pipeline_parallel_size"),
+        ("a whole number, 1 or more", lambda value: is_number(value, 1) and float(value) % 1 == 0),
+    ),
+    **dict.fromkeys(
+        ("resources", "bundle_per_worker", "bundles"), ("amounts, 0 or more", are_amounts)
+    ),
+    "port": ("a port, 1 to 65535", partial(is_number, least=1, most=65535)),
+    "gpu_memory_utilization": ("above 0, 1 at most", partial(is_number, least=1e-6, most=1)),
+}
+"""What the values have to be that this program itself reads."""
+
+
+def unknown_key(key: Any, schema: str, path: KeyPath, schemas: Schemas) -> Problem:
+    """What to say about a key that a schema does not have.
+
+    A near miss is an error, and so is a key that Ray ignores and that belongs elsewhere. Others may
+    be a later Ray's, or at the top another tool's: they are errors only where Ray refuses them.
+    """
+    fields, wrong = schemas[schema], partial(Problem, path)
+    close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.75)
+    if key in RETIRED:
+        return wrong("is an old name", f"write {RETIRED[key]}")
+    if schema not in (ENGINE, TOP):
+        mounts = {"runtime_env": ("env_vars", "pip"), "deployment_config": SHORT_RESOURCES}
+        mounts["args"] = tuple(schemas.get(BUILDER, ()))
+        for parent, child in itertools.chain(*(known.items() for known in schemas.values())):
+            mounts[parent] = (*mounts.get(parent, ()), *schemas.get(child, ()))
+        belongs = next((parent for parent, keys in mounts.items() if key in keys), "")
+        if belongs:
+            return wrong("does not belong here", f"move it into {belongs}, or beside it")
+    if close:
+        return wrong(f"unknown key, did you mean {close[0]!r}?")
+    if schema == ENGINE:
+        return wrong("unknown key, which the installed vLLM does not take")
+    if schema in FORBIDS_OTHERS:
+        return wrong("unknown key", f"known are {', '.join(sorted(fields))}")
+    return wrong("unknown key; Ray ignores it", warning=True)
+
+
+def deployment_options(data: Config) -> Iterator[tuple[KeyPath, Config]]:
+    """The options of single deployments in a normalised document, with their places."""
+    applications = data["applications"]
+    for index, application in enumerate(applications):
+        for number, override in enumerate(as_list(application.get("deployments"))):
+            yield ("applications", index, "deployments", number), as_dict(override)
+    for path, llm, _ in llm_places(data):
+        if is_rays_builder(applications[path[1]]):
+            yield (*path, "deployment_config"), as_dict(llm["deployment_config"])
+
+
+def show_value(value: Any) -> str:
+    """A value in a message, short and in YAML's words."""
+    text = json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+    return shortened(repr(value) if isinstance(value, str) else text, MOST_VALUE_CHARACTERS)
+
+
+def shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def located(document: Document, problems: Problems) -> Problems:
+    """Problems with the place of the nearest key that stands in a file, in the order of those."""
+    found = []
+    for problem in problems:
+        nearest = [problem.path[:length] for length in range(len(problem.path), 0, -1)]
+        places = [document.places[path] for path in nearest if path in document.places]
+        place = problem.place or next(iter(places), (document.file, 1, 1))
+        found.append(replace(problem, place=place))
+    return sorted(dict.fromkeys(found), key=lambda problem: problem.place or ("", 0, 0))
+
+
+def format_problem(problem: Problem) -> str:
+    """ "config.yaml:14:9: applications[0].name: what is wrong; what would be right"."""
+    file, line, column = problem.place or ("", 0, 0)
+    parts = [f"{file}:{line}:{column}" if line else file]
+    parts += ["warning"] * problem.warning
+    parts += [format_key(problem.path)] * bool(problem.path)
+    return ": ".join([*parts, problem.message]) + (f"; {problem.hint}" if problem.hint else "")
+
+
+def format_key(path: KeyPath) -> str:
+    """A key path as people write it: applications[0].args.llm_configs[0]."""
+    parts = [f"[{key}]" if isinstance(key, int) else f".{key}" for key in path]
+    return "".join(parts).removeprefix(".")
+
+
+# ======================================================================================
+# 5. Resources: short keys, the engine's share, what one replica reserves
+# ======================================================================================
+
+MOST_SHARE_FOR_TWO = 0.5
+
+
+def read_applications(document: Document) -> tuple[tuple[ApplicationSpec, ...], Problems]:
+    """The applications of a checked document, normalised, with what there is to say about them.
+
+    Short resource keys go into `ray_actor_options`, and each LLM's engine is fitted to the share
+    that its deployment declares. The document is not changed.
+    """
+    data = unshared(document.data)
+    problems: Problems = []
+    applications = as_list(data["applications"])
+    for index, config in enumerate(applications):
+        for place, override in enumerate(as_list(config.get("deployments"))):
+            path: KeyPath = ("applications", index, "deployments", place)
+            problems += move_short_keys(as_dict(override), path)
+        if config.get("logging_config") is None and data.get("logging_config"):
+            config["logging_config"] = data["logging_config"]
+        config.setdefault("name", DEFAULT_APPLICATION)
+    models: dict[int, list[ModelSpec]] = {}
+    for path, llm, _ in llm_places(data):
+        application = applications[index := int(path[1])]
+        if not is_rays_builder(application) and not are_options(llm):
+            continue
+        llm["deployment_config"] = llm.get("deployment_config") or {}
+        problems += move_short_keys(llm["deployment_config"], (*path, "deployment_config"))
+        problems += fit_engine(llm, path, as_dict(application.get("runtime_env")))
+        models.setdefault(index, []).append(describe_model(llm))
+    specs = []
+    for index, config in enumerate(applications):
+        route, mine = config.get("route_prefix", DEFAULT_ROUTE), tuple(models.get(index, ()))
+        specs.append(ApplicationSpec(index, config["name"], route, config, mine))
+    return tuple(specs), problems
+
+
+def move_short_keys(options: Config, path: KeyPath) -> Problems:
     """Move `num_cpus`/`cpus` and `num_gpus`/`gpus` into `ray_actor_options`, as floats."""
-    findings: Findings = []
-    actor_options = dict(options.get("ray_actor_options") or {})
+    problems: Problems = []
+    actor = dict(options.get("ray_actor_options") or {})
     for option, spellings in SHORT_KEYS.items():
-        given: dict[KeyPath, Any] = {
-            (key,): options.pop(key) for key in spellings if key in options
-        }
-        if option in actor_options:
-            given[("ray_actor_options", option)] = actor_options[option]
+        given: dict[KeyPath, Any] = {(k,): options.pop(k) for k in spellings if k in options}
+        given[("ray_actor_options", option)] = actor.get(option)
         values = {where: float(value) for where, value in given.items() if value is not None}
         if len(set(values.values())) > 1:
-            first, second = list(values)[:2]
-            findings.append(
-                Finding(
-                    (*path, *first),
-                    f"{format_key(first)}: {short(values[first])} and "
-                    f"{format_key(second)}: {short(values[second])} disagree",
-                    "give one of them",
-                )
-            )
+            texts = [f"{format_key(where)}: {short(value)}" for where, value in values.items()]
+            message = f"{' and '.join(texts)} disagree"
+            problems.append(Problem((*path, *next(iter(values))), message, "give one of them"))
         if values:
-            actor_options[option] = next(iter(values.values()))
-    if actor_options:
-        options["ray_actor_options"] = actor_options
-    return findings
+            actor[option] = next(iter(values.values()))
+    if actor:
+        options["ray_actor_options"] = actor
+    return problems
 
 
-def fit_engine(llm: Config, path: KeyPath, application_runtime_env: Config) -> Findings:
+def actor_options(llm: Config) -> Config:
+    return as_dict(as_dict(llm.get("deployment_config")).get("ray_actor_options"))
+
+
+def accelerator_kind(llm: Config) -> str:
+    """ "cpu", "gpu", "tpu", or "" when the config does not say."""
+    declared = as_dict(llm.get("accelerator_config")).get("kind")
+    accelerator = str(llm.get("accelerator_type") or "")
+    implied = "tpu" if accelerator.startswith("TPU") else "gpu" if accelerator else ""
+    return str(declared or implied)
+
+
+def engine_workers(llm: Config) -> int:
+    """How many workers an engine has: tensor parallel times pipeline parallel."""
+    engine = as_dict(llm.get("engine_kwargs"))
+    sizes = (engine.get("tensor_parallel_size"), engine.get("pipeline_parallel_size"))
+    return math.prod(int(float(size or 1)) for size in sizes)
+
+
+def worker_bundles(llm: Config) -> list[Config]:
+    """The bundles of the engine's workers, as `placement_group_config` asks for them."""
+    config = as_dict(llm.get("placement_group_config"))
+    if config.get("bundle_per_worker") is not None:
+        return [dict(config["bundle_per_worker"])] * engine_workers(llm)
+    return [dict(bundle) for bundle in config.get("bundles") or []]
+
+
+def worker_share(llm: Config) -> float:
+    """The GPU share of a worker, 0 when there is none."""
+    return next((float(b["GPU"]) for b in worker_bundles(llm) if b.get("GPU")), 0.0)
+
+
+def fit_engine(llm: Config, path: KeyPath, application_env: Config) -> Problems:
     """Make one LLM's replicas reserve exactly the CPUs and GPUs that it declares (in place).
 
     Ray's `LLMServer` reserves the *sum* of `ray_actor_options` and of one bundle an engine worker
     (1 GPU each by default), so `num_gpus: 0.45` alone reserves 1.45 GPU (measured on Ray 2.60). The
     share therefore moves to the workers' bundles, and the replica actor keeps the CPUs.
     """
+    gpus, place = actor_options(llm).get("num_gpus"), (*path, "deployment_config")
     if llm.get("server_cls") or accelerator_kind(llm) == "tpu":
         return []
     if llm.get("placement_group_config"):
-        return check_own_placement_group(llm, path) + share_memory(
-            llm, path, own_worker_share(llm), application_runtime_env
-        )
-    actor_options: Config = llm["deployment_config"].get("ray_actor_options") or {}
-    gpus = actor_options.get("num_gpus")
-    if accelerator_kind(llm) == "cpu" or gpus == 0:
-        return fit_cpu_engine(llm, path)
-    if gpus is None:
+        # The user's own stays as it is.
+        problems: Problems = []
+        workers = sum(float(bundle.get("GPU") or 0) for bundle in worker_bundles(llm))
+        if workers and gpus:
+            message = (
+                f"{short(workers)} GPU here and num_gpus: {short(gpus)} count twice: a replica "
+                f"reserves {short(workers + gpus)} GPU"
+            )
+            hint = "set num_gpus: 0, or leave out placement_group_config"
+            problems.append(Problem((*path, "placement_group_config"), message, hint, warning=True))
+    elif accelerator_kind(llm) == "cpu" or gpus == 0:
+        problems = fit_cpu_engine(llm, place)
+    elif gpus is not None:
+        problems = fit_gpu_engine(llm, place, float(gpus))
+    else:
         return []
-    return fit_gpu_engine(llm, path, float(gpus), application_runtime_env)
+    return problems + share_memory(llm, path, application_env)
 
 
-def accelerator_kind(llm: Config) -> str:
-    """ "cpu", "gpu", "tpu", or "" when the config does not say."""
-    declared = (llm.get("accelerator_config") or {}).get("kind")
-    if declared:
-        return str(declared)
-    accelerator = str(llm.get("accelerator_type") or "")
-    return "tpu" if accelerator.startswith("TPU") else "gpu" if accelerator else ""
-
-
-def engine_workers(llm: Config) -> int:
-    """How many workers an engine has: tensor parallel times pipeline parallel."""
-    engine = llm.get("engine_kwargs") or {}
-    sizes = (engine.get("tensor_parallel_size"), engine.get("pipeline_parallel_size"))
-    return math.prod(int(size or 1) for size in sizes)
-
-
-def fit_cpu_engine(llm: Config, path: KeyPath) -> Findings:
+def fit_cpu_engine(llm: Config, place: KeyPath) -> Problems:
     """One bundle with nothing in it for the workers: they are local processes of the replica."""
-    options = llm["deployment_config"].get("ray_actor_options") or {}
+    options = actor_options(llm)
     gpus = options.get("num_gpus")
     if accelerator_kind(llm) == "gpu":
-        return [
-            Finding(
-                (*path, "deployment_config"),
-                "num_gpus: 0 asks for the CPU engine, but "
-                + ("accelerator_type" if llm.get("accelerator_type") else "accelerator_config")
-                + " asks for GPUs",
-                "remove one of them, or give num_gpus the share that a replica takes",
-            )
-        ]
+        key = "accelerator_type" if llm.get("accelerator_type") else "accelerator_config"
+        message = f"num_gpus: 0 asks for the CPU engine, but {key} asks for GPUs"
+        hint = "remove one of them, or give num_gpus the share that a replica takes"
+        return [Problem(place, message, hint)]
     llm["accelerator_config"] = {"kind": "cpu"}
-    if "num_cpus" not in options and gpus is None:
-        return []
-    worker: Config = {"CPU": 0}
-    if gpus:
-        worker["GPU"] = gpus
-        options["num_gpus"] = 0.0
-    llm["placement_group_config"] = {"bundles": [worker]}
+    if options.get("num_cpus") is not None or gpus is not None:
+        worker: Config = {"CPU": 0}
+        if gpus:
+            worker["GPU"], options["num_gpus"] = gpus, 0.0
+        llm["placement_group_config"] = {"bundles": [worker]}
     return []
 
 
-def fit_gpu_engine(llm: Config, path: KeyPath, gpus: float, app_env: Config) -> Findings:
+def fit_gpu_engine(llm: Config, place: KeyPath, gpus: float) -> Problems:
     """`gpus` GPUs in all for one replica, spread evenly over its engine's workers."""
     workers = engine_workers(llm)
-    share = math.floor(round(gpus / workers * GPU_STEP, 3)) / GPU_STEP
-    findings: Findings = []
+    share = math.floor(round(gpus / workers * STEPS, 3)) / STEPS
+    warn = partial(Problem, place, warning=True)
+    problems: Problems = []
+    each = f"num_gpus: {short(gpus)} over {workers} engine worker(s) is {short(share)} GPU a worker"
     if share > 1 and share != int(share):
-        return [
-            Finding(
-                (*path, "deployment_config"),
-                f"num_gpus: {short(gpus)} over {workers} engine worker(s) is {short(share)} GPU "
-                "a worker; above 1 Ray takes whole GPUs only",
-                f"use {int(share) * workers} or {(int(share) + 1) * workers}",
-            )
-        ]
+        hint = f"use {int(share) * workers} or {(int(share) + 1) * workers}"
+        return [Problem(place, f"{each}; above 1 Ray takes whole GPUs only", hint)]
     if share > 1:
-        findings.append(
-            Finding(
-                (*path, "deployment_config"),
-                f"num_gpus: {short(gpus)} reserves {short(share)} GPUs for each of "
-                f"{workers} engine worker(s), and a worker uses one",
-                f"set engine_kwargs.tensor_parallel_size: {int(gpus)}",
-                Severity.WARNING,
-            )
-        )
-    if abs(share * workers - gpus) > 0.5 / GPU_STEP:
-        findings.append(
-            Finding(
-                (*path, "deployment_config"),
-                f"num_gpus: {short(gpus)} does not divide evenly over {workers} engine workers: "
-                f"a replica reserves {short(share * workers)} GPU",
-                severity=Severity.WARNING,
-            )
-        )
+        hint = f"set engine_kwargs.tensor_parallel_size: {int(gpus)}"
+        problems.append(warn(f"{each}, and a worker uses one", hint))
+    if abs(share * workers - gpus) > 0.5 / STEPS:
+        total = short(share * workers)
+        problems.append(warn(f"{each}, cut to four digits: a replica reserves {total} GPU"))
     if workers > 1 and share <= MOST_SHARE_FOR_TWO:
-        findings.append(
-            Finding(
-                (*path, "deployment_config"),
-                f"{workers} engine workers of {short(share)} GPU fit on one card, and Ray may put "
-                "them there; on real GPUs NCCL refuses two workers on one",
-                "give each worker more than half a GPU, or use one worker",
-                Severity.WARNING,
-            )
+        message = (
+            f"{workers} engine workers of {short(share)} GPU fit on one card, and Ray may put "
+            "them there; on real GPUs NCCL refuses two workers on one"
         )
-    llm["deployment_config"]["ray_actor_options"]["num_gpus"] = 0.0
+        hint = "give each worker more than half a GPU, or use one worker"
+        problems.append(warn(message, hint))
+    actor_options(llm)["num_gpus"] = 0.0
     llm["placement_group_config"] = {"bundle_per_worker": {"GPU": share}}
-    return findings + share_memory(llm, path, share, app_env)
+    return problems
 
 
-def share_memory(llm: Config, path: KeyPath, share: float, app_env: Config) -> Findings:
+def share_memory(llm: Config, path: KeyPath, application_env: Config) -> Problems:
     """Tell an engine that gets a part of a card to ask Ray, and the card's memory, for that part.
 
     Without the variable the engine asks Ray for a whole GPU and dies with "cannot fit"
-    (ray-project/ray#63875); without the fraction each engine takes 0.9 of the card.
+    (ray-project/ray#63875); without the fraction each engine takes 0.9 of the card, and it demands
+    that much free memory even where `kv_cache_memory_bytes` is given (vllm/v1/worker/utils.py).
     """
+    share = worker_share(llm)
     if not 0 < share < 1:
         return []
-    runtime_env = dict(llm.get("runtime_env") or {})
-    actor_options = llm["deployment_config"].get("ray_actor_options") or {}
     # LLMServer lays the LLM's runtime_env over the actor's and the application's key by key, so
     # an `env_vars` here would hide theirs: it has to repeat them.
-    sources = (runtime_env, actor_options.get("runtime_env") or {}, app_env)
-    inherited: Config = next((env["env_vars"] for env in sources if env.get("env_vars")), {})
+    runtime_env = dict(as_dict(llm.get("runtime_env")))
+    sources = (runtime_env, as_dict(actor_options(llm).get("runtime_env")), application_env)
+    inherited = next(filter(None, (as_dict(env.get("env_vars")) for env in sources)), {})
     runtime_env["env_vars"] = {"VLLM_RAY_PER_WORKER_GPUS": str(share), **inherited}
     llm["runtime_env"] = runtime_env
     if accelerator_kind(llm) == "cpu":
         return []
     engine = llm["engine_kwargs"] = dict(llm.get("engine_kwargs") or {})
-    asked = engine.get("gpu_memory_utilization")
-    if asked is None and engine.get("kv_cache_memory_bytes") is None:
-        engine["gpu_memory_utilization"] = round(WHOLE_GPU_MEMORY_FRACTION * share, 4)
-    if asked is not None and asked > share:
-        return [
-            Finding(
-                (*path, "engine_kwargs", "gpu_memory_utilization"),
-                f"{short(asked)} of the card's memory is more than the {short(share)} GPU that a "
-                "worker reserves: engines that share the card may run out of memory",
-                f"leave it out (it becomes {short(WHOLE_GPU_MEMORY_FRACTION * share)}) or lower it",
-                Severity.WARNING,
-            )
-        ]
-    return []
-
-
-def worker_bundles(llm: Config) -> list[Config]:
-    """The engine workers' bundles that a user's own `placement_group_config` asks for."""
-    config = llm.get("placement_group_config") or {}
-    if config.get("bundle_per_worker") is not None:
-        return [dict(config["bundle_per_worker"])] * engine_workers(llm)
-    return [dict(bundle) for bundle in config.get("bundles") or []]
-
-
-def own_worker_share(llm: Config) -> float:
-    """The GPU share of a worker in a user's own placement group, 0 when there is none."""
-    return next((float(b["GPU"]) for b in worker_bundles(llm) if b.get("GPU")), 0.0)
-
-
-def check_own_placement_group(llm: Config, path: KeyPath) -> Findings:
-    """A user's own `placement_group_config` stays as it is; warn when it counts something twice."""
-    actor_options = llm["deployment_config"].get("ray_actor_options") or {}
-    workers = sum(float(bundle.get("GPU") or 0) for bundle in worker_bundles(llm))
-    actor = float(actor_options.get("num_gpus") or 0)
-    if not (workers and actor):
+    fitting = round(WHOLE_GPU_MEMORY_FRACTION * share, 4)
+    asked = engine.setdefault("gpu_memory_utilization", fitting)
+    if float(asked) <= share:
         return []
-    return [
-        Finding(
-            (*path, "placement_group_config"),
-            f"{short(workers)} GPU here and num_gpus: {short(actor)} count twice: a replica "
-            f"reserves {short(workers + actor)} GPU",
-            "set num_gpus: 0, or leave out placement_group_config",
-            Severity.WARNING,
+    message = (
+        f"{short(float(asked))} of the card's memory is more than the {short(share)} GPU that a "
+        "worker reserves: engines that share the card may run out of memory"
+    )
+    hint = f"leave it out (it becomes {short(fitting)}) or lower it"
+    place = (*path, "engine_kwargs", "gpu_memory_utilization")
+    return [Problem(place, message, hint, warning=True)]
+
+
+def describe_model(llm: Config) -> ModelSpec:
+    """What people read about a fitted LLM, and what it promises: nothing of what it leaves to Ray.
+    The deployment's name is made as Ray's builder makes it."""
+    loading, engine = as_dict(llm["model_loading_config"]), as_dict(llm.get("engine_kwargs"))
+    model_id, options = str(loading.get("model_id")), actor_options(llm)
+    source = loading.get("model_source") or model_id
+    share, workers = worker_share(llm), worker_bundles(llm)
+    shares = 0 < share < 1 and accelerator_kind(llm) not in ("cpu", "tpu")
+    promised: dict[str, float] = dict(options.get("resources") or {})
+    for option, resource in (("num_cpus", "CPU"), ("num_gpus", "GPU"), ("memory", "memory")):
+        held = sum(float(bundle.get(resource) or 0) for bundle in workers)
+        if options.get(option) is not None or held:
+            promised[resource] = float(options.get(option) or 0) + held
+    notes = []
+    if options.get("num_gpus") is None and not workers:
+        notes.append("num_gpus is not given: Ray's default of 1 GPU for each engine worker")
+    if shares and "gpu_memory_utilization" in engine:
+        fraction = short(float(engine["gpu_memory_utilization"]))
+        notes.append(
+            f"gpu_memory_utilization {fraction} for a share of {short(share)} GPU a worker"
         )
-    ]
+    return ModelSpec(
+        model_id,
+        source=str(source.get("bucket_uri", "") if isinstance(source, dict) else source),
+        deployment_name=as_dict(llm["deployment_config"]).get("name")
+        or model_id.replace("/", "--").replace(".", "_"),
+        promised={} if llm.get("server_cls") else promised,
+        measures_memory=shares and not engine.get("kv_cache_memory_bytes"),
+        notes=tuple(notes),
+    )
 
 
 def short(number: float) -> str:
@@ -1746,79 +1322,49 @@ def short(number: float) -> str:
     return f"{number:.4f}".rstrip("0").rstrip(".")
 
 
+def format_amount(resource: str, amount: float) -> str:
+    """ "0.45", "0.10", "1", "16"; bytes as "2 GB"."""
+    if resource in ("memory", "object_store_memory"):
+        return f"{amount / 1e9:.3g} GB"
+    text = short(amount)
+    return f"{text}0" if re.fullmatch(r"\d+\.\d", text) else text
+
+
 def format_resources(resources: Resources) -> str:
-    """ "1.0 CPUs, 0.45 GPUs" and then whatever else: "memory 2.0 GB, custom 1"."""
-    parts = [
-        f"{round(float(resources[key]), 4)} {key}s" for key in ("CPU", "GPU") if key in resources
-    ]
-    for key, amount in sorted(resources.items()):
-        if key == "memory":
-            parts.append(f"memory {amount / 1e9:.1f} GB")
-        elif key not in ("CPU", "GPU"):
-            parts.append(f"{key} {short(amount)}")
+    """ "1.0 CPUs, 0.45 GPUs" and then whatever else: "memory 2 GB, custom 1"."""
+    parts = [f"{round(float(resources[k]), 4)} {k}s" for k in ("CPU", "GPU") if k in resources]
+    others = sorted(resource for resource in resources if resource not in ("CPU", "GPU"))
+    parts += [f"{resource} {format_amount(resource, resources[resource])}" for resource in others]
     return ", ".join(parts) or "nothing"
 
 
 # ======================================================================================
-# 5. Plan: demands and nodes → placement, fit, what would help
+# 6. Plan: demands × nodes → placement
 # ======================================================================================
 #
-# How Ray 2.60 places a placement group, as far as it was read and tried (test_plan_against_ray.py):
-#   1. GCS picks nodes by each node's *sums* (gcs_placement_group_scheduler.cc).
-#   2. Each picked raylet allocates *instances*: a share of a GPU comes from one GPU
-#      (resource_instance_set.cc). It may refuse what GCS picked (ray-project/ray#52133, #54729).
-#   3. After a refusal GCS wrongly keeps the refused amounts deducted from its view of that node,
-#      until something changes there. So its next attempts try the other nodes; but what it could
-#      place there meanwhile has to wait as well. What comes of that is a matter of timing: such
-#      verdicts are not `sure`.
+# GCS picks nodes by each node's *sums*; each picked raylet then allocates *devices* (a share of a
+# GPU comes from one GPU), and may refuse, upon which GCS tries others (ray-project/ray#52133). Here
+# a node counts only if its devices do. Where Ray would first pick one whose devices don't, its
+# answer may come late, which the plan says. Compared with raylets in test_plan_against_ray.py.
 
-UNITS = 10_000
-"""Ray counts resources in steps of 1/10000 (fixed_point.h); all amounts in this section do."""
+STEPS = 10_000
+"""Ray counts resources in steps of 1/10000, and so do all amounts in this section."""
 
 PER_DEVICE = frozenset(
     ("GPU", "TPU", "neuron_cores", "NPU", "HPU", "RBLN", "FURIOSA", "TTNPU", "MBLT")
 )
 """Resources that Ray allocates device by device (ray_config_def.h, unit_instance_resources)."""
 
-PREDEFINED = ("object_store_memory", "memory", "CPU")
-
 IMPLICIT = "node:__internal_implicit_resource_"
 """Every node has 1 of each resource named so; Serve's `max_replicas_per_node` takes 1/n of it."""
 
-ORDERS_TRIED = 8
-
-UNSURE = (
+SLOW = (
     "fits, but Ray may be slow to see it: it picks nodes by the sum of their free GPU shares, and "
     "single GPUs refuse (ray-project/ray#52133)"
 )
-HELP_EFFORT = 60_000
-"""How many times a replica may be tried on a node while looking for help: about half a second."""
 
-Amounts = Mapping[str, int]
-
-
-class Fit(enum.Enum):
-    FITS = "fits"
-    NOT_NOW = "does not fit now"
-    NEVER = "can never fit"
-
-
-@dataclass(frozen=True)
-class Bundle:
-    """One bundle of a placement group, in Ray's units."""
-
-    needs: Amounts
-    selector: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Stock:
-    """What one node has: each resource by instance (a GPU, a share of it), and in sum."""
-
-    name: str
-    labels: Mapping[str, str]
-    instances: Mapping[str, tuple[int, ...]]
-    sums: Amounts
+Devices = tuple[int, ...]
+"""What is free of a resource, device by device; one "device" for what is not counted so."""
 
 
 @dataclass(frozen=True)
@@ -1827,850 +1373,388 @@ class Slot:
 
     node: int
     resources: Resources
-    gpus: tuple[tuple[int, float], ...] = ()
-
-
-Replica = tuple[Slot, ...]
+    gpus: Mapping[int, float]
 
 
 @dataclass(frozen=True)
-class Shortage:
-    """Why a deployment's replica finds no place. `resource` is empty when each resource is free
-    somewhere, only not together. Amounts are as people write them (0.45 GPU, bytes of memory)."""
-
-    resource: str
-    needed: float
-    largest_free: float = 0.0
-    free_where: str = ""
-    largest_total: float = 0.0
-    total_where: str = ""
-    held_by: tuple[str, ...] = ()
-    detail: str = ""
-    help: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Fitting:
-    """What became of one demand: where its minimum of replicas goes, and how far it could grow."""
+class Fit:
+    """What became of one demand: where its minimum of replicas goes, and if not all of it does,
+    whether it `never` will, and why."""
 
     demand: Demand
-    fit: Fit
-    replicas: tuple[Replica, ...]
-    room_for: int = 0
-    shortage: Shortage | None = None
-    sure: bool = True  # False: Ray's answer depends on the moment of its attempts
-
-    @property
-    def label(self) -> str:
-        return label_of(self.demand)
+    slots: tuple[tuple[Slot, ...], ...]  # one tuple a replica
+    reason: str = ""
+    never: bool = False
+    slow: bool = False
 
 
 @dataclass(frozen=True)
-class Prediction:
-    nodes: tuple[Node, ...]
-    fittings: tuple[Fitting, ...]
-    ledger: Ledger
+class Plan:
+    """Where everything goes, and what is free on each node after that."""
+
+    nodes: Sequence[Node]
+    fits: tuple[Fit, ...]
+    free: Sequence[Mapping[str, Devices]]
 
     @property
-    def misfits(self) -> tuple[Fitting, ...]:
-        return tuple(fitting for fitting in self.fittings if fitting.fit is not Fit.FITS)
+    def misfits(self) -> list[Fit]:
+        return [fit for fit in self.fits if fit.reason]
+
+    def placed(self, node: int) -> list[tuple[str, Slot]]:
+        """What the plan puts on a node: ("application/deployment", slot)."""
+        pairs = [(fit.demand.label, replica) for fit in self.fits for replica in fit.slots]
+        return [(label, slot) for label, slots in pairs for slot in slots if slot.node == node]
 
 
-def label_of(demand: Demand) -> str:
-    return f"{demand.application}/{demand.deployment}"
-
-
-# -- from nodes and demands to Ray's units -----------------------------------------------------
-
-
-def requested_units(amount: float) -> int:
-    """A requested amount as Ray counts it: the rest is cut off, not rounded (fixed_point.h), so
-    seven replicas of 1/7 do fit on one node."""
-    return int(amount * UNITS)
-
-
-def reported_units(amount: float) -> int:
-    """An amount that Ray reported, which is a multiple of 1/10000 but for float noise."""
-    return round(amount * UNITS)
-
-
-def stock_of(node: Node, amounts: Resources, gpus: tuple[float, ...] = ()) -> Stock:
-    """A node with these amounts of each resource, and these shares of its GPUs where known."""
-    instances: dict[str, tuple[int, ...]] = {}
-    for resource, total in node.total.items():
-        amount = amounts.get(resource, 0.0)  # Ray leaves out what is used up
-        if resource not in PER_DEVICE:
-            instances[resource] = (reported_units(amount),)
-        else:
-            shares = gpus if resource == "GPU" and gpus else initial_free_gpus(total, (), amount)
-            instances[resource] = tuple(map(reported_units, shares))
-    sums = {resource: sum(shares) for resource, shares in instances.items()}
-    return Stock(node.name, node.labels, instances, sums)
-
-
-def bundles_of(demand: Demand) -> tuple[Bundle, ...]:
-    """One replica's bundles. `max_replicas_per_node` becomes a share of an implicit resource, as
-    Serve does it (deployment_scheduler.py, `_schedule_replica`)."""
-    extra: dict[str, float] = {}
-    if demand.max_replicas_per_node:
-        extra[IMPLICIT + label_of(demand)] = 1.0 / demand.max_replicas_per_node
-    selectors = demand.label_selectors or ({},) * len(demand.bundles)
-    bundles = []
-    for bundle, selector in zip(demand.bundles, selectors, strict=True):
-        amounts = {r: requested_units(a) for r, a in (*bundle.items(), *extra.items())}
-        bundles.append(Bundle({r: a for r, a in amounts.items() if a > 0}, selector))
-        extra = {}
-    return tuple(bundles)
-
-
-def initial_free_gpus(
-    total: float, running: Sequence[float], free: float | None = None
-) -> tuple[float, ...]:
+def free_gpus(total: float, held: Iterable[float], free: float) -> tuple[float, ...]:
     """Guess the free share of each GPU of a node from the GPU demands that run on it, in the order
-    in which they came; Ray itself reports only their sum (`free`).
-
-    Where the sum is lower than the replay says, somebody else holds the difference: whole GPUs as
-    far as there are, the rest on the freest ones, so that the guess promises too little.
-    """
-    gpus = (UNITS,) * int(total)
-    for demand in map(requested_units, running):
-        taken = allocate(gpus, demand) or drained(gpus, demand)
-        gpus = subtract(gpus, taken)
-    unknown = 0 if free is None else max(0, sum(gpus) - reported_units(free))
-    whole = allocate(gpus, unknown // UNITS * UNITS)
-    if whole is not None:
-        gpus = subtract(gpus, whole)
-        unknown %= UNITS
-    return tuple(gpu / UNITS for gpu in subtract(gpus, drained(gpus, unknown)))
+    in which they came; Ray itself reports only their sum (`free`). What nobody is known to hold is
+    taken from the freest GPUs, so that the guess promises too little."""
+    devices: Devices = (STEPS,) * int(total)
+    for amount in held:
+        devices = minus(devices, take(devices, int(amount * STEPS)) or (0,) * len(devices))
+    unknown = sum(devices) - round(free * STEPS)
+    while unknown > 0 and any(devices):
+        freest = max(range(len(devices)), key=lambda index: devices[index])
+        part = min(unknown, devices[freest])
+        devices = minus(devices, tuple(part * (i == freest) for i in range(len(devices))))
+        unknown -= part
+    return tuple(device / STEPS for device in devices)
 
 
-def drained(instances: tuple[int, ...], amount: int) -> tuple[int, ...]:
-    """Take `amount` from the freest instances first, across as many as it needs."""
-    taken = [0] * len(instances)
-    for index in sorted(range(len(instances)), key=lambda i: -instances[i]):
-        taken[index] = min(instances[index], amount)
-        amount -= taken[index]
-    return tuple(taken)
+def node_of(
+    name: str,
+    row: Config,
+    free: Resources,
+    held: Sequence[tuple[str, Resources]],
+    giving_way: Collection[str],
+) -> Node:
+    """A node from a row of `ray.nodes()`. Ray tells what is free on it only in sums; a GPU's own
+    free share is worked out from the replicas that hold parts of it."""
+    staying = [item for item in held if item[0].split("/")[0] not in giving_way]
+    sums = Counter(free)
+    for item in held:
+        sums.update(item[1] if item not in staying else {})
+    shares = [amounts["GPU"] for _, amounts in staying if amounts.get("GPU")]
+    total = row["Resources"]
+    gpus = free_gpus(total.get("GPU", 0.0), shares, sums["GPU"])
+    return Node(name, total, sums, gpus, row.get("Labels") or {}, tuple(staying))
 
 
-# -- the raylet: instances ---------------------------------------------------------------------
+AUTOSCALER = re.compile(
+    r"^[^\n]* StandardAutoscaler: (\{.*\})$|Using Autoscaling Config: \n(.*?)^\d{4}-\d\d-\d\d ",
+    re.MULTILINE | re.DOTALL,
+)
+"""How the head's monitor.log tells its configuration, with v1 and with v2."""
 
 
-def allocate(instances: tuple[int, ...], demand: int) -> tuple[int, ...] | None:
-    """What a raylet takes from each instance: whole free devices for the whole part of the demand,
-    the rest from the one device that it fits best (NodeResourceInstanceSet::TryAllocate)."""
-    if len(instances) == 1:
-        return (demand,) if instances[0] >= demand else None
-    taken = [0] * len(instances)
-    for index, free in enumerate(instances):
-        if demand >= UNITS and free == UNITS:
-            taken[index] = UNITS
-            demand -= UNITS
-    if demand >= UNITS:
+def new_nodes(monitor_log: str) -> list[Node]:
+    """The nodes that an autoscaler with this log may add, a few of each type."""
+    found = AUTOSCALER.search(monitor_log)
+    config = as_dict(found and yaml.safe_load(found[1] or found[2]))
+    nodes = []
+    readonly = as_dict(config.get("provider")).get("type") == "readonly"
+    for name, kind in as_dict(config.get("available_node_types")).items() if not readonly else ():
+        most = kind.get("max_workers", config.get("max_workers", 0))
+        node = Node(
+            f"{name} (the autoscaler may add it)", kind.get("resources") or {}, {}, new=True
+        )
+        nodes += [node] * min(most, MOST_NEW_NODES)
+    return nodes
+
+
+def take(devices: Devices, need: int) -> Devices | None:
+    """What a raylet takes from each device: whole free ones for the whole part of the need, the
+    rest from the one that it fits best (NodeResourceInstanceSet::TryAllocate)."""
+    if len(devices) == 1:
+        return (need,) if devices[0] >= need else None
+    taken = [0] * len(devices)
+    for index, free in enumerate(devices):
+        if need >= STEPS and free == STEPS:
+            taken[index] = STEPS
+            need -= STEPS
+    rooms = [(free - t - need, i) for i, (free, t) in enumerate(zip(devices, taken, strict=True))]
+    fitting = [room for room in rooms if room[0] >= 0]
+    if need >= STEPS or not fitting:
         return None
-    if demand > 0:
-        rooms = [(f - t - demand, i) for i, (f, t) in enumerate(zip(instances, taken, strict=True))]
-        best = min((room for room in rooms if room[0] >= 0), default=None)
-        if best is None:
-            return None
-        taken[best[1]] += demand
+    taken[min(fitting)[1]] += need
     return tuple(taken)
 
 
-def subtract(instances: tuple[int, ...], taken: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(have - take for have, take in zip(instances, taken, strict=True))
+def minus(devices: Devices, taken: Devices) -> Devices:
+    return tuple(have - part for have, part in zip(devices, taken, strict=True))
 
 
-def grant(stock: Stock, bundle: Bundle, node: int) -> tuple[Stock, Slot] | None:
-    """What PrepareBundle does on a raylet: all resources of the bundle, or a refusal."""
-    instances, sums = dict(stock.instances), dict(stock.sums)
-    gpus: tuple[tuple[int, float], ...] = ()
-    for resource, need in bundle.needs.items():
-        taken = allocate(instances.get(resource) or (left(sums, resource),), need)
-        if taken is None:
-            return None
-        instances[resource] = subtract(instances.get(resource) or (left(sums, resource),), taken)
-        sums[resource] = left(sums, resource) - need
-        if resource == "GPU":
-            gpus = tuple((index, share / UNITS) for index, share in enumerate(taken) if share)
-    amounts = {r: need / UNITS for r, need in bundle.needs.items() if not r.startswith(IMPLICIT)}
-    return replace(stock, instances=instances, sums=sums), Slot(node, amounts, gpus)
+def stock(node: Node, amounts: Resources, gpus: Sequence[float] = ()) -> dict[str, Devices]:
+    """A node with these amounts free of each resource; Ray leaves out what is used up."""
+    found = {}
+    for resource, total in node.total.items():
+        amount = amounts.get(resource, 0.0)
+        devices = (amount,) if resource not in PER_DEVICE else free_gpus(total, (), amount)
+        known = gpus if resource == "GPU" and gpus else devices
+        found[resource] = tuple(round(device * STEPS) for device in known)
+    return found
 
 
-# -- GCS: sums ---------------------------------------------------------------------------------
+def bundles_of(demand: Demand) -> list[dict[str, int]]:
+    """What each of a replica's bundles needs. Ray cuts off what is below its step, so seven
+    replicas of 1/7 do fit on one node (fixed_point.h)."""
+    bundles = [{r: int(amount * STEPS) for r, amount in b.items()} for b in demand.bundles]
+    if demand.max_replicas_per_node:
+        # As Serve does it: deployment_scheduler.py, `_schedule_replica`.
+        bundles[0][IMPLICIT + demand.label] = int(STEPS / demand.max_replicas_per_node)
+    return [{r: need for r, need in bundle.items() if need > 0} for bundle in bundles]
 
 
-def left(sums: Amounts, resource: str) -> int:
-    amount = sums.get(resource)
-    if amount is None:
-        return UNITS if resource.startswith(IMPLICIT) else 0
-    return amount
-
-
-class View:
-    """What GCS believes to be free on each node, by sums. A placement attempt works on a copy."""
-
-    def __init__(self, sums: Mapping[int, Amounts], labels: Mapping[int, Mapping[str, str]]):
-        self.sums = dict(sums)
-        self.labels = labels
-
-    def copy(self, order: Sequence[int] | None = None) -> View:
-        """A copy that considers nodes in another order: among equals the first one is taken."""
-        sums = self.sums if order is None else {node: self.sums[node] for node in order}
-        return View(sums, self.labels)
-
-    def deduct(self, node: int, needs: Amounts) -> None:
-        sums = dict(self.sums[node])
-        for resource, need in needs.items():
-            sums[resource] = max(0, left(sums, resource) - need)
-        self.sums[node] = sums
-
-    def takes(self, node: int, bundle: Bundle) -> bool:
-        sums = self.sums[node]
-        return all(
-            left(sums, resource) >= need for resource, need in bundle.needs.items()
-        ) and matches(self.labels[node], bundle.selector)
-
-    def best(self, bundle: Bundle, nodes: Sequence[int]) -> int | None:
-        """The node that keeps the largest part of what the bundle asks for (scorer.cc,
-        LeastResourceScorer). Scores are rounded: Ray adds them in any order, so that equal nodes
-        differ by float noise."""
-        best, best_score = None, -1.0
-        for node in nodes:
-            if not self.takes(node, bundle):
-                continue
-            sums = self.sums[node]
-            score = round(sum(1 - need / left(sums, r) for r, need in bundle.needs.items()), 9)
-            if score > best_score:
-                best, best_score = node, score
-        return best
-
-
-def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
+def matches(node: Node, selector: Mapping[str, str]) -> bool:
     """Ray's label selectors: "v", "!v", "in(a,b)", "!in(a,b)"; a missing label is not anything."""
     for key, wanted in selector.items():
-        negated = wanted.startswith("!")
-        text = wanted.removeprefix("!").strip()
-        values = text[3:-1].split(",") if text.startswith("in(") and text.endswith(")") else [text]
-        is_one = key in labels and labels[key] in [value.strip() for value in values]
-        if is_one == negated:
+        text = wanted.removeprefix("!").removeprefix("in(").removesuffix(")")
+        is_one = node.labels.get(key) in [value.strip() for value in text.split(",")]
+        if is_one == wanted.startswith("!"):
             return False
     return True
 
 
-def scarce_first(bundles: Sequence[Bundle]) -> list[int]:
-    """The order in which GCS places bundles: GPUs first, then custom resources, memory, CPUs, each
-    the largest first (bundle_scheduling_policy.cc, SortRequiredResources)."""
-    named = {resource for bundle in bundles for resource in bundle.needs}
-    keys = ("GPU", *sorted(named - {"GPU", *PREDEFINED}), *PREDEFINED)
-    return sorted(
-        range(len(bundles)), key=lambda index: [-bundles[index].needs.get(key, 0) for key in keys]
-    )
+class Placer:
+    """Places replicas one after the other; `free` is what is left, node by node."""
 
+    def __init__(self, nodes: Sequence[Node], free: Sequence[Mapping[str, Devices]]) -> None:
+        self.nodes = nodes
+        self.free = [dict(stock) for stock in free]
+        self.slow = False
 
-def pick_packed(bundles: Sequence[Bundle], view: View) -> dict[int, int] | None:
-    """PACK: the best node for the scarcest bundle, then all others that it takes too; and so on."""
-    picked: dict[int, int] = {}
-    waiting, candidates = scarce_first(bundles), list(view.sums)
-    while waiting:
-        node = view.best(bundles[waiting[0]], candidates)
-        if node is None:
+    def place(self, demand: Demand) -> tuple[Slot, ...] | None:
+        """One replica; None, and nothing is taken, when there is no place for it."""
+        bundles, before = bundles_of(demand), [dict(stock) for stock in self.free]
+        selectors = demand.label_selectors or ({},) * len(bundles)
+        named = sorted({resource for bundle in bundles for resource in bundle} - {"GPU"})
+        order = ("GPU", *(r for r in named if r not in ("memory", "CPU")), "memory", "CPU")
+        # The scarcest first, as GCS does (bundle_scheduling_policy.cc, SortRequiredResources).
+        waiting = sorted(range(len(bundles)), key=lambda i: [-bundles[i].get(r, 0) for r in order])
+        every, slots = range(len(self.nodes)), dict[int, Slot]()
+        unused = list(every)
+        while waiting:
+            together = waiting if demand.strategy == "STRICT_PACK" else waiting[:1]
+            wanted = [(bundles[index], selectors[index]) for index in together]
+            node = self.best(wanted, unused)
+            if node is None and demand.strategy == "SPREAD":
+                node = self.best(wanted, every)
+            if node is None:
+                self.free = before
+                return None
+            unused = [other for other in unused if other != node]
+            for index in tuple(waiting if demand.strategy.endswith("PACK") else together):
+                slot = self.grant(node, bundles[index], selectors[index])
+                if slot is not None:
+                    slots[index] = slot
+                    waiting.remove(index)
+        return tuple(slots[index] for index in range(len(bundles)))
+
+    def grant(self, node: int, bundle: Mapping[str, int], selector: Any) -> Slot | None:
+        """Give a bundle its place on a node, device by device; None, where there is none."""
+        if not matches(self.nodes[node], selector):
             return None
-        candidates.remove(node)
-        for index in tuple(waiting):
-            if view.takes(node, bundles[index]):
-                view.deduct(node, bundles[index].needs)
-                picked[index] = node
-                waiting.remove(index)
-    return picked
-
-
-def pick_one_node(bundles: Sequence[Bundle], view: View) -> dict[int, int] | None:
-    """STRICT_PACK: the best node for the sum of all bundles."""
-    node = view.best(together(bundles), list(view.sums))
-    return None if node is None else dict.fromkeys(range(len(bundles)), node)
-
-
-def pick_apart(bundles: Sequence[Bundle], view: View, strict: bool = True) -> dict[int, int] | None:
-    """STRICT_SPREAD: a node of its own for each bundle; SPREAD uses a node again where it must."""
-    picked: dict[int, int] = {}
-    for index in scarce_first(bundles):
-        used = set(picked.values())
-        node = view.best(bundles[index], [node for node in view.sums if node not in used])
-        if node is None and not strict:
-            node = view.best(bundles[index], [node for node in view.sums if node in used])
-        if node is None:
+        found = {r: take(self.devices(node, r), need) for r, need in bundle.items()}
+        taken = {resource: parts for resource, parts in found.items() if parts is not None}
+        if len(taken) < len(bundle):
             return None
-        view.deduct(node, bundles[index].needs)
-        picked[index] = node
-    return picked
+        for resource, parts in taken.items():
+            self.free[node][resource] = minus(self.devices(node, resource), parts)
+        gpus = {i: part / STEPS for i, part in enumerate(taken.get("GPU", ())) if part}
+        amounts = {r: need / STEPS for r, need in bundle.items() if not r.startswith(IMPLICIT)}
+        return Slot(node, amounts, gpus)
 
+    def devices(self, node: int, resource: str) -> Devices:
+        default = (STEPS,) if resource.startswith(IMPLICIT) else (0,)
+        return self.free[node].get(resource) or default
 
-def together(bundles: Sequence[Bundle]) -> Bundle:
-    needs: dict[str, int] = {}
-    selector: dict[str, str] = {}
-    for bundle in bundles:
-        selector.update(bundle.selector)
-        for resource, need in bundle.needs.items():
-            needs[resource] = needs.get(resource, 0) + need
-    return Bundle(needs, selector)
-
-
-PICKERS: Mapping[str, Callable[[Sequence[Bundle], View], dict[int, int] | None]] = {
-    "PACK": pick_packed,
-    "SPREAD": partial(pick_apart, strict=False),
-    "STRICT_PACK": pick_one_node,
-    "STRICT_SPREAD": pick_apart,
-}
-
-
-# -- both together: one replica ----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Placing:
-    """One replica placed, or not (`slots` is None); `refused`: a raylet refused what GCS picked."""
-
-    stocks: tuple[Stock, ...]
-    slots: Replica | None
-    refused: bool
-
-
-def place_replica(stocks: tuple[Stock, ...], bundles: Sequence[Bundle], strategy: str) -> Placing:
-    """Place one replica as GCS and raylets do in the end.
-
-    Among equal nodes GCS takes a random one, and another one at its next attempt: so one order in
-    which it works is enough.
-    """
-    labels = {node: stock.labels for node, stock in enumerate(stocks)}
-    fresh = View({node: stock.sums for node, stock in enumerate(stocks)}, labels)
-    refused_once = False
-    for shift in range(min(max(1, len(stocks)), ORDERS_TRIED)):
-        view = fresh.copy([*range(shift, len(stocks)), *range(shift)])
-        while (picked := PICKERS[strategy](bundles, view.copy())) is not None:
-            (after, slots), refused = prepare(stocks, bundles, picked)
-            if not refused:
-                return Placing(after, slots, refused_once)
-            refused_once = True
-            outright = [node for node, first in refused.items() if first]
-            if not outright:
-                break  # the same nodes again, mostly for ever
-            for index, node in picked.items():
-                if node in outright:
-                    view.deduct(node, bundles[index].needs)
-        if not refused_once:
-            break  # not even by sums
-    return Placing(stocks, None, refused_once)
-
-
-def prepare(
-    stocks: Sequence[Stock], bundles: Sequence[Bundle], picked: Mapping[int, int]
-) -> tuple[tuple[tuple[Stock, ...], Replica], dict[int, bool]]:
-    """Ask the picked raylets; return what they would have then, and which of them refuse.
-
-    The flag says that it refused its first bundle: then nothing changed there, it reports nothing
-    to GCS, and GCS keeps the deduction. Otherwise GCS sees the truth again, and picks it again.
-    """
-    after, slots = list(stocks), []
-    refused: dict[int, bool] = {}
-    touched: set[int] = set()
-    for index, bundle in enumerate(bundles):
-        node = picked[index]
-        if node in refused:
-            continue
-        granted = grant(after[node], bundle, node)
-        if granted is None:
-            refused[node] = node not in touched
-            continue
-        after[node] = granted[0]
-        slots.append(granted[1])
-        touched.add(node)
-    return (tuple(after), tuple(slots)), refused
-
-
-# -- the ledger: one deployment after the other ------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """What is free where, after what was placed. A value: `place` returns the next one."""
-
-    stocks: tuple[Stock, ...]
-    empty: tuple[Stock, ...]
-    holders: Holders = field(default_factory=dict)
-    placed: tuple[tuple[str, Slot], ...] = ()
-    contended: bool = False  # something waits that GCS picks nodes for, in vain
-
-    @classmethod
-    def of(
-        cls,
-        nodes: Sequence[Node],
-        holders: Holders | None = None,
-    ) -> Ledger:
-        """`holders` says what runs on each node (by name): ("app/deployment", its resources)."""
-        stocks = tuple(stock_of(node, node.free, node.free_gpus) for node in nodes)
-        return cls(stocks, tuple(stock_of(node, node.total) for node in nodes), holders or {})
-
-    def place(self, demand: Demand) -> tuple[Fitting, Ledger]:
-        """Place the minimum of replicas; those that fit stay placed even if others do not."""
-        bundles, wanted = bundles_of(demand), demand.min_replicas
-        filling = fill(self.stocks, bundles, demand.strategy, wanted)
-        replicas = filling.replicas
-        slots = tuple((label_of(demand), slot) for replica in replicas for slot in replica)
-        after = replace(
-            self,
-            stocks=filling.stocks,
-            placed=self.placed + slots,
-            contended=self.contended or filling.waits_refused,
-        )
-        if replicas and len(replicas) == wanted:
-            sure = not (filling.refused or self.contended)
-            return Fitting(demand, Fit.FITS, replicas, wanted, sure=sure), after
-        # What scales from zero must be able to have one replica.
-        alone = fill(self.empty, bundles, demand.strategy, max(1, wanted))
-        if len(alone.replicas) < max(1, wanted):
-            emptied = replace(self, stocks=alone.stocks, placed=(), holders={})
-            shortage, fit, waits = explain(emptied, demand), Fit.NEVER, alone.waits_refused
-        elif len(replicas) < wanted:
-            shortage, fit, waits = explain(after, demand), Fit.NOT_NOW, filling.waits_refused
-        else:
-            return Fitting(demand, Fit.FITS, (), 0), after
-        sure = len(bundles) == 1 or not waits  # one bundle that all raylets refuse fits nowhere
-        return Fitting(demand, fit, replicas, len(replicas), shortage, sure), after
-
-    def room_for(self, demand: Demand, limit: int) -> int:
-        """How many more replicas of this deployment would fit, up to `limit`."""
-        return len(fill(self.stocks, bundles_of(demand), demand.strategy, limit).replicas)
-
-
-@dataclass(frozen=True)
-class Filling:
-    """Equal replicas placed one after the other, up to the first that finds no place."""
-
-    replicas: tuple[Replica, ...]
-    stocks: tuple[Stock, ...]
-    refused: bool = False
-    waits_refused: bool = False
-
-
-def fill(
-    stocks: tuple[Stock, ...], bundles: Sequence[Bundle], strategy: str, count: int
-) -> Filling:
-    replicas: list[Replica] = []
-    refused = False
-    while len(replicas) < count:
-        placing = place_replica(stocks, bundles, strategy)
-        refused = refused or placing.refused
-        if placing.slots is None:
-            return Filling(tuple(replicas), stocks, refused, placing.refused)
-        stocks = placing.stocks
-        replicas.append(placing.slots)
-    return Filling(tuple(replicas), stocks, refused)
-
-
-def place_all(demands: Sequence[Demand], ledger: Ledger) -> tuple[tuple[Fitting, ...], Ledger]:
-    fittings = []
-    for demand in demands:
-        fitting, ledger = ledger.place(demand)
-        fittings.append(fitting)
-    return tuple(fittings), ledger
-
-
-def predict(
-    demands: Sequence[Demand],
-    nodes: Sequence[Node],
-    holders: Holders | None = None,
-) -> Prediction:
-    """Place every demand's minimum in the given order; then tell how far each alone could grow."""
-    start = Ledger.of(nodes, holders)
-    fittings, ledger = place_all(demands, start)
-    adviser = Adviser(fittings, start, nodes)
-    grown = []
-    for index, fitting in enumerate(fittings):
-        if fitting.shortage is None:
-            more = ledger.room_for(
-                fitting.demand, fitting.demand.max_replicas - len(fitting.replicas)
-            )
-            grown.append(replace(fitting, room_for=len(fitting.replicas) + more))
-        else:
-            advice = tuple(adviser.advice(index, fitting.shortage))
-            grown.append(replace(fitting, shortage=replace(fitting.shortage, help=advice)))
-    return Prediction(tuple(nodes), tuple(grown), ledger)
-
-
-# -- misfits: what is short, and what would help ------------------------------------------------
-
-
-def explain(ledger: Ledger, demand: Demand) -> Shortage:
-    """Why one more replica does not fit: the scarcest resource that no node has enough of."""
-    bundles = bundles_of(demand)
-    single = [(bundle, has_device_room) for bundle in bundles]
-    whole = [(together(bundles), has_sum)] if demand.strategy == "STRICT_PACK" else []
-    for bundle, has_room in single + whole:
-        nodes = [n for n, s in enumerate(ledger.stocks) if matches(s.labels, bundle.selector)]
-        if not nodes:
-            labels = ", ".join(f"{key}: {value}" for key, value in bundle.selector.items())
-            detail = f"no node matches the labels {labels}" if labels else "there is no live node"
-            return Shortage("", 0.0, detail=detail)
-        for resource in sorted(bundle.needs, key=lambda r: (r == "CPU", r != "GPU", r)):
-            need = bundle.needs[resource]
-            if not any(has_room(ledger.stocks[n], resource, need) for n in nodes):
-                return shortage_of(ledger, nodes, resource, need)
-    one = format_amounts({r: need / UNITS for r, need in together(bundles).needs.items()})
-    where = "on one node" if len(bundles) == 1 or whole else f"in {len(bundles)} bundles"
-    return Shortage("", 0.0, detail=f"needs {one} {where} ({demand.strategy})")
-
-
-def has_device_room(stock: Stock, resource: str, need: int) -> bool:
-    return (
-        allocate(stock.instances.get(resource) or (left(stock.sums, resource),), need) is not None
-    )
-
-
-def has_sum(stock: Stock, resource: str, need: int) -> bool:
-    return left(stock.sums, resource) >= need
-
-
-def shortage_of(ledger: Ledger, nodes: Sequence[int], resource: str, need: int) -> Shortage:
-    """The nearest that the nodes come to `need`, now and when they are empty."""
-
-    def largest(stocks: Sequence[Stock]) -> tuple[int, int, int | None]:
-        by_share = resource in PER_DEVICE and need < UNITS
-        found: tuple[int, int, int | None] = (-1, 0, None)
+    def best(
+        self, wanted: Sequence[tuple[dict[str, int], Any]], nodes: Iterable[int]
+    ) -> int | None:
+        """The node that takes some bundles and keeps the largest part of what they ask for
+        (scorer.cc, LeastResourceScorer); scores are rounded, since Ray adds in any order."""
+        needs: Counter[str] = Counter()
+        for bundle, _ in wanted:
+            needs.update(bundle)
+        scored = []
         for node in nodes:
-            shares = stocks[node].instances.get(resource) or (left(stocks[node].sums, resource),)
-            if resource in PER_DEVICE and need >= UNITS:
-                shares = (sum(share for share in shares if share == UNITS),)
-            index = max(range(len(shares)), key=lambda i: shares[i])
-            if shares[index] > found[0]:
-                found = (shares[index], node, index if by_share else None)
-        return found
-
-    free, node, device = largest(ledger.stocks)
-    total, total_node, _ = largest(ledger.empty)
-    where = f"node {ledger.stocks[node].name}"
-    return Shortage(
-        resource=resource,
-        needed=need / UNITS,
-        largest_free=free / UNITS,
-        free_where=where if device is None else f"{where}, {resource} {device}",
-        largest_total=total / UNITS,
-        total_where=f"node {ledger.stocks[total_node].name}",
-        held_by=tuple(holders_of(ledger, node, resource, device)),
-    )
+            sums = {resource: sum(self.devices(node, resource)) for resource in needs}
+            if all(sums[r] >= need for r, need in needs.items()):
+                score = round(sum(1 - need / sums[r] for r, need in needs.items()), 9)
+                scored.append((-score, node))
+        for _, node in sorted(scored):
+            before = dict(self.free[node])
+            granted = [self.grant(node, bundle, selector) for bundle, selector in wanted]
+            self.free[node] = before
+            if all(granted):
+                return node
+            self.slow |= all(matches(self.nodes[node], selector) for _, selector in wanted)
+        return None
 
 
-def holders_of(ledger: Ledger, node: int, resource: str, device: int | None) -> list[str]:
-    """Who has the resource on that node: by this plan (on that device), and what already runs."""
+def describe_deployment(name: str, info: Any) -> Config:
+    """The fields of a `Demand`, as plain data, from Serve's `DeploymentInfo`."""
+    replica, options = info.replica_config, info.deployment_config
+    autoscaling, bundles = options.autoscaling_config, replica.placement_group_bundles
+    selectors = [replica.ray_actor_options.get("label_selector") or {}]
+    return {
+        "deployment": name,
+        "ingress": info.ingress,
+        "bundles": [
+            {key: float(amount) for key, amount in bundle.items() if amount}
+            for bundle in bundles or [replica.resource_dict]
+        ],
+        "label_selectors": replica.placement_group_bundle_label_selector or []
+        if bundles
+        else selectors,
+        "strategy": replica.placement_group_strategy or "PACK",
+        "max_replicas_per_node": replica.max_replicas_per_node,
+        "min_replicas": autoscaling.min_replicas if autoscaling else options.num_replicas,
+        "max_replicas": autoscaling.max_replicas if autoscaling else options.num_replicas,
+        "autoscaling": autoscaling is not None,
+    }
+
+
+def predict(demands: Sequence[Demand], nodes: Sequence[Node]) -> Plan:
+    """Place every demand's minimum in the given order; those that fit stay placed even if others
+    do not."""
+    placer = Placer(nodes, [stock(node, node.free, node.free_gpus) for node in nodes])
+    plan = Plan(nodes, (), placer.free)
+    for demand in demands:
+        placer.slow = False
+        found = [placer.place(demand) for _ in range(demand.min_replicas)]
+        # What scales from zero must be able to have one replica.
+        empty = Placer(nodes, [stock(node, node.total) for node in nodes])
+        never = not all(empty.place(demand) for _ in range(max(1, demand.min_replicas)))
+        plan, reason = replace(plan, free=placer.free), ""
+        if never or not all(found):
+            reason = shortage(plan, demand, empty if never else placer)
+        slots = tuple(slots for slots in found if slots)
+        plan = replace(plan, fits=(*plan.fits, Fit(demand, slots, reason, never, placer.slow)))
+    return plan
+
+
+def shortage(plan: Plan, demand: Demand, placer: Placer) -> str:
+    """Why one more replica does not fit: the scarcest resource that no node has enough of, the
+    nearest that one comes to it, and who holds the rest there."""
+    selectors = demand.label_selectors or ({},) * len(demand.bundles)
+    for bundle, selector in zip(bundles_of(demand), selectors, strict=True):
+        nodes = [n for n, node in enumerate(plan.nodes) if matches(node, selector)]
+        if not nodes:
+            labels = ", ".join(f"{key}: {value}" for key, value in selector.items())
+            return f"no node matches the labels {labels}" if labels else "there is no live node"
+        for resource in sorted(bundle, key=lambda r: (r == "CPU", r != "GPU", r)):
+            need, name = bundle[resource], resource.removeprefix(IMPLICIT)
+            if any(take(placer.devices(n, resource), need) for n in nodes):
+                continue
+            share = resource in PER_DEVICE and need < STEPS
+            free = {
+                (n, d): part for n in nodes for d, part in enumerate(placer.devices(n, resource))
+            }
+            if resource in PER_DEVICE and not share:
+                whole = {n: placer.devices(n, resource).count(STEPS) * STEPS for n in nodes}
+                free = {(n, 0): amount for n, amount in whole.items()}
+            (node, device), most = max(free.items(), key=lambda item: item[1])
+            amount = format_amount(resource, need / STEPS)
+            total = max(plan.nodes[n].total.get(resource, 0.0) for n in nodes)
+            where = f"node {plan.nodes[node].name}"
+            if total < need / STEPS and name == resource:
+                largest = f"the largest has {format_amount(resource, total)} ({where})"
+                return f"needs {amount} {name}; no node has {amount} {name}: {largest}"
+            where += f", {resource} {device}" if share else ""
+            held = holders_of(plan, node, resource, device if share else None)
+            where += f", held by {' + '.join(held)}" if held else ""
+            kind = "largest free share" if share else "most that one node has free"
+            found = format_amount(resource, most / STEPS)
+            return f"needs {amount} {name}; the {kind} is {found} ({where})"
+    amounts = " + ".join(f"{format_amount(r, a)} {r}" for r, a in sorted(demand.reserved.items()))
+    where = "on one node" if len(demand.bundles) == 1 else f"in {len(demand.bundles)} bundles"
+    return f"needs {amounts} {where} ({demand.strategy})"
+
+
+def holders_of(plan: Plan, node: int, resource: str, device: int | None) -> list[str]:
+    """Who has a resource of a node: by this plan (on that device), and what already runs."""
     held: dict[str, float] = {}
-    for label, slot in ledger.placed:
-        if slot.node == node:
-            amount = slot.resources.get(resource, 0.0)
-            if device is not None and resource == "GPU":
-                amount = dict(slot.gpus).get(device, 0.0)
-            held[label] = held.get(label, 0.0) + amount
-    for label, amounts in ledger.holders.get(ledger.stocks[node].name, ()):
+    for label, slot in plan.placed(node):
+        on_device = resource == "GPU" and device is not None
+        amount = slot.gpus.get(device or 0, 0.0) if on_device else slot.resources.get(resource, 0.0)
+        held[label] = held.get(label, 0.0) + amount
+    for label, amounts in plan.nodes[node].holders:
         held[label] = held.get(label, 0.0) + amounts.get(resource, 0.0)
     most = sorted((label for label in held if held[label]), key=lambda label: -held[label])
-    texts = [f"{label} {format_amount(resource, held[label])}" for label in most[:3]]
-    return texts + [f"{len(most) - 3} others"] * (len(most) > 3)  # noqa: PLR2004
+    texts = [f"{label} {format_amount(resource, held[label])}" for label in most[:MOST_LOGS]]
+    return texts + [f"{len(most) - MOST_LOGS} others"] * (len(most) > MOST_LOGS)
 
 
-class Adviser:
-    """Finds changes that make a misfit fit and push nothing else out. Each is tried by predicting
-    again, as long as the effort lasts."""
-
-    def __init__(self, fittings: Sequence[Fitting], start: Ledger, nodes: Sequence[Node]) -> None:
-        self.demands = [fitting.demand for fitting in fittings]
-        self.fitting = {i for i, fitting in enumerate(fittings) if fitting.fit is Fit.FITS}
-        self.placed = [len(fitting.replicas) for fitting in fittings]
-        self.start = start
-        self.nodes = nodes
-        self.effort = HELP_EFFORT
-
-    def advice(self, index: int, shortage: Shortage) -> Iterator[str]:
-        if shortage.resource:
-            yield from self.lower_amount(index, shortage)
-        yield from self.fewer_replicas(index)
-        yield from self.one_more_node(index)
-
-    def works(self, index: int, change: Mapping[int, Demand], extra: Sequence[Node] = ()) -> bool:
-        demands = [change.get(i, demand) for i, demand in enumerate(self.demands)]
-        added = Ledger.of(extra)
-        ledger = replace(
-            self.start,
-            stocks=self.start.stocks + added.stocks,
-            empty=self.start.empty + added.empty,
-        )
-        self.effort -= len(ledger.stocks) * sum(demand.min_replicas for demand in demands)
-        if self.effort < 0:
-            return False
-        fits = {i for i, f in enumerate(place_all(demands, ledger)[0]) if f.fit is Fit.FITS}
-        return fits >= self.fitting | {index}
-
-    def lower_amount(self, index: int, shortage: Shortage) -> Iterator[str]:
-        """The largest round amount that fits: a part of what is free, or an even part of a GPU."""
-        demand, resource = self.demands[index], shortage.resource
-        parts = range(1, demand.min_replicas + 1)
-        wholes = {1.0, shortage.largest_free} if resource in PER_DEVICE else set()
-        for stock in self.start.stocks:
-            wholes |= {share / UNITS for share in stock.instances.get(resource, ())}
-            wholes.add(left(stock.sums, resource) / UNITS)
-        amounts = {rounded_down(resource, whole / part) for whole in wholes for part in parts}
-        for amount in sorted((a for a in amounts if 0 < a < shortage.needed), reverse=True)[:12]:
-            bundles = tuple(
-                {r: a * amount / shortage.needed if r == resource else a for r, a in b.items()}
-                for b in demand.bundles
-            )
-            changed = replace(demand, bundles=bundles)
-            if self.works(index, {index: changed}):
-                option = {"CPU": "num_cpus", "GPU": "num_gpus"}.get(resource, resource)
-                yield f"lower {option} to {format_amount(resource, changed.reserved[resource])}"
-                return
-
-    def fewer_replicas(self, index: int) -> Iterator[str]:
-        """Its own minimum down to what fits, or the minimum of another deployment."""
-        options = [(index, self.placed[index])] if self.placed[index] else []
-        for other, demand in enumerate(self.demands):
-            if other != index and self.placed[other] > 1:
-                options += [(other, count) for count in {demand.min_replicas - 1: 0, 1: 0}]
-        found: set[bool] = set()
-        for which, count in options:
-            demand = self.demands[which]
-            if (which == index) not in found and self.works(
-                index, {which: replace(demand, min_replicas=count)}
-            ):
-                found.add(which == index)
-                yield (
-                    f"lower min_replicas of {label_of(demand)} "
-                    f"from {demand.min_replicas} to {count}"
-                )
-
-    def one_more_node(self, index: int) -> Iterator[str]:
-        """A copy of a node that there is, or else one that is as large as the replica."""
-        shapes = {tuple(sorted(node.total.items())): node for node in self.nodes}
-        for node in list(shapes.values())[:3]:
-            empty = replace(node, free=node.total, free_gpus=())
-            if self.works(index, {}, [empty]):
-                yield f"add a node like {node.name}"
-                return
-        demand = self.demands[index]
-        count = max(1, demand.min_replicas)
-        total = {
-            r: math.ceil(a * count) if r in PER_DEVICE else a * count
-            for r, a in demand.reserved.items()
-        }
-        if self.works(index, {}, [Node("new", total, total)]):
-            yield f"add a node with {format_amounts(total)}"
-
-
-def rounded_down(resource: str, amount: float) -> float:
-    """A number that one would write: 0.33, 3, a tenth of a gigabyte."""
-    if resource in ("memory", "object_store_memory"):
-        return math.floor(amount / 1e8) * 1e8
-    return math.floor(amount) if amount >= 1 else math.floor(amount * 100 + 1e-6) / 100
-
-
-# -- as text -----------------------------------------------------------------------------------
-
-
-def format_amount(resource: str, amount: float) -> str:
-    """ "0.45", "0.10", "1", "16"; bytes as "2 GB"."""
-    if resource in ("memory", "object_store_memory"):
-        return f"{amount / 1e9:.3g} GB"
-    rounded = round(amount, 4)
-    return (
-        f"{rounded:.0f}"
-        if rounded == int(rounded)
-        else f"{rounded:.4f}"[:-2] + (f"{rounded:.4f}"[-2:].rstrip("0"))
-    )
-
-
-def format_amounts(resources: Resources) -> str:
-    return " + ".join(f"{format_amount(r, a)} {r}" for r, a in sorted(resources.items()))
-
-
-def format_prediction(prediction: Prediction) -> list[str]:
+def format_prediction(plan: Plan) -> list[str]:
     """The packing node by node, how far the deployments could grow, and what does not fit."""
     lines = ["predicted packing at min replicas (Ray decides in the end):"]
-    for index, node in enumerate(prediction.nodes):
-        lines += format_gpus(prediction.ledger, index)
-        if node.total.get("CPU"):
-            lines.append(format_cpus(prediction.ledger, index))
-    for fitting in prediction.fittings:
-        demand = fitting.demand
-        if fitting.shortage is not None:
-            lines.append(format_misfit(fitting))
+    for index, node in enumerate(plan.nodes):
+        lines += format_node(plan, index) if not node.new else []
+    new = dict.fromkeys(f"node {node.name}" for node in plan.nodes if node.new)
+    lines += new
+    for fit in plan.fits:
+        demand, count, placer = fit.demand, len(fit.slots), Placer(plan.nodes, plan.free)
+        if fit.reason:
+            lines.append(format_misfit(fit))
             continue
-        if not fitting.sure:
-            lines.append(f"{fitting.label}: {UNSURE}")
+        lines += [f"{demand.label}: {SLOW}"] * fit.slow
+        while count < demand.max_replicas and placer.place(demand):
+            count += 1
         if demand.max_replicas > demand.min_replicas:
-            lines.append(
-                f"{fitting.label}: room for {fitting.room_for} of {demand.max_replicas} replicas"
-            )
+            lines.append(f"{demand.label}: room for {count} of {demand.max_replicas} replicas")
     return lines
 
 
-def format_gpus(ledger: Ledger, node: int) -> list[str]:
-    """One line a GPU; neighbours with nothing to tell apart share one."""
-    stock, texts = ledger.stocks[node], []
-    for device, free in enumerate(stock.instances.get("GPU", ())):
-        shares = Counter(
-            (label, dict(slot.gpus)[device])
-            for label, slot in ledger.placed
-            if slot.node == node and device in dict(slot.gpus)
-        )
-        held = [
-            f"{label} {f'{count} x ' * (count > 1)}{format_amount('GPU', share)}"
-            for (label, share), count in shares.items()
-        ]
-        running = 1 - free / UNITS - sum(share * count for (_, share), count in shares.items())
-        if round(running, 4) > 0:
-            held.append(f"already running {format_amount('GPU', running)}")
-        texts.append(
-            f"{' + '.join(held)} · " * bool(held) + f"{format_amount('GPU', free / UNITS)} free"
-        )
-    lines, first = [], 0
-    for device, text in enumerate(texts):
-        if device + 1 < len(texts) and texts[device + 1] == text and "+" not in text:
-            continue
-        span = f"{first}" if first == device else f"{first}-{device}, each"
-        lines.append(f"node {stock.name} · GPU {span}: {text}")
-        first = device + 1
+def format_node(plan: Plan, index: int) -> list[str]:
+    """One line a GPU, and one for the CPUs: who has which share, and what is free."""
+    lines, node, free = [], plan.nodes[index], plan.free[index]
+    for device, left in enumerate(free.get("GPU", ())):
+        shares = Counter((label, slot.gpus.get(device, 0.0)) for label, slot in plan.placed(index))
+        held, running = [], 1 - left / STEPS
+        for (label, share), count in shares.items():
+            running -= share * count
+            times = f"{count} x " if count > 1 else ""
+            held += [f"{label} {times}{format_amount('GPU', share)}"] if share else []
+        held += [f"already running {format_amount('GPU', running)}"] * (round(running, 4) > 0)
+        parts = [" + ".join(held), f"{format_amount('GPU', left / STEPS)} free"]
+        lines.append(f"node {node.name} · GPU {device}: {' · '.join(filter(None, parts))}")
+    if node.total.get("CPU"):
+        planned = sum(slot.resources.get("CPU", 0.0) for _, slot in plan.placed(index))
+        total, left_cpus = node.total["CPU"], free["CPU"][0] / STEPS
+        used, running = format_amount("CPU", planned), total - left_cpus - planned
+        others = f", {format_amount('CPU', running)} by what runs" if round(running, 4) > 0 else ""
+        text = f"{used} of {format_amount('CPU', total)} used by this plan{others}"
+        lines.append(f"node {node.name} · CPU: {text}, {format_amount('CPU', left_cpus)} free")
     return lines
 
 
-def format_cpus(ledger: Ledger, node: int) -> str:
-    total, free = ledger.empty[node].sums["CPU"], ledger.stocks[node].sums["CPU"]
-    planned = sum(s.resources.get("CPU", 0.0) for _, s in ledger.placed if s.node == node)
-    running = (total - free) / UNITS - planned
-    others = f", {format_amount('CPU', running)} by what runs" if round(running, 4) > 0 else ""
-    return (
-        f"node {ledger.stocks[node].name} · CPU: {format_amount('CPU', planned)} of "
-        f"{format_amount('CPU', total / UNITS)} used by this plan{others}, "
-        f"{format_amount('CPU', free / UNITS)} free"
+def format_misfit(fit: Fit) -> str:
+    """ "app/D: predicted: does not fit now; 1 of 2 replicas fit; needs 0.45 GPU; ..."."""
+    parts = [f"predicted: {'can never fit' if fit.never else 'does not fit now'}"]
+    if fit.slots:
+        parts.append(f"{len(fit.slots)} of {fit.demand.min_replicas} replicas fit")
+    return f"{fit.demand.label}: {'; '.join([*parts, fit.reason])}"
+
+
+# ======================================================================================
+# 7. Changes: config and what runs → what a run does with each application
+# ======================================================================================
+
+LIGHTWEIGHT_OPTIONS = frozenset(
+    (
+        *("num_replicas", "autoscaling_config", "max_ongoing_requests", "max_queued_requests"),
+        *("user_config", "health_check_period_s", "health_check_timeout_s"),
+        *("graceful_shutdown_wait_loop_s", "graceful_shutdown_timeout_s", "backpressure_config"),
+        *("logging_config", "max_constructor_retry_count", "rolling_update_percentage"),
+        "max_surge_percent",
     )
-
-
-def format_misfit(fitting: Fitting) -> str:
-    shortage, demand = fitting.shortage, fitting.demand
-    if shortage is None:
-        return f"{fitting.label}: fits"
-    resource, never = shortage.resource, fitting.fit is Fit.NEVER
-    amount = format_amount(resource, shortage.needed)
-    if not resource:
-        reason = shortage.detail
-    elif never and shortage.largest_total < shortage.needed:
-        largest = format_amount(resource, shortage.largest_total)
-        reason = (
-            f"needs {amount} {resource}; no node has {amount} {resource}: "
-            f"the largest has {largest} ({shortage.total_where})"
-        )
-    else:
-        held = f", held by {' + '.join(shortage.held_by)}" if shortage.held_by else ""
-        shared = resource in PER_DEVICE and shortage.needed < 1
-        kind = "largest free share" if shared else "most that one node has free"
-        largest = format_amount(resource, shortage.largest_free)
-        reason = f"needs {amount} {resource}; the {kind} is {largest} ({shortage.free_where}{held})"
-    found = f"{len(fitting.replicas)} of {demand.min_replicas} replicas fit"
-    parts = [f"predicted: {fitting.fit.value}", *([found] if fitting.replicas else []), reason]
-    parts += [", or ".join(shortage.help)] if shortage.help else []
-    return f"{fitting.label}: {'; '.join(parts)}"
-
-
-# ======================================================================================
-# 6. Changes: config and what runs → what a run does with each application
-# ======================================================================================
-
-LIGHTWEIGHT_OPTIONS = (
-    "num_replicas",
-    "autoscaling_config",
-    "max_ongoing_requests",
-    "max_queued_requests",
-    "user_config",
-    "health_check_period_s",
-    "health_check_timeout_s",
-    "graceful_shutdown_wait_loop_s",
-    "graceful_shutdown_timeout_s",
-    "backpressure_config",
-    "logging_config",
-    "max_constructor_retry_count",
-    "rolling_update_percentage",
-    "max_surge_percent",
 )
 """Deployment options that Serve changes in place, without a new replica."""
 
-
-def restart_relevant(config: Config) -> Config:
-    """The part of a normalised application whose change needs new replicas.
-
-    `deployments` overrides are not in it: Serve compares those itself, deployment by deployment.
-    """
-    kept = {key: unshared(config.get(key)) for key in ("import_path", "runtime_env", "args")}
-    args = kept["args"] or {}
-    option_sets = [llm.get("deployment_config") for _, llm in llm_configs(kept)]
-    for options in [*option_sets, args.get("ingress_deployment_config")]:
-        for key in LIGHTWEIGHT_OPTIONS:
-            if isinstance(options, dict):
-                options.pop(key, None)
-    return kept
-
-
-def version_of(application: ApplicationSpec) -> str:
-    """A fingerprint of what needs new replicas when it changes; Serve compares it for itself."""
-    text = json.dumps(restart_relevant(application.config), sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def decide(
-    application: ApplicationSpec,
-    running: Running | None,
-    options: Options,
-    *,
-    mark: str,
-    claim: Claim | None = None,
-) -> Action:
-    """Compare one application with what runs under its name; `claim` is another run's.
-
-    A version is a fingerprint, and after a dot a mark where equal fingerprints have to restart:
-    Serve takes an application with the version of a failed one for the failed one. `mark` is such
-    a mark that was not used before.
-    """
-    action = compare(application, running, force=options.force, mark=mark)
-    if running is not None and running.state.source == "declarative":
-        action = replace(action, reasons=(*action.reasons, COMES_BACK))
-    if claim is not None and action.change is not Change.UNCHANGED:
-        action = replace(action, refusal=claimed_by(claim))
-    surge = options.no_downtime and action.change is Change.RESTART
-    return replace(action, before=running, surge=surge)
-
-
-def changes(action: Action) -> bool:
-    """Whether an application has to be built and submitted."""
-    return action.change in (Change.CREATE, Change.IN_PLACE, Change.RESTART) and not action.refusal
-
-
+DEPLOYMENT_CONFIGS = ("deployment_config", "ingress_deployment_config")
 PRUNED = "the file does not name it (--prune)"
-
-
-def deletion(
-    application: ApplicationSpec,
-    running: Mapping[str, Running],
-    claims: Mapping[str, Claim],
-    reason: str = "--delete",
-) -> Action:
-    """Delete an application, if it is there."""
-    claim, before = claims.get(application.name), running.get(application.name)
-    declared = before is not None and before.state.source == "declarative"
-    return Action(
-        application,
-        Change.DELETE,
-        reasons=(reason, COMES_BACK) if declared else (reason,),
-        refusal=claimed_by(claim) if claim else None,
-        before=before,
-    )
-
-
 COMES_BACK = (
     "what `serve deploy` brought comes back when Serve's controller restarts, until `serve deploy` "
     "runs with a file without it"
@@ -2679,1188 +1763,215 @@ COMES_BACK = (
 ray/serve/_private/controller.py `_recover_state_from_checkpoint`)."""
 
 
-def claimed_by(claim: Claim) -> Cause:
-    return Cause(
-        f"another run of this program works on it: process {claim.pid} on {claim.host}, "
-        f"since {claim.since}",
-        "wait until it has ended, or stop it, and run this again",
-    )
+def version_of(config: Config, key: bytes) -> str:
+    """A fingerprint of what needs new replicas when it changes; Serve compares it for itself.
+
+    `deployments` overrides are not in it: Serve compares those itself, deployment by deployment.
+    """
+
+    def heavy(value: Any, parent: str = "") -> Any:
+        if isinstance(value, list):
+            return [heavy(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        light = LIGHTWEIGHT_OPTIONS if parent in DEPLOYMENT_CONFIGS else ()
+        return {name: heavy(item, str(name)) for name, item in value.items() if name not in light}
+
+    kept = {name: heavy(config.get(name)) for name in ("import_path", "runtime_env", "args")}
+    return fingerprint(json.dumps(kept, sort_keys=True, default=str), key)
+
+
+def decide(
+    application: ApplicationSpec,
+    running: Running | None,
+    options: Options,
+    secrets: frozenset[str],
+    key: bytes,
+) -> Action:
+    """What has to happen to an application, and why; `running` is what runs under its name.
+
+    A version is a fingerprint, and after a dot the time where equal fingerprints have to restart:
+    Serve takes an application with the version of a failed one for the failed one.
+    """
+
+    def hide(text: str) -> str:
+        return text if redact(text, secrets) == text else FINGERPRINT + fingerprint(text, key)
+
+    version = version_of(application.config, key)
+    config: Config = map_texts(application.config, hide)
+    action = Action(application, Change.CREATE, version, before=running, kept=config)
+    if running is None:
+        return action
+    details, record = running.details, running.record
+    reasons: tuple[str, ...] = ()
+    if options.force:
+        reasons = ("--force",)
+    elif details.source == "declarative":
+        reasons = ("it was deployed by `serve deploy`: there is nothing to compare with",)
+    elif record is None or running.versions != {record.version}:
+        reasons = ("it was deployed by other means: there is nothing to compare with",)
+    elif details.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+        reasons = (f"it is {details.status.value}",)
+    if not reasons and record:
+        return compare(action, details, record, options)
+    if details.source == "declarative":
+        reasons = (*reasons, COMES_BACK)
+    if any(old.partition(".")[0] == version for old in running.versions):
+        version = f"{version}.{time.time_ns():x}"
+    surge = options.no_downtime
+    return replace(action, change=Change.RESTART, version=version, reasons=reasons, surge=surge)
 
 
 def compare(
-    application: ApplicationSpec, running: Running | None, *, force: bool, mark: str
-) -> Action:
-    """What has to happen to an application, and why."""
-    fingerprint = version_of(application)
-    if running is None:
-        return Action(application, Change.CREATE, fingerprint)
-    record = running.record
-    if force:
-        reason = "--force"
-    elif running.state.source == "declarative":
-        reason = "it was deployed by `serve deploy`: there is nothing to compare with"
-    elif record is None or running.versions != {record.version}:
-        reason = "it was deployed by other means: there is nothing to compare with"
-    elif running.state.broken:
-        reason = f"it is {running.state.status}"
-    else:
-        return compare_configs(application, running.state, record)
-    used = any(version.partition(".")[0] == fingerprint for version in running.versions)
-    version = f"{fingerprint}.{mark}" if used else fingerprint
-    return Action(application, Change.RESTART, version, (reason,))
-
-
-def compare_configs(
-    application: ApplicationSpec, state: ApplicationState, record: Record
+    action: Action, details: ApplicationDetails, record: Record, options: Options
 ) -> Action:
     """What an edit needs, for an application whose last deployment is known."""
-    edits = differences(record.config, application.sealed)
-    heavy = tuple(edit.text for edit in edits if edit.restarts)
-    light = tuple(edit.text for edit in edits if not edit.restarts)
-    fingerprint = version_of(application)
-    if record.version.partition(".")[0] != fingerprint:
-        return Action(application, Change.RESTART, fingerprint, heavy)
+    edits = list(differences(record.config, action.kept))
+    heavy = tuple(text for _, text, restarts in edits if restarts)
+    light = tuple(text for _, text, restarts in edits if not restarts)
+    restart = replace(action, change=Change.RESTART, surge=options.no_downtime)
+    if record.version.partition(".")[0] != action.version:
+        return replace(restart, reasons=heavy or light)
     if heavy:
-        named = [overridden(application, edit.path) for edit in edits if edit.restarts]
-        restarting = None if None in named else frozenset(filter(None, named))
-        return Action(application, Change.RESTART, record.version, heavy, restarting)
-    if light:
-        return Action(application, Change.IN_PLACE, record.version, light)
-    if state.status != "RUNNING":
-        return Action(application, Change.IN_PLACE, record.version, (f"it is {state.status}",))
-    return Action(application, Change.UNCHANGED, record.version)
+        # Edits of `deployments` alone: their paths are ("deployments", name, option).
+        names = frozenset(str(path[1]) for path, _, restarts in edits if restarts)
+        return replace(restart, version=record.version, reasons=heavy, restarting=names)
+    if details.status != "RUNNING":
+        light = light or (f"it is {details.status.value}",)
+    change = Change.IN_PLACE if light else Change.UNCHANGED
+    return replace(action, change=change, version=record.version, reasons=light)
 
 
-def overridden(application: ApplicationSpec, path: KeyPath) -> str | None:
-    """The deployment that an edit in `deployments` is about; None when that is not one alone."""
-    if path[:1] != ("deployments",) or not path[1:]:
-        return None
-    entry: Config = application.sealed["deployments"][path[1]]
-    return str(entry["name"])
+def differences(before: Any, after: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str, bool]]:
+    """What was edited: its path, "args.llm_configs[0].engine_kwargs.max_model_len: 2048 → 4096",
+    and whether it needs new replicas."""
+    if path == ("deployments",):  # their order does not matter to Serve
+        before, after = ({e["name"]: e for e in as_list(side)} for side in (before, after))
+    elif path[:-1] == ("deployments",):
+        before, after = before or {}, after or {}
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in dict.fromkeys([*before, *after]):
+            yield from differences(before.get(key), after.get(key), (*path, key))
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for index, (old, new) in enumerate(zip(before, after, strict=True)):
+            yield from differences(old, new, (*path, index))
+    elif before != after:
+        texts = []
+        for value in (before, after):
+            hidden = str(value).startswith(FINGERPRINT)
+            text = "(not given)" if value is None else json.dumps(value, default=str)
+            texts.append(HIDDEN if hidden else shortened(text, MOST_VALUE_CHARACTERS))
+        yield path, f"{format_key(path)}: {' → '.join(texts)}", needs_restart(path)
 
 
-SURGE_PERCENT = 20
-"""How many replicas more than wanted --no-downtime starts at a time: as many as Serve otherwise
-stops, max(20%, 1) (ray/serve/_private/deployment_state.py)."""
+def needs_restart(path: KeyPath) -> bool:
+    """Whether a change at this place of an application needs new replicas."""
+    if path[0] in ("route_prefix", "logging_config", "external_scaler_enabled"):
+        return False
+    for parent, option in itertools.pairwise(path):
+        if parent in DEPLOYMENT_CONFIGS:
+            return option not in LIGHTWEIGHT_OPTIONS
+    return path[0] != "deployments" or not {*path[2:3]} <= {*LIGHTWEIGHT_OPTIONS, "name"}
 
 
-def restarted(action: Action) -> list[DeploymentState]:
-    """The deployments whose running replicas a restart replaces."""
-    if action.change is not Change.RESTART or action.before is None:
-        return []
-    return [
-        deployment
-        for deployment in action.before.state.deployments
-        if action.restarting is None or deployment.name in action.restarting
-    ]
+def read_demand(row: Config) -> Demand:
+    """A demand from plain data, in which tuples are lists."""
+    fields: Config = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+    return Demand(**fields)
+
+
+def read_record(kept: Config) -> Record:
+    """A record as `remember` left it."""
+    return Record(kept["version"], kept["config"], tuple(map(read_demand, kept["demands"])))
+
+
+def deletion(application: ApplicationSpec, before: Running | None, reason: str) -> Action:
+    """Delete an application, if it is there."""
+    declared = before is not None and before.details.source == "declarative"
+    reasons = (reason, COMES_BACK) if declared else (reason,)
+    return Action(application, Change.DELETE, reasons=reasons, before=before)
+
+
+def running_replicas(deployment: DeploymentDetails) -> list[ReplicaDetails]:
+    return [replica for replica in deployment.replicas if replica.state == "RUNNING"]
 
 
 def gap(action: Action) -> str:
     """What a restart means for those who send requests; empty when nothing restarts."""
-    deployments = [d for d in restarted(action) if d.running]
-    if not deployments:
+    if action.change is not Change.RESTART or action.before is None:
         return ""
-    if action.surge:
-        return "no gap: new replicas start before the old ones stop (--no-downtime)"
-    alone = [d.name for d in deployments if d.target_replicas <= 1]
-    if not alone:
-        return "rolling: Serve stops a fifth of the replicas at a time, and at least one"
-    return (
-        f"with a gap: Serve stops the one replica of {' and of '.join(alone)} before it starts the "
-        "new one (--no-downtime starts the new one first, where there is room)"
-    )
+    restarted = [
+        deployment
+        for name, deployment in action.before.details.deployments.items()
+        if action.restarting is None or name in action.restarting
+    ]
+    alone = [d.name for d in restarted if running_replicas(d) and d.target_num_replicas <= 1]
+    if action.surge and restarted:
+        return "no gap, where there is room: new replicas start before the old ones stop"
+    if alone:
+        return (
+            f"with a gap: Serve stops the one replica of {' and of '.join(alone)} before it starts "
+            "the new one (--no-downtime starts the new one first, where there is room)"
+        )
+    rolling = "rolling: Serve stops a fifth of the replicas at a time, and at least one"
+    return rolling if any(map(running_replicas, restarted)) else ""
 
 
-def counted(action: Action, demands: Sequence[Demand]) -> tuple[Demand, ...]:
-    """What the plan has to find room for: everything, or, where the old replicas stay until the
-    new ones run, the new ones that start at once."""
-    if not action.surge:
-        return tuple(demands)
-    targets = {deployment.name: deployment.target_replicas for deployment in restarted(action)}
-    return tuple(
-        replace(demand, min_replicas=math.ceil(targets[demand.deployment] * SURGE_PERCENT / 100))
-        if demand.deployment in targets
-        else replace(demand, min_replicas=0)
-        if action.restarting is not None
-        else demand
-        for demand in demands
-    )
+def demands_at_once(action: Action) -> list[Demand]:
+    """What there has to be room for: all replicas, or with --no-downtime the new ones that start
+    while the old ones stay."""
+    running = action.before.details.deployments if action.before and action.surge else {}
+    demands = []
+    for demand in action.demands:
+        count = demand.min_replicas
+        if demand.deployment in running:
+            restarts = action.restarting is None or demand.deployment in action.restarting
+            target = running[demand.deployment].target_num_replicas
+            count = math.ceil(target * SURGE_PERCENT / 100) if restarts else 0
+        demands.append(replace(demand, min_replicas=count))
+    return demands
 
 
-def moving(actions: Iterable[Action]) -> frozenset[str]:
+def giving_way(actions: Iterable[Action]) -> frozenset[str]:
     """The applications whose replicas of now give up what they hold before the new ones start."""
-    return frozenset(
-        action.application.name
-        for action in actions
-        if not action.surge and not action.refusal and action.change is not Change.UNCHANGED
-    )
+    changing = [a for a in actions if not a.refusal and a.change is not Change.UNCHANGED]
+    return frozenset(action.name for action in changing if not action.surge)
 
 
 def taken_routes(
-    applications: Sequence[ApplicationSpec], states: Mapping[str, ApplicationState]
-) -> Findings:
+    applications: Sequence[ApplicationSpec], others: Mapping[str, ApplicationDetails]
+) -> Problems:
     """The routes that other running applications hold: Serve would refuse the second one."""
-    holders = {state.route_prefix: state for state in states.values() if state.status != "DELETING"}
-    findings = []
+    holders = {d.route_prefix: d for d in others.values() if d.status != "DELETING"}
+    problems = []
     for application in applications:
         route = application.route_prefix
         holder = holders.get(route)
         if route is None or holder is None or holder.name == application.name:
             continue
         origin = " (deployed by `serve deploy`)" if holder.source == "declarative" else ""
-        findings.append(
-            Finding(
-                ("applications", application.index, "route_prefix"),
-                f"{route} is the route of {holder.name}, which is running{origin}",
-                f"choose another route, or delete {holder.name} first",
+        hint = f"choose another route, or delete {holder.name} first"
+        if any(holder.name == item.name for item in applications):
+            hint = (
+                f"give {holder.name} a free route in one run, and both their new ones in a second"
             )
-        )
-    return findings
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One edit of a normalised config, as people read it."""
-
-    path: KeyPath
-    text: str
-    restarts: bool
-
-
-def differences(before: Any, after: Any, path: KeyPath = ()) -> tuple[Difference, ...]:
-    """What was edited: "args.llm_configs[0].engine_kwargs.max_model_len: 2048 → 4096"."""
-    pairs: list[tuple[Any, Any, Any]]
-    if isinstance(before, dict) and isinstance(after, dict):
-        keys = [*before, *(key for key in after if key not in before)]
-        pairs = [(key, before.get(key), after.get(key)) for key in keys]
-    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        pairs = [(index, old, after[index]) for index, old in enumerate(before)]
-    elif before == after:
-        return ()
-    else:
-        text = f"{format_key(path)}: {format_value(before)} → {format_value(after)}"
-        return (Difference(path, text, restarts=needs_restart(path)),)
-    return tuple(edit for key, old, new in pairs for edit in differences(old, new, (*path, key)))
-
-
-def needs_restart(path: KeyPath) -> bool:
-    """Whether a change at this place of an application needs new replicas."""
-    if path[:1] in (("route_prefix",), ("logging_config",), ("external_scaler_enabled",)):
-        return False
-    for parent, option in itertools.pairwise(path):
-        if parent in ("deployment_config", "ingress_deployment_config"):
-            return option not in LIGHTWEIGHT_OPTIONS
-    if path[:1] == ("deployments",):
-        return not {*path[2:3]} <= {*LIGHTWEIGHT_OPTIONS, "name"}
-    return True
-
-
-def format_value(value: Any) -> str:
-    """A value in one line; a secret's never."""
-    if isinstance(value, str) and value.startswith(SEAL):
-        return "***"
-    text = "(not given)" if value is None else json.dumps(value, default=str)
-    return shortened(text, MOST_VALUE_CHARACTERS)
-
-
-# ======================================================================================
-# 7. Ray: the only section that imports Ray, and the only one that knows its private parts
-# ======================================================================================
-
-SERVE_NAMESPACE = "serve"
-SERVE_CONTROLLER = "SERVE_CONTROLLER_ACTOR"
-REPLICA_PREFIX = "SERVE_REPLICA::"
-RECORDS, LAST_GOOD, CLAIMS = "app_v5", "app_v5/last_good", "app_v5/claims"
-"""What this program keeps in the key-value store of the head node, by application: see `remember`,
-`keep_last_good` and `claim`."""
-
-CONNECT_TIMEOUT_S = 10.0
-POLL_TIMEOUT_S = 5.0
-CONTROLLER_TIMEOUT_S = 30.0
-"""How long the controller may take to answer: to a poll, which comes again, and to other calls, in
-which it may restart."""
-
-MOST_BODY_BYTES = 2**20
-
-START_HINT = "start one with `ray start --head`, or give another with --address or RAY_ADDRESS"
-TOKEN_HINT = (
-    "something listens there: if it is a Ray head that wants a token, set RAY_AUTH_MODE=token (and "
-    "RAY_AUTH_TOKEN_PATH, if the token is not in ~/.ray/auth_token)"
-)
-MOST_LOGS, LOG_LINES = 3, 400
-DEATHS = {
-    "oom_context": "OutOfMemoryError",
-    "runtime_env_failed_context": "RuntimeEnvSetupError",
-}
-"""What Ray calls the causes of an actor's death (ActorDeathCause in common.proto)."""
-
-
-class Builder:
-    """Imports, builds and submits applications, inside one Ray actor.
-
-    It runs in the application's own `runtime_env`, as the build task of `serve deploy` does, so a
-    builder that lives in a remote `working_dir` is found, and one that calls `os._exit` or hangs
-    takes this process with it and not the program. An actor runs one call at a time, which is the
-    one lock that `RequestRouterConfig` needs (it edits a process-global pickling table,
-    measured on Ray 2.60), and keeps what it imported.
-    """
-
-    def __init__(self) -> None:
-        self.targets: dict[str, Any] = {}
-
-    def warm_up(self, module: str) -> None:
-        """Import a builder's module ahead of its first use; errors are the build's to report."""
-        with contextlib.suppress(Exception):
-            importlib.import_module(module)
-
-    def build(self, config: Config, route_prefix: str | None) -> list[Config]:
-        """Build one application and apply its `deployments` overrides with Ray's own code.
-
-        Returns one mapping a deployment, in plain data: see `read_demand`.
-        """
-        from ray import get_runtime_context
-        from ray._common.utils import import_attr
-        from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
-        from ray.serve._private.application_state import override_deployment_info
-        from ray.serve._private.build_app import build_app
-        from ray.serve._private.deploy_utils import deploy_args_to_deployment_info, get_deploy_args
-        from ray.serve.schema import ServeApplicationSchema
-
-        schema = ServeApplicationSchema.model_validate(config)
-        target = call_user_app_builder_with_args_if_necessary(
-            import_attr(schema.import_path), schema.args
-        )
-        built = build_app(
-            target,
-            name=schema.name,
-            route_prefix=route_prefix,
-            default_runtime_env=get_runtime_context().runtime_env,
-        )
-        built.validate_single_fastapi_ingress()
-        infos = {
-            deployment.name: deploy_args_to_deployment_info(
-                **get_deploy_args(
-                    deployment.name,
-                    replica_config=deployment._replica_config,
-                    deployment_config=deployment._deployment_config,
-                    ingress=deployment.name == built.ingress_deployment_name,
-                ),
-                app_name=schema.name,
-            )
-            for deployment in built.deployments
-        }
-        infos = override_deployment_info(infos, schema)
-        for info in infos.values():
-            if schema.logging_config and info.deployment_config.logging_config is None:
-                info.deployment_config.logging_config = schema.logging_config.model_dump()
-        # build_app lists deployments in the order of the graph below, each once.
-        for node, deployment in zip(graph_nodes(target), built.deployments, strict=True):
-            info, bound = infos[deployment.name], node._bound_deployment
-            bound._name = deployment.name
-            bound._deployment_config = info.deployment_config
-            bound._replica_config.update(
-                ray_actor_options=info.replica_config.ray_actor_options,
-                placement_group_bundles=info.replica_config.placement_group_bundles,
-                placement_group_strategy=info.replica_config.placement_group_strategy,
-                placement_group_bundle_label_selector=(
-                    info.replica_config.placement_group_bundle_label_selector
-                ),
-                placement_group_fallback_strategy=(
-                    info.replica_config.placement_group_fallback_strategy
-                ),
-                max_replicas_per_node=info.replica_config.max_replicas_per_node,
-            )
-        self.targets[schema.name] = target
-        return [
-            describe_deployment(name, info, ingress=name == built.ingress_deployment_name)
-            for name, info in infos.items()
-        ]
-
-    def submit(
-        self, config: Config, route_prefix: str | None, version: str, surge_percent: int
-    ) -> None:
-        """Hand a built application to Serve without waiting for it to run.
-
-        A stable `_version` lets Serve compare for itself: equal ones change in place, others
-        restart (measured on Ray 2.60). `serve.run` would draw a random one. With `surge_percent`
-        new replicas start before the old ones stop, where the config does not say so itself.
-        """
-        from ray import serve
-
-        target = self.targets[config["name"]]
-        for node in graph_nodes(target):
-            bound = node._bound_deployment
-            bound._version = version
-            if surge_percent and not bound._deployment_config.max_surge_percent:
-                bound._deployment_config.max_surge_percent = surge_percent
-        serve.run_many(
-            [
-                serve.RunTarget(
-                    target,
-                    name=config["name"],
-                    route_prefix=route_prefix,
-                    external_scaler_enabled=bool(config.get("external_scaler_enabled")),
-                )
-            ],
-            wait_for_applications_running=False,
-        )
-
-
-def graph_nodes(target: Any) -> list[Any]:
-    """The bound applications of a graph, children first, each once, as `build_app` visits them."""
-    from ray.dag.py_obj_scanner import _PyObjScanner
-
-    nodes: list[Any] = []
-    seen: set[int] = set()
-
-    def visit(node: Any) -> None:
-        if id(node) in seen:
-            return
-        seen.add(id(node))
-        bound = node._bound_deployment
-        scanner = _PyObjScanner(source_type=type(target))
-        try:
-            children = scanner.find_nodes((bound.init_args, bound.init_kwargs))
-        finally:
-            scanner.clear()
-        for child in children:
-            visit(child)
-        nodes.append(node)
-
-    visit(target)
-    return nodes
-
-
-def describe_deployment(name: str, info: Any, *, ingress: bool) -> Config:
-    """One deployment of a built application in plain data (`read_demand` gives it types)."""
-    replica, options = info.replica_config, info.deployment_config
-    autoscaling = options.autoscaling_config
-    return {
-        "name": name,
-        "ingress": ingress,
-        "bundles": replica.placement_group_bundles or [dict(replica.resource_dict)],
-        "strategy": replica.placement_group_strategy or "PACK",
-        "label_selectors": (replica.placement_group_bundle_label_selector or [])
-        if replica.placement_group_bundles
-        else [replica.ray_actor_options.get("label_selector") or {}],
-        "max_replicas_per_node": replica.max_replicas_per_node,
-        "min_replicas": autoscaling.min_replicas if autoscaling else options.num_replicas,
-        "initial_replicas": autoscaling.initial_replicas if autoscaling else None,
-        "max_replicas": autoscaling.max_replicas if autoscaling else options.num_replicas,
-        "autoscaling": autoscaling is not None,
-    }
-
-
-class RayCluster:
-    """The effects that the program has on one Ray cluster.
-
-    Every wait has a deadline or ends when `patience` says so. `connect` comes first.
-    """
-
-    def __init__(self, worker_logs: bool = False) -> None:
-        self.worker_logs = worker_logs
-        self.address = ""
-        self.dashboard_url = ""
-        self.builders: dict[str, Any] = {}
-        self.holders: dict[str, Any] = {}
-        self.builders_lock = threading.Lock()
-
-    # -- connecting ---------------------------------------------------------------------
-
-    def connect(self, address: str | None) -> None:
-        """Join the running cluster at `address`, at RAY_ADDRESS, or on this machine.
-
-        Raises ClusterError when there is none; it never starts one.
-        """
-        wanted = address or os.environ.get("RAY_ADDRESS") or "auto"
-        if "://" in wanted:
-            raise ClusterError(
-                f"{wanted}: Ray Client and dashboard addresses are not supported",
-                "give HOST:PORT of the head (port 6379 by default), or run on a cluster node",
-            )
-        import ray
-        from ray._private.services import canonicalize_bootstrap_address
-
-        try:
-            # ray.init would wait for ever for a head that is gone.
-            found = canonicalize_bootstrap_address("auto" if wanted == "local" else wanted)
-            check_reachable(found)
-            context = ray.init(
-                # Ray looks for a token (~/.ray/auth_token) only when it finds the cluster itself
-                # (ray/_private/worker.py).
-                address=wanted if wanted == "auto" else found,
-                namespace=SERVE_NAMESPACE,
-                log_to_driver=self.worker_logs,
-                logging_level=logging.INFO if self.worker_logs else logging.ERROR,
-            )
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            listens = "Failed to connect to Ray cluster" in str(error)
-            raise ClusterError(
-                f"no Ray cluster{'' if wanted == 'auto' else f' at {wanted}'}: "
-                f"{first_line(str(error))}",
-                TOKEN_HINT if listens else START_HINT,
-            ) from error
-        self.dashboard_url = f"http://{context.dashboard_url}" if context.dashboard_url else ""
-        self.address = ray.get_runtime_context().gcs_address
-
-    def alive(self) -> bool:
-        """Whether the head node answers at all. Ray itself kills a driver that has lost it for a
-        minute, without a word (ray gcs_rpc_client/rpc_client.h), so the watcher asks first."""
-        try:
-            check_reachable(self.address, timeout_s=2.0)
-        except ClusterError:
-            return False
-        return True
-
-    def check_schema(self, document: Document) -> None:
-        """Let Ray's own schema look at the normalised config. Raises ConfigError."""
-        from pydantic import ValidationError
-        from ray.serve.schema import ServeDeploySchema
-
-        applications, _ = read_applications(document)
-        config = {**document.data, "applications": [app.config for app in applications]}
-        try:
-            ServeDeploySchema.model_validate(unshared(config))
-        except ValidationError as error:
-            findings = [Finding(row["loc"], row["msg"]) for row in error.errors()]
-            raise ConfigError(problems_of(document, findings)) from error
-
-    # -- Serve --------------------------------------------------------------------------
-
-    def start_serve(self, config: Config) -> tuple[str, ...]:
-        """Start Serve with the config's cluster-wide options, as `serve deploy` does.
-
-        Returns the `http_options` that differ from those of a Serve that is already running (it
-        keeps its own). Raises ClusterError when Serve does not come up.
-        """
-        from ray import serve
-        from ray.serve.schema import ServeDeploySchema
-
-        schema = ServeDeploySchema.model_validate({**config, "applications": []})
-        http_options = schema.http_options.model_dump()
-        running = self.serve_details()
-        quiet_serve_loggers(self.worker_logs)
-        start = partial(
-            serve.start,
-            http_options=http_options,
-            proxy_location=schema.proxy_location,
-            grpc_options=schema.grpc_options.model_dump(),
-            logging_config=schema.logging_config,
-            tracing_config=schema.tracing_config,
-            controller_options=schema.controller_options,
-        )
-        try:
-            try:
-                start()
-            except ValueError:
-                # "already exists": another run has started Serve at the same moment.
-                start()
-        except Exception as error:
-            raise ClusterError(
-                f"Ray Serve did not start: {first_line(str(error))}",
-                "see the controller's log under /tmp/ray/session_latest/logs/serve",
-            ) from error
-        if running is None:
-            return ()
-        current = type(schema.http_options).model_validate(running["http_options"] or {})
-        given = (config.get("http_options") or {}).keys()
-        now = current.model_dump()
-        return tuple(sorted(key for key in given if now.get(key) != http_options.get(key)))
-
-    def ask_controller(
-        self, method: str, *arguments: Any, timeout_s: float = CONTROLLER_TIMEOUT_S
-    ) -> Any:
-        """What a method of Serve's controller returns.
-
-        Ray itself repeats a call when the controller restarts during it (`max_task_retries` in
-        ray/serve/_private/default_impl.py). Raises ServeNotRunning, ClusterError when there is no
-        answer in time, and RayTaskError for what the method itself raises.
-        """
-        import ray
-
-        try:
-            controller = ray.get_actor(SERVE_CONTROLLER, namespace=SERVE_NAMESPACE)
-        except ValueError as error:
-            raise ServeNotRunning("Serve is not running") from error
-        try:
-            return ray.get(getattr(controller, method).remote(*arguments), timeout=timeout_s)
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-            raise ClusterError(f"the Serve controller does not answer: {error}") from error
-
-    def serve_details(self, timeout_s: float = CONTROLLER_TIMEOUT_S) -> Config | None:
-        """What the controller knows, in the shape of Ray's `ServeInstanceDetails`; None when Serve
-        is not running. 1 ms of CPU; `serve.status()` costs 57 (measured on Ray 2.60)."""
-        import ray
-
-        try:
-            details: Config = self.ask_controller("get_serve_instance_details", timeout_s=timeout_s)
-        except ServeNotRunning:
-            return None
-        except ray.exceptions.RayTaskError as error:
-            raise ClusterError(f"the Serve controller can't tell its state: {error}") from error
-        return details
-
-    def states(self, timeout_s: float = CONTROLLER_TIMEOUT_S) -> dict[str, ApplicationState]:
-        """The state of every application on the cluster, by name."""
-        details = self.serve_details(timeout_s) or {"applications": {}}
-        return {name: read_state(app) for name, app in details["applications"].items()}
-
-    def delete(self, name: str) -> None:
-        """Have Serve remove an application; it is gone some seconds later."""
-        from ray import serve
-        from ray.experimental.internal_kv import _internal_kv_del
-
-        serve.delete(name, _blocking=False)
-        for namespace in (RECORDS, LAST_GOOD):
-            _internal_kv_del(name, namespace=namespace)
-
-    def running(self, states: Iterable[ApplicationState]) -> dict[str, Running]:
-        """What this program knows about some applications of the cluster, by name."""
-        import ray
-        from ray.experimental.internal_kv import _internal_kv_get
-
-        found = {}
-        for state in states:
-            if state.status == "DELETING":
-                continue
-            kept = _internal_kv_get(state.name, namespace=RECORDS)
-            try:
-                infos = [info for info, _ in self.deployment_infos(state).values()]
-            except ray.exceptions.RayTaskError:
-                infos = []  # a deployment has gone meanwhile: nothing to compare with
-            versions = frozenset(info.version for info in infos)
-            record = read_record(json.loads(kept)) if kept else None
-            found[state.name] = Running(state, versions, record)
-        return found
-
-    def deployment_infos(self, state: ApplicationState) -> dict[str, tuple[Any, str]]:
-        """What Serve's controller was told about each deployment, and the route of the ingress."""
-        from ray.serve.generated.serve_pb2 import DeploymentRoute
-
-        found = {}
-        for deployment in state.deployments:
-            text = self.ask_controller("get_deployment_info", deployment.name, state.name)
-            answer = DeploymentRoute.FromString(text)
-            found[deployment.name] = (answer.deployment_info, answer.route)
-        return found
-
-    def remember(self, action: Action, demands: Sequence[Demand]) -> None:
-        """Leave in the cluster what a later run needs to tell what it would change.
-
-        It lies in the key-value store of the head node, as Serve's own state does; the version in
-        it tells whether somebody else has deployed the application since.
-        """
-        from ray.experimental.internal_kv import _internal_kv_put
-
-        record = Record(action.version, action.application.sealed, tuple(demands))
-        text = json.dumps(dataclasses.asdict(record), default=str)
-        _internal_kv_put(action.application.name, text, overwrite=True, namespace=RECORDS)
-
-    def keep_last_good(self, running: Running) -> None:
-        """Keep, whole, what runs well now, so that a failed edit of it can be undone.
-
-        Kept is what Serve's controller itself keeps in the same store, environment variables
-        included; so it can be brought back even if this program did not deploy it.
-        """
-        from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
-
-        ingresses = {
-            demand.deployment
-            for demand in (running.record.demands if running.record else ())
-            if demand.ingress
-        }
-        record = _internal_kv_get(running.state.name, namespace=RECORDS) or b""
-        kept = {
-            "record": record.decode(),
-            "route_prefix": running.state.route_prefix,
-            "deployments": [
-                {
-                    "name": name,
-                    "info": base64.b64encode(info.SerializeToString()).decode(),
-                    "ingress": name in ingresses if ingresses else bool(route),
-                }
-                for name, (info, route) in self.deployment_infos(running.state).items()
-            ],
-        }
-        text = json.dumps(kept)
-        _internal_kv_put(running.state.name, text, overwrite=True, namespace=LAST_GOOD)
-
-    def roll_back(self, name: str) -> None:
-        """Hand an application's last good configuration to Serve again, with its old version, so
-        that replicas of it that still run stay. Raises ApplicationError when none is kept."""
-        import ray
-        from ray.experimental.internal_kv import (
-            _internal_kv_del,
-            _internal_kv_get,
-            _internal_kv_put,
-        )
-        from ray.serve.generated.serve_pb2 import ApplicationArgs, DeploymentArgs, DeploymentInfo
-
-        text = _internal_kv_get(name, namespace=LAST_GOOD)
-        if not text:
-            raise ApplicationError("no configuration of it is known that ran well")
-        kept = json.loads(text)
-        arguments = []
-        for row in kept["deployments"]:
-            info = DeploymentInfo.FromString(base64.b64decode(row["info"]))
-            deployment = DeploymentArgs(
-                deployment_name=row["name"],
-                deployment_config=info.deployment_config.SerializeToString(),
-                replica_config=info.replica_config.SerializeToString(),
-                deployer_job_id=ray.get_runtime_context().get_job_id(),
-                ingress=row["ingress"],
-            )
-            if row["ingress"] and kept["route_prefix"]:
-                deployment.route_prefix = kept["route_prefix"]
-            arguments.append(deployment.SerializeToString())
-        options = ApplicationArgs().SerializeToString()
-        self.ask_controller("deploy_applications", {name: arguments}, {name: options})
-        if kept["record"]:
-            _internal_kv_put(name, kept["record"], overwrite=True, namespace=RECORDS)
-        else:
-            _internal_kv_del(name, namespace=RECORDS)
-
-    # -- one run at a time for an application ----------------------------------------------
-
-    def claim(self, names: Iterable[str]) -> dict[str, Claim]:
-        """Claim applications for this run. Returns those that another living run has, by name."""
-        others = {}
-        for name in names:
-            holder = self.claim_one(name)
-            if holder is not None:
-                others[name] = holder
-        return others
-
-    def claim_one(self, name: str) -> Claim | None:
-        """Claim one application, or tell who has it.
-
-        The store can put a key atomically if it is not there, but not compare and swap. So a claim
-        is the next key of a row, valid if it is the latest: two that find the same dead claim put
-        the same key, and one of them fails. A run that was killed is a dead job to Ray at once.
-        """
-        from ray.experimental.internal_kv import (
-            _internal_kv_del,
-            _internal_kv_get,
-            _internal_kv_list,
-            _internal_kv_put,
-        )
-
-        mine = Claim(self.job_id(), socket.gethostname(), os.getpid(), f"{datetime.now():%F %T}")
-        while True:
-            keys = sorted(_internal_kv_list(f"{name}\n", namespace=CLAIMS))
-            last = keys[-1] if keys else b"\n0"
-            text = _internal_kv_get(last, namespace=CLAIMS) if keys else b""
-            holder = Claim(**json.loads(text)) if text else None
-            if holder is not None and holder.job in self.living_jobs():
-                return None if holder == mine else holder
-            number = int(last.decode().rpartition("\n")[2]) + 1
-            key = f"{name}\n{number:012}"
-            text = json.dumps(dataclasses.asdict(mine))
-            if not _internal_kv_put(key, text, overwrite=False, namespace=CLAIMS):
-                if max(_internal_kv_list(f"{name}\n", namespace=CLAIMS)) == key.encode():
-                    for old in keys:
-                        _internal_kv_del(old, namespace=CLAIMS)
-                    return None
-                _internal_kv_del(key, namespace=CLAIMS)
-
-    def job_id(self) -> str:
-        import ray
-
-        return str(ray.get_runtime_context().get_job_id())
-
-    def living_jobs(self) -> set[str]:
-        from ray._private.state import jobs
-
-        return {job["JobID"] for job in jobs() if not job["IsDead"]}
-
-    def endpoint(self) -> str:
-        """The public HTTP address, without a trailing slash: "http://localhost:8000"; empty when
-        Serve has no proxy (`proxy_location: Disabled`).
-
-        `root_path` is not in it: that is what a proxy in front of Serve has cut off.
-        """
-        import ray
-        from ray.serve.schema import HTTPOptionsSchema
-
-        details = self.serve_details() or {}
-        if plain(details.get("proxy_location")) == "Disabled":
-            return ""
-        options = HTTPOptionsSchema.model_validate(details.get("http_options") or {})
-        proxies = [proxy["node_ip"] for proxy in (details.get("proxies") or {}).values()]
-        here = ray.util.get_node_ip_address()
-        scheme = "https" if options.ssl_certfile else "http"
-        local = not proxies or here in proxies
-        loopback = options.host in ("0.0.0.0", "::", "127.0.0.1", "localhost")
-        host = "localhost" if local and loopback else options.host if local else proxies[0]
-        return f"{scheme}://{host}:{options.port}"
-
-    # -- building and submitting ----------------------------------------------------------
-
-    def prepare(self, applications: Sequence[ApplicationSpec]) -> None:
-        """Start the builders' processes and their imports, which take 10 s for an LLM."""
-        for application in applications:
-            builder = self.builder(application)
-            builder.warm_up.remote(import_module_of(application.config["import_path"]))
-
-    def builder(self, application: ApplicationSpec, *, alone: bool = False) -> Any:
-        """The actor that builds an application, shared by those with one module and runtime_env."""
-        import ray
-
-        runtime_env = application.config.get("runtime_env") or {}
-        key = json.dumps(
-            [
-                application.name if alone else "",
-                import_module_of(application.config["import_path"]),
-                runtime_env,
-            ],
-            sort_keys=True,
-        )
-        with self.builders_lock:
-            if key not in self.builders:
-                actor = ray.remote(num_cpus=0)(Builder)
-                self.builders[key] = actor.options(runtime_env=runtime_env or None).remote()
-            return self.builders[key]
-
-    def build(self, application: ApplicationSpec, patience: Patience) -> tuple[Demand, ...]:
-        """Ray's own build of one application: what each of its deployments reserves.
-
-        Raises ApplicationError when the import, the builder or an override fails.
-        """
-        import ray
-
-        try:
-            try:
-                return self.build_in(self.builder(application), application, patience)
-            except ray.exceptions.ActorDiedError:
-                # Another application of the same module may have killed the shared process.
-                return self.build_in(self.builder(application, alone=True), application, patience)
-        except ray.exceptions.RayError as error:
-            raise build_failure(error) from error
-
-    def build_in(
-        self, builder: Any, application: ApplicationSpec, patience: Patience
-    ) -> tuple[Demand, ...]:
-        import ray
-
-        call = builder.build.remote(application.config, application.route_prefix)
-        try:
-            rows = self.wait_for(call, patience)
-        except StillDeploying:
-            ray.kill(builder)
-            raise
-        self.holders[application.name] = builder
-        return tuple(read_demand(application.name, row) for row in rows)
-
-    def submit(self, action: Action, demands: Sequence[Demand], patience: Patience) -> None:
-        """Hand a built application to Serve. Raises ApplicationError when Serve refuses it."""
-        import ray
-
-        application = action.application
-
-        def call() -> None:
-            builder = self.holders[application.name]
-            surge = SURGE_PERCENT if action.surge else 0
-            arguments = (application.config, application.route_prefix, action.version, surge)
-            self.wait_for(builder.submit.remote(*arguments), patience)
-
-        ran = action.before is not None and action.before.state.status == "RUNNING"
-        if action.before and ran and action.attempt == 1:
-            self.keep_last_good(action.before)
-
-        try:
-            try:
-                call()
-            except ray.exceptions.ActorDiedError:
-                self.build_in(self.builder(application, alone=True), application, patience)
-                call()
-        except ray.exceptions.RayError as error:
-            raise build_failure(error) from error
-        self.remember(action, demands)
-
-    def wait_for(self, reference: Any, patience: Patience) -> Any:
-        """The value of a Ray call; `patience` ends the wait."""
-        import ray
-
-        while not ray.wait([reference], timeout=0.2)[0]:
-            patience.check()
-        return ray.get(reference)
-
-    # -- resources and logs -----------------------------------------------------------------
-
-    def nodes(self, moving: Collection[str] = ()) -> tuple[tuple[Node, ...], Holders]:
-        """The live nodes with what is free on each, and who holds the rest of it there.
-
-        What the replicas of the applications in `moving` hold counts as free: they are about to be
-        deployed again. Ray tells what is free on a node only in sums; a GPU's own free share is
-        worked out from the replicas that hold parts of it.
-        """
-        import ray
-        from ray._private.state import available_resources_per_node
-
-        available = available_resources_per_node()
-        alive = [node for node in ray.nodes() if node["Alive"]]
-        addresses = [node["NodeManagerAddress"] for node in alive]
-        holdings = self.holdings()
-        nodes, holders = [], {}
-        for row in alive:
-            address, node_id = row["NodeManagerAddress"], row["NodeID"]
-            name = address if addresses.count(address) == 1 else f"{address}/{node_id[:6]}"
-            here = [(label, held) for where, label, held in holdings if where == node_id]
-            staying = [(label, held) for label, held in here if label.split("/")[0] not in moving]
-            free = dict(available.get(node_id, {}))
-            for label, held in here:
-                if (label, held) not in staying:
-                    for resource, amount in held.items():
-                        free[resource] = free.get(resource, 0.0) + amount
-            shares = [held["GPU"] for _, held in staying if held.get("GPU")]
-            nodes.append(
-                Node(
-                    name=name,
-                    total=row["Resources"],
-                    free=free,
-                    free_gpus=initial_free_gpus(
-                        row["Resources"].get("GPU", 0.0), shares, free.get("GPU", 0.0)
-                    ),
-                    labels=row.get("Labels") or {},
-                )
-            )
-            holders[name] = staying
-        return tuple(nodes), holders
-
-    def grows(self) -> bool:
-        """Whether an autoscaler may add nodes. Without one the head's monitor calls each node a
-        type of its own, `node_<id>` (ray/autoscaler/_private/util.py format_readonly_node_type)."""
-        from ray.experimental.internal_kv import _internal_kv_get
-
-        status = json.loads(_internal_kv_get("__autoscaling_status") or "{}")
-        active = (status.get("autoscaler_report") or {}).get("active_nodes") or {}
-        return any(not re.fullmatch(r"node_[0-9a-f]{28,}", kind) for kind in active)
-
-    def holdings(self) -> list[tuple[str, str, Resources]]:
-        """What every Serve replica holds now: (node id, "application/deployment", resources).
-
-        A replica with a placement group is one row a bundle.
-        """
-        import ray
-
-        rows: list[tuple[str, str, Resources]] = []
-        grouped = set()
-        for group in ray.util.placement_group_table().values():
-            name = group["name"]
-            if group["state"] != "CREATED" or not name.startswith(REPLICA_PREFIX):
-                continue
-            grouped.add(name)
-            application, deployment, _ = name.removeprefix(REPLICA_PREFIX).split("#")
-            for index, bundle in group["bundles"].items():
-                node_id = group["bundles_to_node_id"][index]
-                rows.append((node_id, f"{application}/{deployment}", bundle))
-        for app in (self.serve_details() or {"applications": {}})["applications"].values():
-            for name, deployment in (app.get("deployments") or {}).items():
-                for replica in deployment["replicas"]:
-                    held = deployment.get("required_resources") or {}
-                    if replica.get("node_id") and replica.get("actor_name") not in grouped:
-                        rows.append((replica["node_id"], f"{app['name']}/{name}", held))
-        return rows
-
-    def held_by(self, name: str) -> str:
-        """What an application's placement groups still hold, in words; empty when nothing."""
-        import ray
-
-        held: Counter[str] = Counter()
-        for group in ray.util.placement_group_table().values():
-            ours = group["name"].startswith(f"{REPLICA_PREFIX}{name}#")
-            for bundle in group["bundles"].values() if ours and group["state"] != "REMOVED" else ():
-                held.update(bundle)
-        return format_resources(held) if held else ""
-
-    def reservations(self, state: ApplicationState) -> tuple[Reservation, ...]:
-        """What each running replica of an application holds, from GCS's own tables.
-
-        A replica holds its placement group or its own resources, and what actors hold that it
-        started outside of a group. GPU indices come from the actors' resource mappings.
-        """
-        import ray
-        from ray._private.state import state as gcs
-        from ray.core.generated.gcs_pb2 import ActorTableData
-
-        groups = {group["name"]: group for group in ray.util.placement_group_table().values()}
-        rows = gcs._connect_and_get_accessor().get_actor_table(None, "ALIVE")
-        actors = [ActorTableData.FromString(row) for row in rows]
-        names = {row["NodeID"]: row["NodeManagerAddress"] for row in ray.nodes()}
-        found = []
-        for deployment in state.deployments:
-            for replica in deployment.replicas:
-                name = f"{REPLICA_PREFIX}{state.name}#{deployment.name}#{replica.replica_id}"
-                mine = next((a for a in actors if a.actor_id.hex() == replica.actor_id), None)
-                if replica.state != "RUNNING" or mine is None:
-                    continue
-                group, mine_id = groups.get(name), mine.address.worker_id
-                group_id = bytes.fromhex(group["placement_group_id"]) if group else None
-                children = [a for a in actors if a.owner_address.worker_id == mine_id]
-                outside = [a for a in [mine, *children] if not a.placement_group_id]
-                inside = [a for a in actors if group_id and a.placement_group_id == group_id]
-                held: Counter[str] = Counter()
-                for resources in [
-                    *(group["bundles"].values() if group else ()),
-                    *(dict(actor.required_resources) for actor in outside),
-                ]:
-                    # "node:..." only says where something is to run.
-                    amounts = {
-                        k: v for k, v in resources.items() if v and not k.startswith("node:")
-                    }
-                    held.update(amounts)
-                nodes = group["bundles_to_node_id"].values() if group else [mine.node_id.hex()]
-                found.append(
-                    Reservation(
-                        deployment.name,
-                        replica.replica_id,
-                        dict(held),
-                        tuple(dict.fromkeys(names.get(node, node) for node in nodes)),
-                        gpu_indices([*outside, *inside]),
-                    )
-                )
-        return tuple(found)
-
-    def fetch(self, url: str, body: Config | None, timeout_s: float) -> Response:
-        """GET `url`, or POST `body` to it as JSON. Raises ApplicationError without an answer.
-
-        A certificate is not checked: it is that of the user's own cluster. An answer without an
-        end, such as a stream of events, is cut off.
-        """
-        started = time.monotonic()
-        request = urllib.request.Request(
-            url,
-            None if body is None else json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        context = ssl._create_unverified_context() if url.startswith("https") else None
-        try:
-            try:
-                answer = urllib.request.urlopen(request, timeout=timeout_s, context=context)
-            except urllib.error.HTTPError as error:
-                answer = error
-            with answer:
-                return read_response(answer, started, timeout_s)
-        except TimeoutError as error:
-            raise ApplicationError(f"no answer within {timeout_s:.0f} s from {url}") from error
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", None) or error
-            if isinstance(reason, TimeoutError):
-                reason = f"no answer within {timeout_s:.0f} s"
-            raise ApplicationError(f"{url}: {reason}") from error
-
-    def replica_log(self, actor_id: str) -> str:
-        """The ends of a replica's two logs; its engine's processes write into them, too."""
-        return "\n".join(self.log_tail(actor_id, suffix) for suffix in ("out", "err"))
-
-    def failure_logs(self, state: ApplicationState) -> list[str]:
-        """What the replicas that failed have left, one text each, the latest first.
-
-        Serve kills a replica whose constructor raised, and calls it dead some seconds after it has
-        given up on the application; so all that do not run count, of what is not healthy.
-        """
-        return [self.last_words(r.actor_id) for r in failed_replicas(state)[:MOST_LOGS]]
-
-    def last_words(self, actor_id: str) -> str:
-        """The ends of a replica's logs and how its process ended, then the same of its engine's
-        workers, which are actors of another job in the replica's placement group."""
-        import ray
-        from ray.util.state import get_actor, list_actors
-
-        actors: list[Any] = []
-        with contextlib.suppress(ray.exceptions.RayError, RuntimeError, OSError):
-            replica = get_actor(actor_id, timeout=10)
-            actors += [replica] if replica else []
-            if replica and replica.placement_group_id:
-                ended = [("class_name", "=", "RayWorkerProc"), ("state", "=", "DEAD")]
-                workers = list_actors(filters=ended, detail=True, limit=1000, timeout=10)
-                group = replica.placement_group_id
-                actors += [row for row in workers if row.placement_group_id == group][:MOST_LOGS]
-        parts = []
-        for actor in actors:
-            parts += [self.log_tail(actor.actor_id, suffix) for suffix in ("err", "out")]
-            for kind, context in (actor.death_cause or {}).items():
-                name = DEATHS.get(kind, "ActorDiedError")
-                parts.append(f"{name}: {(context or {}).get('error_message') or ''}")
-        return "\n".join(filter(None, parts))
-
-    def starting_log(self, state: ApplicationState) -> str:
-        """The ends of the logs of an application's replicas that start now."""
-        return "".join(
-            self.log_tail(replica.actor_id, suffix)
-            for deployment in state.deployments
-            for replica in deployment.replicas
-            if replica.state == "STARTING" and replica.node
-            for suffix in ("out", "err")
-        )
-
-    def log_tail(self, actor_id: str, suffix: str) -> str:
-        """The end of one actor's "err" or "out" file; empty when Ray has it no more."""
-        import ray
-        from ray.util.state import get_log
-
-        with contextlib.suppress(ray.exceptions.RayError, RuntimeError, OSError):
-            return "".join(get_log(actor_id=actor_id, suffix=suffix, tail=LOG_LINES, timeout=10))
-        return ""
-
-
-def read_response(answer: Any, started: float, timeout_s: float) -> Response:
-    """What an `http.client.HTTPResponse` sends in `timeout_s` from `started`, or its first
-    `MOST_BODY_BYTES`."""
-    parts: list[bytes] = []
-    first_s, ended = 0.0, False
-    with contextlib.suppress(TimeoutError):
-        while time.monotonic() - started < timeout_s and sum(map(len, parts)) < MOST_BODY_BYTES:
-            part = answer.read1(MOST_BODY_BYTES)
-            first_s = first_s or time.monotonic() - started
-            parts.append(part)
-            if not part:
-                ended = not answer.length  # of what was announced, nothing is missing
-                break
-    text = b"".join(parts).decode(errors="replace")
-    return Response(answer.status, text, first_s, time.monotonic() - started, ended)
-
-
-def read_demand(application: str, row: Config) -> Demand:
-    """`describe_deployment`'s plain data with types."""
-    return Demand(
-        application=application,
-        deployment=row["name"],
-        bundles=tuple(
-            {key: float(amount) for key, amount in bundle.items() if amount}
-            for bundle in row["bundles"]
-        ),
-        strategy=row["strategy"],
-        min_replicas=row["min_replicas"],
-        max_replicas=row["max_replicas"],
-        initial_replicas=row["initial_replicas"],
-        autoscaling=row["autoscaling"],
-        ingress=row["ingress"],
-        max_replicas_per_node=row["max_replicas_per_node"],
-        label_selectors=tuple(row["label_selectors"]),
-    )
-
-
-def gpu_indices(actors: Iterable[Any]) -> tuple[int, ...]:
-    """The GPUs that some actors hold parts of. In a placement group a GPU is held under the names
-    of the group and of the bundle (ray/gcs.proto ResourceMapEntry)."""
-    return tuple(
-        sorted(
-            {
-                part.index
-                for actor in actors
-                for entry in actor.resource_mapping
-                if re.fullmatch(r"GPU(_group_\w+)?", entry.name)
-                for part in entry.resource_ids
-            }
-        )
-    )
-
-
-def read_record(record: Config) -> Record:
-    """A record as `remember` left it."""
-    demands = []
-    for row in record["demands"]:
-        tuples = {key: tuple(row[key]) for key in ("bundles", "label_selectors")}
-        demands.append(Demand(**{**row, **tuples}))
-    return Record(record["version"], record["config"], tuple(demands))
-
-
-def read_state(app: Config) -> ApplicationState:
-    """One application of `ServeInstanceDetails` in our own types; what is not known yet is not
-    there (the controller dumps with `exclude_unset`)."""
-    return ApplicationState(
-        name=app["name"],
-        status=plain(app["status"]),
-        message=app.get("message") or "",
-        route_prefix=app.get("route_prefix"),
-        source=plain(app.get("source")),
-        deployments=tuple(
-            DeploymentState(
-                name=name,
-                status=plain(deployment["status"]),
-                message=deployment.get("message") or "",
-                target_replicas=deployment.get("target_num_replicas") or 0,
-                replicas=tuple(read_replica(replica) for replica in deployment["replicas"]),
-                dead_replicas=tuple(
-                    read_replica(replica)
-                    for replica in deployment.get("recent_dead_replicas") or ()
-                ),
-            )
-            for name, deployment in (app.get("deployments") or {}).items()
-        ),
-    )
-
-
-def read_replica(replica: Config) -> ReplicaState:
-    return ReplicaState(
-        replica_id=replica["replica_id"],
-        state=plain(replica["state"]),
-        node=replica.get("node_ip") or "",
-        pid=replica.get("pid") or 0,
-        actor_id=replica.get("actor_id") or "",
-        started_s=replica.get("start_time_s") or 0.0,
-        log_file=replica.get("log_file_path") or "",
-    )
-
-
-def plain(value: Any) -> str:
-    """Serve's enums, which older and newer versions give as such or as text, as text."""
-    return str(getattr(value, "value", value))
-
-
-def build_failure(error: Exception) -> ApplicationError:
-    """What went wrong in a builder's process, for the one application concerned."""
-    import ray
-
-    if isinstance(error, ray.exceptions.RuntimeEnvSetupError):
-        return ApplicationError(f"the runtime_env could not be set up: {error}")
-    if isinstance(error, ray.exceptions.ActorDiedError):
-        return ApplicationError(f"the process that builds the application died: {error}")
-    return ApplicationError(str(error))
-
-
-def check_reachable(address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
-    """Raise ClusterError unless something listens at HOST:PORT."""
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s):
-            return
-    except (OSError, ValueError, OverflowError) as error:
-        raise ClusterError(
-            f"no Ray cluster at {address}: {error}",
-            START_HINT,
-        ) from error
-
-
-def import_module_of(import_path: str) -> str:
-    """The module of an import path, in both of Ray's forms: "m.n:attribute" and "m.n.attribute"."""
-    return import_path.partition(":")[0] if ":" in import_path else import_path.rpartition(".")[0]
-
-
-def quiet_serve_loggers(worker_logs: bool) -> None:
-    """Keep Serve's own log lines out of the terminal unless `--logs` asks for them."""
-    if not worker_logs:
-        for name in ("ray", "ray.serve", "ray.data"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def first_line(text: str) -> str:
-    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+        message = f"{route} is the route of {holder.name}, which is running{origin}"
+        path = ("applications", application.index, "route_prefix")
+        problems.append(Problem(path, message, hint))
+    return problems
 
 
 # ======================================================================================
 # 8. Causes: what Serve and the engine say → the root cause, a hint, the phase of a start
 # ======================================================================================
 
-MOST_CAUSE_CHARACTERS = 300
 ANSI = re.compile(r"\x1b\[[0-9;]*m|\[\d+m(?=ray::|\))")
 LOG_PREFIX = re.compile(
     r"^(?:\([^()]*pid=\d+[^()]*\) ?)*"  # (EngineCore pid=123) (RayWorkerProc pid=124)
     r"(?:(?:ERROR|WARNING|INFO|DEBUG|CRITICAL)\s+[\d-]+\s+[\d:,.]+\s+"
     r"(?:\[[^]]*\]|\S+ \S+ --) ?)?"
 )
-FRAME = re.compile(r'^\s*File "')
+FRAME = re.compile(r'^\s*File "(?P<file>[^"]*)", line (?P<line>\d+)(?P<function>, in)?')
 NAMED = re.compile(
     r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Failure|Died|Killed|Timeout|"
     r"NotFound)\w*(?:\([\w.]+\))?(?:: ?.*)?$"
@@ -3908,154 +2019,115 @@ SHORTER: tuple[tuple[str, str], ...] = (
 )
 """What of an exception nobody needs to read -> what stays of it."""
 
-HINTS: tuple[tuple[str, str], ...] = (
-    # vllm/v1/core/kv_cache_utils.py
-    (
-        r"max seq len\s*\((?P<asked>\d+)\).*?estimated maximum model length is (?P<fits>\d+)",
-        "set engine_kwargs.max_model_len to {fits} or less (it is {asked}), or raise num_gpus",
-    ),
-    (
-        r"max seq len\s*\((?P<asked>\d+)\).*?larger than the available KV cache",
-        "lower engine_kwargs.max_model_len (it is {asked}), or raise num_gpus",
-    ),
-    (
-        r"No available memory for the cache blocks",
-        "the weights leave no room in the share: raise num_gpus or gpu_memory_utilization; if the "
-        "engines started together, set engine_kwargs.kv_cache_memory_bytes",
-    ),
-    # vllm/v1/worker/gpu_worker.py
-    (
-        r"Error in memory profiling",
-        "another engine took or freed memory of this GPU during the measurement: set "
-        "engine_kwargs.kv_cache_memory_bytes, or deploy again with --max-workers 1",
-    ),
-    # vllm/v1/worker/utils.py
-    (
-        r"Free memory on device \S* ?\((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\)",
-        "the GPU has {free} of {total} GiB free: lower num_gpus or gpu_memory_utilization, or stop "
-        "what else runs there (nvidia-smi shows it)",
-    ),
-    # vllm/v1/worker/cpu_worker.py
-    (
-        r"Available memory on node \d+ \((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\) on kv cache.*? "
-        r"requested memory for kv \((?P<asked>[\d.]+)",
-        "the CPU engine asks for {asked} GiB of KV cache, and {free} of {total} GiB are free: "
-        "lower VLLM_CPU_KVCACHE_SPACE or engine_kwargs.kv_cache_memory_bytes",
-    ),
-    (
-        r"Available memory on node \d+ \((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\)",
-        "the CPU engine wants a part of the machine's memory, and {free} of {total} GiB are free: "
-        "lower engine_kwargs.gpu_memory_utilization (it means main memory there)",
-    ),
-    # c10/cuda/CUDACachingAllocator.cpp
-    (
-        r"CUDA out of memory.* capacity of (?P<total>[\d.]+ \w+) of which (?P<free>[\d.]+ \w+) is",
-        "the GPU's memory is full ({free} of {total} are free): raise num_gpus, lower "
-        "max_model_len, or use a smaller model",
-    ),
-    # vllm/config/model.py
-    (
-        r"max_model_len \((?P<asked>\d+)\) is greater than the derived max_model_len "
-        r"\(\w+=(?P<most>\d+)",
-        "the model can take {most} tokens: set engine_kwargs.max_model_len to {most} or less",
-    ),
-    # huggingface_hub/utils/_http.py; the hub answers 401 for a model that is not there, too
-    (
-        r"Repository Not Found for url",
-        "there is no such model on Hugging Face, or it is private: check model_source, or set "
-        "HF_TOKEN in runtime_env.env_vars",
-    ),
-    (
-        r"401 Client Error|40[13] (?:Forbidden|Unauthorized)|gated repo|is restricted",
-        "the model is gated: accept its licence on Hugging Face, and set HF_TOKEN in "
-        "runtime_env.env_vars",
-    ),
-    # huggingface_hub/utils/_validators.py: a path that is not there is taken for an id
-    (
-        r"Repo id must be in the form .*?: '(?P<path>/[^']*)'",
-        "there is no {path} on the node of the replica: check model_source; a path has to exist on "
-        "every node",
-    ),
-    # transformers/utils/hub.py, vllm/transformers_utils/config.py
-    (
-        r"local_files_only|couldn't connect to",
-        "the model is not on the node, and the node does not reach Hugging Face (or HF_HUB_OFFLINE "
-        "is set): check model_source",
-    ),
-    (
-        r"Repo id must be in the form|is not a local folder|Can't load the config|"
-        r"Invalid repository ID or local directory",
-        "there is no such model: check model_source, a Hugging Face id or a path on every node",
-    ),
-    (
-        r"SafetensorError|header too large|incomplete metadata",
-        "a weights file is broken or not whole: fetch the model again",
-    ),
-    # vllm/model_executor/models/registry.py
-    (
-        r"Model architectures \[(?P<name>[^\]]*)\] are not supported",
-        "this version of vLLM does not know the model's architecture: use another model or vLLM",
-    ),
-    (
-        r"trust_remote_code",
-        "the model brings its own code: set engine_kwargs.trust_remote_code: true if you trust it",
-    ),
-    # ray/util/placement_group.py
-    (
-        r"Cannot schedule .*'GPU': (?P<asked>[\d.]+)\} cannot fit .*'GPU': (?P<held>[\d.]+)",
-        "the engine asks for {asked} GPU, and the replica's bundles hold {held}: set "
-        'VLLM_RAY_PER_WORKER_GPUS: "{held}" in runtime_env.env_vars',
-    ),
-    # torch's C++, vllm/v1/executor/ray_executor_v2.py, vllm/config/device.py
-    (
-        r"does not support ray|Failed to infer device type|No CUDA GPUs|Found no NVIDIA driver|"
-        r"libcuda\.so|NVIDIA driver on your system is too old|CUDA driver version is insufficient",
-        "the node has no GPU that vLLM can use: look at nvidia-smi there, or set num_gpus: 0 for "
-        "the CPU engine",
-    ),
-    (r"Unknown engine argument|unexpected keyword argument", "check the spelling of the key"),
-    (r"ModuleNotFoundError|No module named", "install it on the nodes, or name it in runtime_env"),
-    (r"module '[^']*' has no attribute", "check the part of import_path behind the colon"),
-    # ray/exceptions.py RuntimeEnvSetupError; Serve's own words: deployment_state.py
-    (
-        r"runtime_env could not be set up|Failed to set up runtime env|Runtime env setup for",
-        "check runtime_env",
-    ),
-    # torch's TCPStore; ray/serve/_private/http_util.py
-    (r"port: (?P<port>\d+).*address already in use", "another process has port {port} on the node"),
-    (r"Failed to bind to address '(?P<at>[^']*)'", "another process has {at}: change http_options"),
-    (r"[Aa]ddress already in use", "another process has the port"),
-    # The raylet's and the GCS's texts (ray/core/src/ray/raylet, `strings` shows them)
-    (
-        r"running low on memory|Memory on the node .* was (?P<used>[\d.]+)GB used",
-        "the node ran out of main memory: fewer replicas on it, or a ray_actor_options.memory",
-    ),
-    (r"exits with an exit code (?P<code>\d+)", "its own code ended it with exit code {code}"),
-    (
-        r"Worker exit type: SYSTEM_ERROR",
-        "the process was killed or crashed: its logs, and the node's dmesg, tell whether main "
-        "memory ran out",
-    ),
-    (r"Prefix \S+ is being used by application", "give one of the two another route_prefix"),
-    # ray/serve/_private/deployment_state.py
-    (
-        r"have taken more than \d+s to be scheduled",
-        "its resources are in use, or its runtime_env is being installed: see `ray status`",
-    ),
-    (
-        r"have taken more than \d+s to initialize",
-        "the constructor is still at work, or hangs: see the replica's logs",
-    ),
-    (r"ray::Builder\.build\(\)", "import_path's builder raised it: check args"),
-    (r"validation errors? for \w+Config .*Input should be", "check that value in engine_kwargs"),
-    (r"See root cause above", "the cause may stand in the replica's logs"),
-    (
-        r"^(?:GET|POST) http\S+: \d{3} ",
-        "its replicas run, and this is what it says to a request: see their logs; --force starts "
-        "them anew, --no-smoke-test asks nothing",
-    ),
-)
-"""What a cause's text matches -> what would help; {name}s come from the match."""
+HINTS = r"""
+# vllm/v1/core/kv_cache_utils.py
+max seq len\s*\((?P<asked>\d+)\).*?estimated maximum model length is (?P<fits>\d+)
+    set engine_kwargs.max_model_len to {fits} or less (it is {asked}), or raise num_gpus
+max seq len\s*\((?P<asked>\d+)\).*?larger than the available KV cache
+    lower engine_kwargs.max_model_len (it is {asked}), or raise num_gpus
+No available memory for the cache blocks
+    the weights leave no room in the share: raise num_gpus or gpu_memory_utilization; if the
+    engines started together, set engine_kwargs.kv_cache_memory_bytes
+# vllm/v1/worker/gpu_worker.py
+Error in memory profiling
+    another engine took or freed memory of this GPU during the measurement: set
+    engine_kwargs.kv_cache_memory_bytes, or deploy again with --max-workers 1
+# vllm/v1/worker/utils.py
+Free memory on device \S* ?\((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\)
+    the GPU has {free} of {total} GiB free: lower num_gpus or gpu_memory_utilization, or stop
+    what else runs there (nvidia-smi shows it)
+# vllm/v1/worker/cpu_worker.py
+Available memory on node \d+ \((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\) on kv cache.*? requested
+ memory for kv \((?P<asked>[\d.]+)
+    the CPU engine asks for {asked} GiB of KV cache, and {free} of {total} GiB are free: lower
+    VLLM_CPU_KVCACHE_SPACE or engine_kwargs.kv_cache_memory_bytes
+Available memory on node \d+ \((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\)
+    the CPU engine wants a part of the machine's memory, and {free} of {total} GiB are free:
+    lower engine_kwargs.gpu_memory_utilization (it means main memory there)
+# c10/cuda/CUDACachingAllocator.cpp
+CUDA out of memory.* capacity of (?P<total>[\d.]+ \w+) of which (?P<free>[\d.]+ \w+) is
+    the GPU's memory is full ({free} of {total} are free): raise num_gpus, lower
+    max_model_len, or use a smaller model
+# vllm/config/model.py
+max_model_len \((?P<asked>\d+)\) is greater than the derived max_model_len \(\w+=(?P<most>\d+)
+    the model can take {most} tokens: set engine_kwargs.max_model_len to {most} or less
+# huggingface_hub/utils/_http.py; the hub answers 401 for a model that is not there, too
+Repository Not Found for url
+    there is no such model on Hugging Face, or it is private: check model_source, or set
+    HF_TOKEN in runtime_env.env_vars
+401 Client Error|40[13] (?:Forbidden|Unauthorized)|gated repo|is restricted
+    the model is gated: accept its licence on Hugging Face, and set HF_TOKEN in
+    runtime_env.env_vars
+# huggingface_hub/utils/_validators.py: a path that is not there is taken for an id
+Repo id must be in the form .*?: '(?P<path>/[^']*)'
+    there is no {path} on the node of the replica: check model_source; a path has to exist on
+    every node
+# transformers/utils/hub.py, vllm/transformers_utils/config.py
+local_files_only|couldn't connect to
+    the model is not on the node, and the node does not reach Hugging Face (or HF_HUB_OFFLINE
+    is set): check model_source
+Repo id must be in the form|is not a local folder|Can't load the config|
+Invalid repository ID or local directory
+    there is no such model: check model_source, a Hugging Face id or a path on every node
+SafetensorError|header too large|incomplete metadata
+    a weights file is broken or not whole: fetch the model again
+# vllm/model_executor/models/registry.py
+Model architectures \[(?P<name>[^\]]*)\] are not supported
+    this version of vLLM does not know the model's architecture: use another model or vLLM
+trust_remote_code
+    the model brings its own code: set engine_kwargs.trust_remote_code: true if you trust it
+# ray/util/placement_group.py
+Cannot schedule .*'GPU': (?P<asked>[\d.]+)\} cannot fit .*'GPU': (?P<held>[\d.]+)
+    the engine asks for {asked} GPU, and the replica's bundles hold {held}: set
+    VLLM_RAY_PER_WORKER_GPUS: "{held}" in runtime_env.env_vars
+# torch's C++, vllm/v1/executor/ray_executor_v2.py, vllm/config/device.py
+does not support ray|Failed to infer device type|No CUDA GPUs|Found no NVIDIA driver|libcuda\.so|
+NVIDIA driver on your system is too old|CUDA driver version is insufficient
+    the node has no GPU that vLLM can use: look at nvidia-smi there, or set num_gpus: 0 for
+    the CPU engine
+Unknown engine argument|unexpected keyword argument
+    check the spelling of the key
+ModuleNotFoundError|No module named
+    install it on the nodes, or name it in runtime_env
+module '[^']*' has no attribute
+    check the part of import_path behind the colon
+# ray/exceptions.py RuntimeEnvSetupError; Serve's own words: deployment_state.py
+runtime_env could not be set up|Failed to set up runtime env|Runtime env setup for
+    check runtime_env
+# torch's TCPStore; ray/serve/_private/http_util.py
+port: (?P<port>\d+).*address already in use
+    another process has port {port} on the node
+Failed to bind to address '(?P<at>[^']*)'
+    another process has {at}: change http_options
+[Aa]ddress already in use
+    another process has the port
+# The raylet's and the GCS's texts (ray/core/src/ray/raylet, `strings` shows them)
+running low on memory|Memory on the node .* was (?P<used>[\d.]+)GB used
+    the node ran out of main memory: fewer replicas on it, or a ray_actor_options.memory
+exits with an exit code (?P<code>\d+)
+    its own code ended it with exit code {code}
+Worker exit type: SYSTEM_ERROR
+    the process was killed or crashed: its logs, and the node's dmesg, tell whether main
+    memory ran out
+Prefix \S+ is being used by application
+    give one of the two another route_prefix
+# ray/serve/_private/deployment_state.py
+have taken more than \d+s to be scheduled
+    its resources are in use, or its runtime_env is being installed: see `ray status`
+have taken more than \d+s to initialize
+    the constructor is still at work, or hangs: see the replica's logs
+ray::Builder\.build\(\)
+    import_path's builder raised it: check args
+validation errors? for \w+Config .*Input should be
+    check that value in engine_kwargs
+See root cause above
+    the cause may stand in the replica's logs
+^(?:GET|POST) http\S+: \d{3}\b
+    its replicas run, and this is what it says to a request: see their logs; --force starts
+    them anew, --no-smoke-test asks nothing
+"""
+"""What a cause's text matches, in one or more lines, and below what would help, indented; {name}s
+come from the match. Above stands in which file of vLLM, Ray or another library the text is made."""
 
 
 def root_cause(message: str, logs: Sequence[str] = ()) -> Cause:
@@ -4076,14 +2148,16 @@ def root_cause(message: str, logs: Sequence[str] = ()) -> Cause:
 def real_exceptions(text: str) -> list[str]:
     """The exceptions in a text that wrap no other, in their order, each once and on one line."""
     rows = [split_prefix(line) for line in text.splitlines()]
-    found = []
-    in_stack = False
+    found, in_stack, frame = [], False, None
     for index, (prefix, line) in enumerate(rows):
         raised = NAMED.match(line) or (in_stack and UNNAMED.match(line))
         if raised and not WRAPPERS.search(line):
             below = itertools.takewhile(partial(belongs_to, prefix), rows[index + 1 :])
-            further = (part.strip() for _, part in below)
-            found.append(" ".join([line, *filter(None, further)]))
+            parts = [line, *(part.strip() for _, part in below)]
+            if frame and not frame["function"]:  # a SyntaxError's place is no frame of a stack
+                parts.append(f"({frame['file']}, line {frame['line']})")
+            found.append(" ".join(filter(None, parts)))
+        frame = FRAME.match(line) or (frame if line[:1].isspace() else None)
         in_stack = bool(FRAME.match(line)) or (in_stack and line[:1].isspace())
     return list(dict.fromkeys(found))
 
@@ -4119,9 +2193,27 @@ def plain_cause(message: str) -> str:
 POINTERS = ("Failed to update the deployments", "This may be caused by", "ActorDiedError()")
 
 
+def first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+@functools.cache
+def hints() -> list[tuple[str, str]]:
+    """`HINTS` as pairs of a pattern and what would help."""
+    rows: list[tuple[str, str]] = []
+    for line in HINTS.strip().splitlines():
+        if line.startswith("    "):
+            pattern, hint = rows.pop()
+            rows.append((pattern, f"{hint} {line.strip()}".strip()))
+        elif not line.startswith("#"):
+            pattern, hint = rows.pop() if rows and not rows[-1][1] else ("", "")
+            rows.append((pattern + line, hint))
+    return rows
+
+
 def hint_for(text: str) -> str:
     """What would help against a known cause, in its own numbers; empty for an unknown one."""
-    for pattern, hint in HINTS:
+    for pattern, hint in hints():
         match = re.search(pattern, text, re.DOTALL)
         if match:
             return hint.format(**match.groupdict())
@@ -4152,47 +2244,691 @@ def engine_phase(log: str) -> str:
     return next(phases, "")
 
 
-def pending_need(message: str) -> tuple[Resources, Resources] | None:
-    """What a replica that Serve can't place needs, and what the cluster has free of that.
+def public_address(details: Any, here: str) -> str:
+    """Serve's HTTP address for this node, without a last slash: "http://localhost:8000"; empty when
+    it has no proxy. `root_path` is not in it: a proxy in front of Serve cuts that off."""
+    if details.proxy_location == "Disabled":
+        return ""
+    options, proxies = details.http_options, [proxy.node_ip for proxy in details.proxies.values()]
+    local = not proxies or here in proxies
+    loopback = options.host in ("0.0.0.0", "::", "127.0.0.1", "localhost")
+    host = "localhost" if local and loopback else options.host if local else proxies[0]
+    return f"{'https' if options.ssl_certfile else 'http'}://{host}:{options.port}"
 
-    None when the message says nothing of the kind, or when there is enough: Serve also words so a
-    replica whose process is just starting (ray/serve/_private/deployment_state.py
-    `resource_requirements`). What is used up is missing in what it calls available; and for
-    bundles, a list, it never finds anything available, so there it can't be told and counts.
-    """
-    match = re.search(
-        r"Resources required for each replica: (.*?), total resources available: (\{.*?\})\.",
-        message,
-    )
-    if not match:
-        return None
+
+def reservation_of(
+    replica: ReplicaDetails,
+    mine: Any,
+    group: Config | None,
+    actors: Sequence[Any],
+    names: Mapping[str, str],
+) -> Reservation:
+    """What a replica holds: its placement group or its own resources, and what actors hold that it
+    started outside of a group. GPU indices come from the actors' resource mappings, where a part of
+    a group's GPU goes by the group's name (ray/gcs.proto ActorTableData, ResourceMapEntry)."""
+    group_id = bytes.fromhex(group["placement_group_id"]) if group else None
+    family = [a for a in actors if a.owner_address.worker_id == mine.address.worker_id]
+    outside = [actor for actor in [mine, *family] if not actor.placement_group_id]
+    inside = [actor for actor in actors if group_id and actor.placement_group_id == group_id]
+    held: Counter[str] = Counter()
+    bundles = list(group["bundles"].values()) if group else []
+    for bundle in [*bundles, *(dict(actor.required_resources) for actor in outside)]:
+        # "node:..." only says where something is to run.
+        held.update({k: v for k, v in bundle.items() if v and not k.startswith("node:")})
+    nodes = group["bundles_to_node_id"].values() if group else [mine.node_id.hex()]
+    places = tuple(dict.fromkeys(names.get(node, node) for node in nodes))
+    parts = itertools.chain(*(actor.resource_mapping for actor in [*outside, *inside]))
+    gpus = [part for part in parts if re.fullmatch(r"GPU(_group_\w+)?", part.name)]
+    indices = tuple(sorted({piece.index for part in gpus for piece in part.resource_ids}))
+    deployment = str(replica.actor_name).split("#")[1]
+    return Reservation(deployment, replica.replica_id, dict(held), places, indices)
+
+
+START_HINT = "start one with `ray start --head`, or give another with --address or RAY_ADDRESS"
+
+
+def check_reachable(address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
+    """Raise ClusterError unless something listens at HOST:PORT."""
+    host, _, port = address.rpartition(":")
     try:
-        needed, available = (ast.literal_eval(text) for text in match.groups())
-    except (ValueError, SyntaxError):
-        return None
-    total: dict[str, float] = {}
-    for bundle in needed if isinstance(needed, list) else [needed]:
-        for resource, amount in bundle.items():
-            total[resource] = total.get(resource, 0.0) + amount
-    free = {resource: available.get(resource, 0.0) for resource in total}
-    return (total, free) if any(free[resource] < total[resource] for resource in total) else None
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s):
+            return
+    except (OSError, ValueError, OverflowError) as error:
+        raise ClusterError(f"no Ray cluster at {address}: {error}", START_HINT) from error
+
+
+def serve_failure(message: str, port: int) -> ClusterError:
+    """Why Serve did not start; who has its port, where that can be read."""
+    import psutil
+
+    if "Failed to bind" not in message:
+        return ClusterError(f"Ray Serve did not start: {root_cause(message).text}")
+    who = "another process has it"
+    with contextlib.suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("tcp"):
+            if connection.laddr and connection.laddr.port == port and connection.pid:
+                process = psutil.Process(connection.pid)
+                who = f"process {process.pid} ({process.name()}) has it"
+    hint = "stop that, or set another http_options.port"
+    return ClusterError(f"Ray Serve did not start: port {port} is taken: {who}", hint)
+
+
+def import_module_of(import_path: str) -> str:
+    """The module of an import path, in both of Ray's forms: "m.n:attribute" and "m.n.attribute"."""
+    return import_path.partition(":")[0] if ":" in import_path else import_path.rpartition(".")[0]
 
 
 # ======================================================================================
-# 9. Verify: an application that runs → the proof that it is what was promised, and answers
+# 9. Ray: the only section that imports Ray, and the only one that knows its private parts
 # ======================================================================================
 
-SMOKE_TIMEOUT_S = 60.0
-ROUTE_ATTEMPTS = 20
+SERVE, SERVE_CONTROLLER, REPLICA_PREFIX = "serve", "SERVE_CONTROLLER_ACTOR", "SERVE_REPLICA::"
+RECORDS, KEYS, CLAIMS = "app_v5/records", "app_v5", "app_v5/claims"
+"""What this program keeps in the cluster: in the key-value store of the head node a `Record` an
+application, and the key of their fingerprints; with its Ray job, what a run works on."""
+
+PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+DEATHS = {"oom_context": "OutOfMemoryError", "runtime_env_failed_context": "RuntimeEnvSetupError"}
+"""What Ray calls the causes of an actor's death (ActorDeathCause in common.proto)."""
+
+
+class Builder:
+    """Imports and builds applications, inside one Ray actor.
+
+    It runs in the application's own `runtime_env`, as the build task of `serve deploy` does, so a
+    builder that lives in a remote `working_dir` is found, and one that calls `os._exit` or hangs
+    takes this process with it and not the program. An actor runs one call at a time, which is the
+    one lock that `RequestRouterConfig` needs (it edits a process-global pickling table,
+    measured on Ray 2.60), and keeps what it imported.
+    """
+
+    def warm_up(self, module: str) -> None:
+        """Import a builder's module ahead of its first use; errors are the build's to report."""
+        with contextlib.suppress(Exception):
+            importlib.import_module(module)
+
+    def build(self, config: Config) -> list[tuple[Config, bytes]]:
+        """Build one application and apply its `deployments` overrides with Ray's own code.
+
+        Returns for each deployment the fields of its `Demand`, and what Serve's controller takes: a
+        serialised `DeploymentArgs`.
+        """
+        from ray import get_runtime_context
+        from ray._common.utils import import_attr
+        from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+        from ray.serve._private.application_state import override_deployment_info
+        from ray.serve._private.build_app import build_app
+        from ray.serve._private.client import _callable_uses_multiplexing
+        from ray.serve._private.deploy_utils import deploy_args_to_deployment_info, get_deploy_args
+        from ray.serve.generated.serve_pb2 import DeploymentArgs
+        from ray.serve.schema import ServeApplicationSchema
+
+        schema = ServeApplicationSchema.model_validate(config)
+        target = import_attr(schema.import_path)
+        built = build_app(
+            call_user_app_builder_with_args_if_necessary(target, schema.args),
+            name=schema.name,
+            default_runtime_env=get_runtime_context().runtime_env,
+        )
+        built.validate_single_fastapi_ingress()
+        router = built.ingress_request_router_deployment
+        deployments = {d.name: d for d in [*built.deployments, router] if d is not None}
+        infos = {}
+        for name, deployment in deployments.items():
+            arguments = get_deploy_args(
+                name,
+                replica_config=deployment._replica_config,
+                ingress=name == built.ingress_deployment_name,
+                ingress_request_router=deployment is router,
+                deployment_config=deployment._deployment_config,
+            )
+            infos[name] = deploy_args_to_deployment_info(**arguments, app_name=schema.name)
+        rows = []
+        for name, info in override_deployment_info(infos, schema).items():
+            if schema.logging_config and info.deployment_config.logging_config is None:
+                info.deployment_config.logging_config = schema.logging_config.model_dump()
+            row = DeploymentArgs(
+                deployment_name=name,
+                deployment_config=info.deployment_config.to_proto_bytes(),
+                replica_config=info.replica_config.to_proto_bytes(),
+                ingress=info.ingress,
+                ingress_request_router=info.ingress_request_router,
+                uses_multiplexing=_callable_uses_multiplexing(deployments[name].func_or_class),
+            )
+            rows.append((describe_deployment(name, info), row.SerializeToString()))
+        return rows
+
+
+@dataclass
+class BuildProcess:
+    """An actor that builds one application at a time; `began` is when the one at its turn did."""
+
+    actor: Any
+    warm: Any
+    turn: threading.Lock = field(default_factory=threading.Lock)
+    began: float = math.inf
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Keep what Ray's C++ writes off the screen."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as sink:
+        saved = os.dup(2)
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+@contextlib.contextmanager
+def reading_logs() -> Iterator[None]:
+    """Raise Unreachable for whatever goes wrong: a log is a help, and never a condition. Ray lets
+    errors of its own through, and those of `requests` and of asking a node's agent."""
+    try:
+        yield
+    except Exception as error:
+        raise Unreachable(first_line(str(error)) or repr(error)) from error
+
+
+def schema_problems(
+    validate: Callable[[Any], object], path: KeyPath, config: Any
+) -> Iterator[Problem]:
+    """What one of Ray's validators says of a value. pydantic's places end with names of types."""
+    from pydantic import ValidationError
+
+    try:
+        validate(unshared(config))
+    except ValidationError as error:
+        for row in error.errors():
+            keys, value = path, config
+            for key in row["loc"]:
+                is_item = isinstance(value, list) and isinstance(key, int)
+                if not is_item and key not in as_dict(value):
+                    break
+                keys, value = (*keys, key), value[key]
+            message = row["msg"].removeprefix("Value error, ")
+            if row["type"] == "missing":
+                message = f"{row['loc'][-1]} is missing"
+            elif keys != path and not isinstance(value, dict | list):
+                message = f"{show_value(value)}: {message}"
+            yield Problem(keys, message)
+    except ImportError:
+        pass  # of a class that the cluster may have: the builder's process will tell
+    except Exception as error:  # noqa: BLE001
+        # Ray imports what a request router or a policy names, which may raise anything.
+        yield Problem(path, str(error))
+
+
+class RayCluster:
+    """The effects that the program has on one Ray cluster. `connect` comes first."""
+
+    def __init__(self, worker_logs: bool = False) -> None:
+        self.log_level = logging.INFO if worker_logs else logging.ERROR
+        self.address = self.dashboard_url = ""
+        self.builders: dict[str, BuildProcess] = {}
+        self.built: dict[str, list[bytes]] = {}
+        self.lock = threading.Lock()
+
+    # -- connecting ---------------------------------------------------------------------
+
+    def connect(self, address: str, claims: Collection[str] = ()) -> None:
+        """Join the running cluster at `address`, at RAY_ADDRESS, or on this machine, and say which
+        applications this run works on. Raises ClusterError when there is none."""
+        wanted = address or os.environ.get("RAY_ADDRESS") or "auto"
+        if "://" in wanted:
+            raise ClusterError(
+                f"{wanted}: Ray Client and dashboard addresses are not supported",
+                "give HOST:PORT of the head (port 6379 by default), or run on a cluster node",
+            )
+        # This process speaks to the cluster alone, and never through a company's proxy.
+        for name in [name for name in os.environ if name.lower() in PROXIES]:
+            del os.environ[name]
+        import ray
+        from ray._private.authentication import authentication_token_setup as tokens
+        from ray._private.services import canonicalize_bootstrap_address
+        from ray._raylet import GcsClient
+
+        for name in ("ray", "ray.serve", "ray.data"):
+            logging.getLogger(name).setLevel(self.log_level)
+        try:
+            # ray.init would wait for ever for a head that is gone.
+            found = canonicalize_bootstrap_address("auto" if wanted == "local" else wanted)
+            check_reachable(found)
+            # Ray does this only for the cluster that it finds by itself (ray/_private/worker.py).
+            tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+            tokens.ensure_token_if_auth_enabled(None, create_token_if_missing=False)
+            with silence():
+                GcsClient(address=found)
+            context = ray.init(
+                address=found,
+                namespace=SERVE,
+                job_config=ray.job_config.JobConfig(metadata={CLAIMS: json.dumps(list(claims))}),
+                log_to_driver=self.log_level == logging.INFO,
+                logging_level=self.log_level,
+            )
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            where = "" if wanted == "auto" else f" at {wanted}"
+            message = f"no Ray cluster{where}: {first_line(str(error))}"
+            hint = "" if "InvalidAuthToken" in str(error) else START_HINT
+            raise ClusterError(message, hint) from error
+        self.address = ray.get_runtime_context().gcs_address
+        # Ray's state API would ask another cluster that these name.
+        os.environ["RAY_ADDRESS"] = self.address
+        os.environ.pop("RAY_API_SERVER_ADDRESS", None)
+        self.dashboard_url = f"http://{context.dashboard_url}" if context.dashboard_url else ""
+
+    def alive(self) -> bool:
+        """Whether the head node answers, and a raylet lives. Ray itself kills a driver that has
+        lost its head for a minute, without a word (ray gcs_rpc_client/rpc_client.h)."""
+        import ray
+
+        try:
+            check_reachable(self.address, timeout_s=2.0)
+            return any(node["Alive"] for node in ray.nodes())
+        except (ClusterError, ray.exceptions.RayError):
+            return False
+
+    def check_values(self, document: Document, applications: Sequence[ApplicationSpec]) -> Problems:
+        """What Ray's own schemas say against the values of a normalised config."""
+        from ray.serve._private.utils import validate_route_prefix
+        from ray.serve.config import AutoscalingConfig
+        from ray.serve.schema import DeploymentSchema, ServeDeploySchema
+
+        data = {**document.data, "applications": [app.config for app in applications]}
+        found = list(schema_problems(ServeDeploySchema.model_validate, (), data))
+        for path, options in deployment_options(data):
+            if path[-1] == "deployment_config":
+                named = {"name": "-", **options}
+                found += schema_problems(DeploymentSchema.model_validate, path, named)
+            if scaling := as_dict(options.get("autoscaling_config")):
+                auto = {"max_replicas": 100} if options.get("num_replicas") == "auto" else {}
+                where, full = (*path, "autoscaling_config"), {**auto, **scaling}
+                found += schema_problems(AutoscalingConfig.model_validate, where, full)
+        for app in applications:
+            where = ("applications", app.index, "route_prefix")
+            if isinstance(app.route_prefix, str):
+                found += schema_problems(validate_route_prefix, where, app.route_prefix)
+        # Of a union pydantic says for each part why it is not that.
+        return list({problem.path: problem for problem in reversed(found)}.values())
+
+    # -- Serve --------------------------------------------------------------------------
+
+    def start_serve(self, config: Config) -> tuple[str, ...]:
+        """Start Serve with the config's cluster-wide options, as `serve deploy` does.
+
+        Returns the `http_options` that differ from those of a Serve that is already running (it
+        keeps its own). Raises ClusterError when Serve does not come up.
+        """
+        from ray import serve
+        from ray.serve.schema import ServeDeploySchema
+
+        schema = ServeDeploySchema.model_validate({**config, "applications": []})
+        names = ("proxy_location", "logging_config", "tracing_config", "controller_options")
+        options = {name: getattr(schema, name) for name in names}
+        http_options = options["http_options"] = schema.http_options.model_dump()
+        options["grpc_options"] = schema.grpc_options.model_dump()
+        running = self.serve_details()
+        try:
+            try:
+                serve.start(**options)
+            except ValueError:  # another run has started Serve at the same moment
+                serve.start(**options)
+        except Exception as error:
+            raise serve_failure(str(error), schema.http_options.port) from error
+        now = (
+            running.http_options.model_dump() if running and running.http_options else http_options
+        )
+        given = (config.get("http_options") or {}).keys()
+        return tuple(sorted(key for key in given if now.get(key) != http_options.get(key)))
+
+    def ask_controller(
+        self, method: str, *arguments: Any, timeout_s: float = CONTROLLER_TIMEOUT_S
+    ) -> Any:
+        """What a method of Serve's controller returns; None when Serve is not running.
+
+        Ray itself repeats a call when the controller restarts during it (`max_task_retries` in
+        ray/serve/_private/default_impl.py). Raises ClusterError when there is no answer in time,
+        and RayTaskError for what the method itself raises.
+        """
+        import ray
+
+        try:
+            controller = ray.get_actor(SERVE_CONTROLLER, namespace=SERVE)
+        except ValueError:
+            return None
+        try:
+            return ray.get(getattr(controller, method).remote(*arguments), timeout=timeout_s)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            raise ClusterError(f"the Serve controller does not answer: {error}") from error
+
+    def serve_details(self, timeout_s: float = CONTROLLER_TIMEOUT_S) -> Any:
+        """Ray's `ServeInstanceDetails`; None when Serve is not running. 1 ms of CPU;
+        `serve.status()` costs 57 (measured on Ray 2.60). Raises ClusterError."""
+        import ray
+        from ray.serve.schema import ServeInstanceDetails
+
+        try:
+            details = self.ask_controller("get_serve_instance_details", timeout_s=timeout_s)
+        except ray.exceptions.RayTaskError as error:
+            raise ClusterError(f"the Serve controller can't tell its state: {error}") from error
+        return details and ServeInstanceDetails.model_validate(details)
+
+    def states(self, timeout_s: float = CONTROLLER_TIMEOUT_S) -> dict[str, ApplicationDetails]:
+        """The state of every application on the cluster, by name."""
+        details = self.serve_details(timeout_s)
+        return details.applications if details else {}
+
+    def endpoint(self) -> str:
+        """The public HTTP address of Serve, as `public_address` gives it."""
+        import ray
+
+        details = self.serve_details()
+        return public_address(details, ray.util.get_node_ip_address()) if details else ""
+
+    def submit(self, action: Action) -> None:
+        """Hand a built application to Serve, without waiting for it to run.
+
+        A stable `version` lets Serve compare for itself: equal ones change in place, others restart
+        (measured on Ray 2.60). `serve.run` would draw a random one. Raises ApplicationError.
+        """
+        import ray
+        from ray.serve.generated.serve_pb2 import ApplicationArgs, DeploymentArgs, DeploymentConfig
+
+        name, route, rows = action.name, action.application.route_prefix, []
+        for text in self.built[name]:
+            row = DeploymentArgs.FromString(text)
+            config = DeploymentConfig.FromString(row.deployment_config)
+            config.version = action.version
+            config.max_surge_percent = config.max_surge_percent or SURGE_PERCENT * action.surge
+            row.deployment_config = config.SerializeToString()
+            row.deployer_job_id = ray.get_runtime_context().get_job_id()
+            if row.ingress and route is not None:
+                row.route_prefix = route
+            rows.append(row.SerializeToString())
+        external = bool(action.application.config.get("external_scaler_enabled"))
+        scaler = ApplicationArgs(external_scaler_enabled=external).SerializeToString()
+        # First, so that it is there even if this run ends while Serve takes it over.
+        self.remember(name, Record(action.version, action.kept, action.demands))
+        try:
+            self.ask_controller("deploy_applications", {name: rows}, {name: scaler})
+        except ray.exceptions.RayTaskError as error:
+            self.remember(name, action.before.record if action.before else None)
+            raise ApplicationError(str(error)) from error
+
+    def delete(self, name: str) -> None:
+        """Have Serve remove an application; it is gone some seconds later."""
+        from ray import serve
+
+        serve.delete(name, _blocking=False)
+        self.remember(name, None)
+
+    # -- what this program keeps in the cluster ---------------------------------------------
+
+    def fingerprint_key(self) -> bytes:
+        """The random key of this cluster's fingerprints; the first run makes it."""
+        from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+
+        _internal_kv_put("key", os.urandom(32), overwrite=False, namespace=KEYS)
+        return bytes(_internal_kv_get("key", namespace=KEYS))
+
+    def running(self, found: Iterable[ApplicationDetails]) -> dict[str, Running]:
+        """What this program knows about some applications of the cluster, by name."""
+        import ray
+        from ray.experimental.internal_kv import _internal_kv_get
+        from ray.serve.generated.serve_pb2 import DeploymentRoute
+
+        known = {}
+        for details in found:
+            text, versions = _internal_kv_get(details.name, namespace=RECORDS), set()
+            for name in details.deployments:
+                with contextlib.suppress(ray.exceptions.RayTaskError):  # it may have gone meanwhile
+                    answer = self.ask_controller("get_deployment_info", name, details.name)
+                    versions.add(DeploymentRoute.FromString(answer).deployment_info.version)
+            record = read_record(json.loads(text)) if text else None
+            known[details.name] = Running(details, frozenset(versions), record)
+        return known
+
+    def remember(self, name: str, record: Record | None) -> None:
+        """Leave in the cluster what a later run needs to tell what it would change; the version in
+        it tells whether somebody else has deployed the application since."""
+        from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_put
+
+        if record is None:
+            _internal_kv_del(name, namespace=RECORDS)
+        else:
+            text = json.dumps(dataclasses.asdict(record), default=str)
+            _internal_kv_put(name, text, overwrite=True, namespace=RECORDS)
+
+    def claims(self, names: Collection[str]) -> dict[str, str]:
+        """Which of these applications an earlier run that still lives works on, and which run.
+
+        A run says with its Ray job what it works on (`connect`); one that was killed is a dead job
+        at once.
+        """
+        import ray
+        from ray._private.state import state as gcs
+        from ray.core.generated.gcs_pb2 import JobTableData
+
+        rows = gcs._connect_and_get_accessor().get_job_table()
+        jobs = sorted(map(JobTableData.FromString, rows), key=lambda j: (j.start_time, j.job_id))
+        me = ray.get_runtime_context().get_job_id()
+        taken: dict[str, str] = {}
+        for job in itertools.takewhile(lambda job: job.job_id.hex() != me, jobs):
+            claimed = [] if job.is_dead else json.loads(job.config.metadata.get(CLAIMS) or "[]")
+            since = datetime.fromtimestamp(job.start_time / 1000)
+            where = f"process {job.driver_pid} on {job.driver_address.ip_address}"
+            mine = {name: f"{where}, since {since:%F %T}" for name in claimed if name in names}
+            taken = mine | taken  # the first of several is the one at work
+        return taken
+
+    # -- building -----------------------------------------------------------------------------
+
+    def prepare(self, applications: Iterable[ApplicationSpec]) -> None:
+        """Start the builders' processes and their imports, which take 10 s for an LLM."""
+        for application in applications:
+            self.process_of(application)
+
+    def process_of(self, application: ApplicationSpec, *, alone: bool = False) -> BuildProcess:
+        """Where an application is built, together with those of one module and runtime_env."""
+        import ray
+
+        runtime_env = application.config.get("runtime_env") or {}
+        module = import_module_of(application.config["import_path"])
+        key = json.dumps([application.name if alone else "", module, runtime_env], sort_keys=True)
+        with self.lock:
+            if key not in self.builders:
+                actor = ray.remote(num_cpus=0)(Builder)
+                actor = actor.options(runtime_env=runtime_env or None).remote()
+                self.builders[key] = BuildProcess(actor, actor.warm_up.remote(module))
+            return self.builders[key]
+
+    def build(
+        self, application: ApplicationSpec, check: Callable[[], None], *, alone: bool = False
+    ) -> tuple[Demand, ...]:
+        """Ray's own build of one application: what each of its deployments reserves. `check` ends
+        the wait; raises ApplicationError when the import, the builder or an override fails."""
+        import ray
+
+        try:
+            rows = self.rows_of(application, check, alone)
+        except ray.exceptions.RuntimeEnvSetupError as error:
+            raise ApplicationError(f"the runtime_env could not be set up: {error}") from error
+        except ray.exceptions.ActorDiedError as error:
+            # Another application of the same module may have killed the shared process.
+            if not alone:
+                return self.build(application, check, alone=True)
+            message = f"the process that builds the application died: {error}"
+            raise ApplicationError(message) from error
+        except ray.exceptions.RayError as error:
+            # If its node has gone, perhaps the cluster has, which shows by then.
+            lost_at = time.monotonic() + CLUSTER_LOST_AFTER_S + 2 * HEARTBEAT_INTERVAL_S
+            gone = isinstance(error, ray.exceptions.ActorUnavailableError)
+            while gone and time.monotonic() < lost_at:
+                check()
+                time.sleep(POLL_INTERVAL_S)
+            raise ApplicationError(str(error)) from error
+        self.built[application.name] = [row for _, row in rows]
+        return tuple(read_demand({**fields, "application": application.name}) for fields, _ in rows)
+
+    def rows_of(
+        self, application: ApplicationSpec, check: Callable[[], None], alone: bool
+    ) -> list[tuple[Config, bytes]]:
+        """What `Builder.build` returns, once it is this application's turn in its process; in one
+        of its own when another's builder hangs there."""
+        import ray
+
+        process = self.process_of(application, alone=alone)
+        while not process.turn.acquire(timeout=0.2):
+            check()
+            if time.monotonic() - process.began > BUILD_PATIENCE_S:
+                return self.rows_of(application, check, alone=True)
+        try:
+            call = process.actor.build.remote(application.config)
+            for reference in (process.warm, call):
+                while not ray.wait([reference], timeout=0.2)[0]:
+                    check()
+                process.began = time.monotonic()
+            rows: list[tuple[Config, bytes]] = ray.get(call)
+            return rows
+        except DeadlinePassed:
+            ray.kill(process.actor)
+            raise
+        finally:
+            process.began = math.inf
+            process.turn.release()
+
+    # -- resources -----------------------------------------------------------------------------
+
+    def nodes(self, giving_way: Collection[str] = ()) -> list[Node]:
+        """The live nodes with what is free on each, and who holds the rest of it there; what the
+        replicas of the applications in `giving_way` hold counts as free."""
+        import ray
+        from ray._private.state import available_resources_per_node
+
+        available, holdings = available_resources_per_node(), self.holdings()
+        alive = [row for row in ray.nodes() if row["Alive"]]
+        addresses = Counter(row["NodeManagerAddress"] for row in alive)
+        nodes = []
+        for row in alive:
+            address, node_id = row["NodeManagerAddress"], row["NodeID"]
+            name = address if addresses[address] == 1 else f"{address}/{node_id[:6]}"
+            held = [(label, amounts) for where, label, amounts in holdings if where == node_id]
+            free = available.get(node_id, {})
+            nodes.append(node_of(name, row, free, held, giving_way))
+        return nodes
+
+    def holdings(self) -> list[tuple[str, str, Resources]]:
+        """What every Serve replica holds now: (node id, "application/deployment", resources).
+
+        A replica with a placement group is one row a bundle.
+        """
+        import ray
+
+        rows: list[tuple[str, str, Resources]] = []
+        grouped = set()
+        for group in ray.util.placement_group_table().values():
+            name = group["name"]
+            if group["state"] != "REMOVED" and name.startswith(REPLICA_PREFIX):
+                grouped.add(name)
+                label = "/".join(name.removeprefix(REPLICA_PREFIX).split("#")[:2])
+                where = group["bundles_to_node_id"]
+                rows += [(where.get(i, ""), label, b) for i, b in group["bundles"].items()]
+        for app in self.states().values():
+            for deployment in app.deployments.values():
+                held, label = deployment.required_resources or {}, f"{app.name}/{deployment.name}"
+                for replica in deployment.replicas:
+                    if replica.node_id and replica.actor_name not in grouped:
+                        rows.append((replica.node_id, label, held))
+        return rows
+
+    def growth(self) -> list[Node] | None:
+        """Nodes that an autoscaler may add; none without one, and None when there is one that does
+        not tell. Only the head's monitor.log tells, with v1 and v2 (tried on Ray 2.60)."""
+        import ray
+        from ray.util.state import get_log
+
+        rows = [row for row in ray.nodes() if row["Alive"]]
+        heads = [row["NodeID"] for row in rows if "node:__internal_head__" in row["Resources"]]
+        try:
+            with reading_logs():
+                where = {"filename": "monitor.log", "node_id": heads[0], "tail": -1}
+                log = get_log(**where, timeout=LOG_TIMEOUT_S, errors="replace")
+                return new_nodes(next(log, ""))
+        except Unreachable:
+            grouped = any("ray.io/node-group" in (row.get("Labels") or {}) for row in rows)
+            return None if grouped else []
+
+    def reservations(self, details: ApplicationDetails) -> list[Reservation]:
+        """What each running replica of an application holds, from GCS's own tables."""
+        import ray
+        from ray._private.state import state as gcs
+        from ray.core.generated.gcs_pb2 import ActorTableData
+
+        groups = {group["name"]: group for group in ray.util.placement_group_table().values()}
+        rows = gcs._connect_and_get_accessor().get_actor_table(None, "ALIVE")
+        actors = [ActorTableData.FromString(row) for row in rows]
+        names = {row["NodeID"]: row["NodeManagerAddress"] for row in ray.nodes()}
+        found = []
+        for replica in itertools.chain(*map(running_replicas, details.deployments.values())):
+            mine = [actor for actor in actors if actor.actor_id.hex() == replica.actor_id]
+            if mine:
+                group = groups.get(replica.actor_name)
+                found.append(reservation_of(replica, mine[0], group, actors, names))
+        return found
+
+    # -- logs ------------------------------------------------------------------------------------
+
+    def replica_log(self, actor_id: str) -> str:
+        """The ends of one actor's two logs; an engine's processes write into its replica's, too.
+        Raises Unreachable."""
+        from ray.util.state import get_log
+
+        with reading_logs():
+            parts = []
+            for suffix in ("err", "out"):
+                where = {"actor_id": actor_id, "suffix": suffix, "tail": LOG_LINES}
+                parts += get_log(**where, timeout=LOG_TIMEOUT_S, errors="replace")
+            return "\n".join(parts)
+
+    def last_words(self, actor_id: str) -> str:
+        """The ends of a replica's logs and how its process ended, then the same of its engine's
+        workers, which are actors of another job in the replica's placement group.
+
+        Raises Unreachable.
+        """
+        from ray.util.state import get_actor, list_actors
+
+        with reading_logs():
+            replica = get_actor(actor_id, timeout=LOG_TIMEOUT_S)
+            actors = [replica] if replica else []
+            if group := replica and replica.placement_group_id:
+                ended = [("class_name", "=", "RayWorkerProc"), ("state", "=", "DEAD")]
+                ask = {"filters": ended, "detail": True, "limit": 1000, "timeout": LOG_TIMEOUT_S}
+                workers = [w for w in list_actors(**ask) if w.placement_group_id == group]
+                actors += workers[:MOST_LOGS]
+        parts = []
+        for actor in actors:
+            parts.append(self.replica_log(actor.actor_id))
+            for kind, context in (actor.death_cause or {}).items():
+                name = DEATHS.get(kind, "ActorDiedError")
+                parts.append(f"{name}: {(context or {}).get('error_message') or ''}")
+        return "\n".join(filter(None, parts))
+
+
+# ======================================================================================
+# 10. Verify: an application that runs → the proof that it is what was promised, and answers
+# ======================================================================================
+
 OK, NOT_FOUND, SERVER_ERROR = 200, 404, 500
+SMALLEST_DIFFERENCE = 1e-4  # Ray counts in ten thousandths
+ROUTE_QUESTIONS = 8
 QUESTIONS: tuple[tuple[str, Config], ...] = (
     (
         "/v1/chat/completions",
-        {
-            "messages": [{"role": "user", "content": "Hello"}],
-            "max_tokens": 1,
-            "stream": True,
-        },
+        {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1, "stream": True},
     ),
     ("/v1/completions", {"prompt": "Hello", "max_tokens": 1, "stream": True}),
     ("/v1/embeddings", {"input": "Hello"}),
@@ -4200,11 +2936,46 @@ QUESTIONS: tuple[tuple[str, Config], ...] = (
 )
 """What a model is asked, the next where it has not learnt the one before."""
 
-CANNOT = re.compile(
-    r"chat template|does not support|not support(?:ed)? by|Not Found", re.IGNORECASE
-)
+CANNOT = re.compile(r"chat template|does not support|not support(?:ed)? by|Not Found", re.I)
 Fetch = Callable[[str, Config | None], Response]
-"""GET a URL, or POST JSON to it. Raises ApplicationError when nothing answers."""
+"""GET a URL, or POST JSON to it: see `fetch`."""
+
+
+def fetch(url: str, body: Config | None, timeout_s: float) -> Response:
+    """GET `url`, or POST `body` to it as JSON. An answer without an end, such as a stream of
+    events, is cut off; a certificate is not checked, since it is that of the user's own cluster.
+
+    Raises Unreachable, and ApplicationError where somebody listens and does not answer.
+    """
+    import requests
+    import urllib3
+
+    urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
+    started = time.monotonic()
+    parts: list[bytes] = []
+    first_s, ended, status = 0.0, False, 0
+    ask = partial(requests.get, url) if body is None else partial(requests.post, url, json=body)
+    try:
+        with ask(timeout=timeout_s, stream=True, verify=False) as answer:
+            status = answer.status_code
+            while time.monotonic() - started < timeout_s and sum(map(len, parts)) < MOST_BODY_BYTES:
+                part = answer.raw.read1(MOST_BODY_BYTES, decode_content=True)
+                first_s = first_s or time.monotonic() - started
+                parts.append(part)
+                if not part:
+                    ended = not answer.raw.length_remaining  # of what was announced
+                    break
+    except requests.ReadTimeout as error:
+        raise ApplicationError(f"no answer within {timeout_s:.0f} s from {url}") from error
+    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+        if not status:
+            bottom: BaseException = error
+            while bottom.__context__:
+                bottom = bottom.__context__
+            reason = getattr(bottom, "strerror", None) or first_line(str(bottom))
+            raise Unreachable(f"{url}: {reason}") from error
+    text = b"".join(parts).decode(errors="replace")
+    return Response(status, text, first_s, time.monotonic() - started, ended)
 
 
 def mismatches(
@@ -4212,36 +2983,22 @@ def mismatches(
 ) -> tuple[str, ...]:
     """The promises about resources that running replicas do not keep, in words."""
     rows = []
-    for demand in demands:
-        said = promises(application, demand, demands)
-        promised = {**demand.reserved, **said}
-        for held in reservations:
-            if held.deployment != demand.deployment:
-                continue
-            for resource in sorted({*promised, *held.reserved}):
-                wanted, found = promised.get(resource, 0.0), held.reserved.get(resource, 0.0)
-                if abs(wanted - found) > 1e-4:  # noqa: PLR2004 - Ray counts in ten thousandths
-                    rows.append(
-                        f"{demand.deployment}: promised {format_amount(resource, wanted)} "
-                        f"{resource}, reserved {format_amount(resource, found)} "
-                        f"({held_because(demand, resource, found)})"
-                    )
+    for held in reservations:
+        demand = next((d for d in demands if d.deployment == held.deployment), None)
+        models = [m for m in application.models if demand and demand_of(m, demands) is demand]
+        asked = demand.reserved if demand else {}
+        promised = {**asked, **(models[0].promised if models else {})}
+        places = {name for name in promised if name.startswith("node:")}  # they hold nothing
+        for resource in sorted({*promised, *held.reserved} - places):
+            wanted, found = promised.get(resource, 0.0), held.reserved.get(resource, 0.0)
+            who = "a replica of it holds more or less than its deployment asks for"
+            if abs(asked.get(resource, 0.0) - found) < SMALLEST_DIFFERENCE:
+                who = "its builder asks Ray for that, not for what the config says"
+            if abs(wanted - found) > SMALLEST_DIFFERENCE:
+                amounts = format_amount(resource, wanted), format_amount(resource, found)
+                text = f"promised {amounts[0]} {resource}, reserved {amounts[1]} ({who})"
+                rows.append(f"{held.deployment}: {text}")
     return tuple(dict.fromkeys(rows))
-
-
-def promises(application: ApplicationSpec, demand: Demand, demands: Sequence[Demand]) -> Resources:
-    """What the config itself says of a deployment's replicas; empty when it says nothing."""
-    for model in application.models:
-        if demand_of(model, demands) is demand:
-            return model.promised
-    return {}
-
-
-def held_because(demand: Demand, resource: str, found: float) -> str:
-    """Who asked Ray for what a replica holds."""
-    if abs(demand.reserved.get(resource, 0.0) - found) < 1e-4:  # noqa: PLR2004
-        return "its builder asks Ray for that, not for what the config says"
-    return "a replica of it holds more or less than its deployment asks for"
 
 
 def demand_of(model: ModelSpec, demands: Sequence[Demand]) -> Demand | None:
@@ -4251,62 +3008,65 @@ def demand_of(model: ModelSpec, demands: Sequence[Demand]) -> Demand | None:
 
 
 def wait_for_route(
-    application: ApplicationSpec, base_url: str, fetch: Fetch, pause: Callable[[], None]
+    application: ApplicationSpec, base_url: str, ask: Fetch, pause: Callable[[str], None]
 ) -> None:
     """Wait until Serve's proxy, and nobody else at its address, knows the application's route.
 
-    Raises ApplicationError when it does not come to know it: the proxies hear of a new
-    application a moment after the controller (ray/serve/_private/proxy.py, "/-/routes").
+    The proxies hear of a new application a moment after the controller (ray/serve/_private/
+    proxy.py, "/-/routes"), and one that restarts listens again in some seconds; `pause` is told
+    what is waited for. Raises Unreachable when that never comes, or when another server shares the
+    port and gets a part of the requests (SO_REUSEPORT).
     """
-    said = ""
-    for attempt in range(ROUTE_ATTEMPTS):
-        if attempt:
-            pause()
+    deadline, good = time.monotonic() + PROXY_TIMEOUT_S, 0
+    while good < ROUTE_QUESTIONS:
         try:
-            response = fetch(f"{base_url}/-/routes", None)
-        except ApplicationError as error:
-            said = str(error)  # a proxy that restarts listens again in some seconds
-            continue
-        if read_json(response.text).get(application.route_prefix or "") == application.name:
-            return
-        said = (
-            f"{base_url}/-/routes does not have {application.route_prefix} as the route of "
-            f"{application.name}, but says: {format_refusal(response)}"
-        )
-    raise ApplicationError(said)
+            response = ask(f"{base_url}/-/routes", None)
+            said = f"{base_url}/-/routes says: {format_refusal(response)}"
+            if read_json(response.text).get(application.route_prefix or "") == application.name:
+                good += 1
+                continue
+        except (Unreachable, ApplicationError) as error:
+            said, good = str(error), 0
+        if good:
+            raise Unreachable(f"another server answers at the same address: {said}")
+        if time.monotonic() > deadline:
+            raise Unreachable(said)
+        pause(said)
 
 
 def smoke_test(
-    application: ApplicationSpec, asleep: Collection[str], base_url: str, fetch: Fetch
-) -> tuple[tuple[Answer, ...], tuple[str, ...]]:
+    application: ApplicationSpec, asleep: Collection[str], base_url: str, ask: Fetch
+) -> tuple[list[Answer], list[str]]:
     """Ask an application over its public address. Raises ApplicationError for a bad answer.
 
     `asleep` are the ids of models without a replica, which are not asked to answer. Returns the
-    answers, and the ids of the models that have learnt none of what is asked.
+    answers, and notes on models that were not asked.
     """
     url = base_url + quote((application.route_prefix or "").rstrip("/"))
-    listed = fetch(f"{url}/v1/models", None) if application.models else None
-    own_builder = not application.config["import_path"].startswith("ray.serve.llm")
-    if listed is None or (listed.status == NOT_FOUND and own_builder):
-        return (ask_ingress(url, fetch),), ()
+    listed = ask(f"{url}/v1/models", None) if application.models else None
+    if listed is None or (listed.status == NOT_FOUND and not is_rays_builder(application.config)):
+        return [ask_ingress(url, ask)], []
     if listed.status != OK:
         raise ApplicationError(f"GET {url}/v1/models: {format_refusal(listed)}")
     ids = [str(row.get("id")) for row in read_json(listed.text).get("data") or []]
-    for model in application.models:
-        if model.model_id not in ids:
-            raise ApplicationError(
-                f"GET {url}/v1/models lists {', '.join(ids) or 'nothing'}, not {model.model_id}"
-            )
-    awake = [model.model_id for model in application.models if model.model_id not in asleep]
-    said = {model_id: ask_model(model_id, url, fetch) for model_id in awake}
-    mute = tuple(model_id for model_id, answer in said.items() if answer is None)
-    return (Answer("GET /v1/models", listed.total_s), *filter(None, said.values())), mute
+    answers, notes = [Answer("GET /v1/models", listed.total_s)], []
+    for model_id in (model.model_id for model in application.models):
+        if model_id not in ids:
+            there = ", ".join(ids) or "nothing"
+            raise ApplicationError(f"GET {url}/v1/models lists {there}, not {model_id}")
+        if model_id in asleep:
+            notes.append(f"{model_id} is scaled to zero: not woken up")
+        elif answer := ask_model(model_id, url, ask):
+            answers.append(answer)
+        else:
+            notes.append(f"{model_id} neither chats, completes, embeds nor scores: not asked")
+    return answers, notes
 
 
-def ask_ingress(url: str, fetch: Fetch) -> Answer:
+def ask_ingress(url: str, ask: Fetch) -> Answer:
     """One request to an application that is none of models: any answer below 500 is good."""
     for path in ("/health", "/"):
-        response = fetch(url + path, None)
+        response = ask(url + path, None)
         if response.status != NOT_FOUND:
             break
     if response.status >= SERVER_ERROR:
@@ -4314,11 +3074,11 @@ def ask_ingress(url: str, fetch: Fetch) -> Answer:
     return Answer(f"GET {path}", response.total_s)
 
 
-def ask_model(model_id: str, url: str, fetch: Fetch) -> Answer | None:
+def ask_model(model_id: str, url: str, ask: Fetch) -> Answer | None:
     """One token from a model, over the first interface that it has; None when it says itself that
     it has none of them, as a model does that transcribes."""
     for path, question in QUESTIONS:
-        response = fetch(url + path, {**question, "model": model_id})
+        response = ask(url + path, {**question, "model": model_id})
         parts = read_parts(response.text)
         refused = next((part["error"] for part in parts if part.get("error")), None)
         if response.status == OK and refused is None:
@@ -4348,10 +3108,9 @@ def read_parts(text: str) -> list[Config]:
 def read_json(text: str) -> Config:
     """A JSON object; empty for anything else."""
     try:
-        value = json.loads(text)
+        return as_dict(json.loads(text))
     except ValueError:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def format_refusal(response: Response) -> str:
@@ -4364,68 +3123,19 @@ def format_refusal(response: Response) -> str:
     return f"{response.status} {shortened(text, MOST_CAUSE_CHARACTERS)}"
 
 
-# -- the engine's own figures ---------------------------------------------------------------------
+# -- engines ---------------------------------------------------------------------------------------
 
-FIGURES: tuple[tuple[str, type, str], ...] = (
+FIGURES: tuple[tuple[str, str], ...] = (
     # vllm/v1/core/kv_cache_utils.py
-    ("kv_cache_tokens", int, r"GPU KV cache size: ([\d,]+) tokens"),
-    ("max_concurrency", float, r"Maximum concurrency for [\d,]+ tokens per request: ([\d.]+)x"),
-    # vllm/v1/worker/gpu_worker.py
-    ("kv_cache_gib", float, r"Available KV cache memory: ([\d.]+) GiB"),
-    # vllm/v1/worker/gpu_model_runner.py
-    ("weights_gib", float, r"Model loading took ([\d.]+) GiB memory"),
-    # vllm/model_executor/model_loader/default_loader.py
-    ("weights_s", float, r"Loading weights took ([\d.]+) seconds"),
+    (r"GPU KV cache size: ([\d,]+) tokens", "KV cache {} tokens"),
+    (r"Available KV cache memory: ([\d.]+) GiB", "{} GiB"),
+    (r"Maximum concurrency for [\d,]+ tokens .*: ([\d.]+)x", "{} requests of full length at once"),
+    # vllm/v1/worker/gpu_model_runner.py, vllm/model_executor/model_loader/default_loader.py
+    (r"Model loading took ([\d.]+) GiB memory", "weights {} GiB"),
+    (r"Loading weights took ([\d.]+) seconds", "weights loaded in {} s"),
     # vllm/v1/engine/core.py
-    ("start_s", float, r"init engine \(profile, create kv cache, warmup model\) took ([\d.]+) s"),
+    (r"init engine \(profile, create kv cache, warmup .*\) took ([\d.]+) s", "ready {} s later"),
 )
-LITTLE_MEMORY = 0.7
-"""Below this part of its neighbour's memory an engine was measured while another one started."""
-
-
-def engine_figures(log: str) -> dict[str, Any]:
-    """What the log of a replica says about its engine, by field of `EngineFigures`."""
-    found: dict[str, Any] = {}
-    for name, kind, pattern in FIGURES:
-        values = re.findall(pattern, log)
-        if values:
-            found[name] = kind(values[-1].replace(",", ""))
-    return found
-
-
-def small_caches(engines: Sequence[EngineFigures]) -> list[str]:
-    """The engines that got far less memory than a neighbour of the same share, in words.
-
-    Weights and KV cache together are about gpu_memory_utilization of the card, whatever the model;
-    one that was measured while another started gets less (vllm-project/vllm#55827, #56830).
-    """
-    warnings = []
-    for engine in engines:
-        mine = memory_gib(engine)
-        peers = [
-            memory_gib(other)
-            for other in engines
-            if (other.node, other.share) == (engine.node, engine.share)
-        ]
-        if mine and mine < LITTLE_MEMORY * max(peers):
-            warnings.append(
-                f"{engine.model_id}: its engine got {mine:.1f} GiB for weights and KV cache, where "
-                f"a neighbour of the same share got {max(peers):.1f}: they disturbed each other's "
-                "measurement; set engine_kwargs.kv_cache_memory_bytes, or deploy it again with "
-                "--force --stagger"
-            )
-    return warnings
-
-
-def memory_gib(engine: EngineFigures) -> float:
-    """What an engine has for its weights and its KV cache; 0 when its log does not say."""
-    if engine.kv_cache_gib is None or engine.weights_gib is None:
-        return 0.0
-    return engine.kv_cache_gib + engine.weights_gib
-
-
-# -- engines that start together on one card ------------------------------------------------------
-
 DISTURBED = re.compile(
     "No available memory for the cache blocks|Error in memory profiling|"
     r"Free memory on device .* is less than desired|"
@@ -4435,676 +3145,482 @@ DISTURBED = re.compile(
 (vllm/v1/worker/gpu_worker.py, vllm/v1/core/kv_cache_utils.py)."""
 
 
-def shares_gpu(application: ApplicationSpec) -> bool:
-    """Whether an application has engines that share a card and measure what is free on it."""
-    return any(model.measures_memory for model in application.models)
+def engine_figures(application: ApplicationSpec, deployment: str, log: str) -> list[str]:
+    """What the log of a replica says about its engine, in words."""
+    found = [(words, re.findall(pattern, log)) for pattern, words in FIGURES]
+    figures = ", ".join(words.format(values[-1]) for words, values in found if values)
+    names = {f":{model.deployment_name}": model.model_id for model in application.models}
+    ids = [model_id for suffix, model_id in names.items() if deployment.endswith(suffix)]
+    return [f"Engine of {ids[0]} says: {figures}"] if figures and ids else []
 
 
-def was_disturbed(application: ApplicationSpec, failure: str) -> bool:
-    """Whether an application failed as engines do that start together on one card."""
-    return shares_gpu(application) and bool(DISTURBED.search(failure))
+def shares_gpu(action: Action) -> bool:
+    """Whether an application starts engines that measure what is free on a card that they share."""
+    return action.submits and any(model.measures_memory for model in action.application.models)
 
 
 # ======================================================================================
-# 10. Deploy: the pool, the one watcher, deadlines, stop signals
+# 11. Deploy: the pool, the one watcher, deadlines, stopping
 # ======================================================================================
-
-POLL_INTERVAL_S = 1.0
-HEARTBEAT_INTERVAL_S = 5.0
-LOG_INTERVAL_S = 5.0
-LOST_AFTER_S = 30.0
-UNHEALTHY_GRACE_S = 30.0
-STOP_GRACE_S = 1.0
-WAITING_FOR_TURN = "waiting for its turn"
 
 
 class Cluster(Protocol):
     """What deploying needs of a cluster. `RayCluster` is the real one; tests script another."""
 
-    def build(self, application: ApplicationSpec, patience: Patience) -> tuple[Demand, ...]: ...
-    def submit(self, action: Action, demands: Sequence[Demand], patience: Patience) -> None: ...
-    def nodes(self, moving: Collection[str]) -> tuple[tuple[Node, ...], Holders]: ...
-    def states(self, timeout_s: float) -> dict[str, ApplicationState]: ...
-    def failure_logs(self, state: ApplicationState) -> list[str]: ...
-    def starting_log(self, state: ApplicationState) -> str: ...
-    def delete(self, name: str) -> None: ...
-    def roll_back(self, name: str) -> None: ...
-    def held_by(self, name: str) -> str: ...
-    def endpoint(self) -> str: ...
-    def reservations(self, state: ApplicationState) -> tuple[Reservation, ...]: ...
-    def fetch(self, url: str, body: Config | None, timeout_s: float) -> Response: ...
-    def replica_log(self, actor_id: str) -> str: ...
     def alive(self) -> bool: ...
+    def build(self, app: ApplicationSpec, check: Callable[[], None]) -> tuple[Demand, ...]: ...
+    def submit(self, action: Action) -> None: ...
+    def delete(self, name: str) -> None: ...
+    def nodes(self, giving_way: Collection[str]) -> list[Node]: ...
+    def states(self, timeout_s: float) -> dict[str, ApplicationDetails]: ...
+    def holdings(self) -> list[tuple[str, str, Resources]]: ...
+    def reservations(self, details: ApplicationDetails) -> list[Reservation]: ...
+    def endpoint(self) -> str: ...
+    def replica_log(self, actor_id: str) -> str: ...
+    def last_words(self, actor_id: str) -> str: ...
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What one application is doing, in words; times are the board's clock, in seconds."""
+class Run:
+    """What the threads of one run share: what they do, the latest states, and whether to stop.
+    `changed` is its lock."""
 
-    application: ApplicationSpec
-    words: str = "queued"
-    detail: str = ""
-    started: float | None = None
-    ended: float | None = None
-
-
-class Board:
-    """What every application is doing: the one object that the threads share, under one lock."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock = clock
+    def __init__(
+        self, options: Options, cluster: Cluster, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.options, self.cluster, self.clock = options, cluster, clock
         self.changed = threading.Condition()
-        self.progress: dict[str, Progress] = {}
-        self.states: dict[str, ApplicationState] = {}
+        self.actions: list[Action] = []
+        self.states: dict[str, ApplicationDetails] = {}
         self.polled_at = -math.inf
         self.phases: dict[str, str] = {}
-        self.closed = False
+        self.nodes: Sequence[Node] = ()
+        self.growth: Sequence[Node] = ()
+        self.admitted: list[Demand] = []
+        self.done = False
         self.stop_code = 0
         self.stop_reason = ""
 
-    def enter(self, application: ApplicationSpec, words: str, detail: str = "") -> None:
-        """Note what an application does now; "queued" before its turn, a result's word after."""
+    def enter(self, action: Action, words: str, detail: str = "") -> None:
+        """Note what an application does now."""
         with self.changed:
-            now = self.clock()
-            before = self.progress.get(application.name, Progress(application))
-            over = words in RESULT_WORDS
-            self.progress[application.name] = Progress(
-                application,
-                words,
-                detail,
-                started=before.started if words == "queued" or before.started else now,
-                ended=now if over else None,
-            )
+            action.started = self.clock() if action.started is None else action.started
+            action.words, action.detail = words, detail
             self.changed.notify_all()
 
-    def publish(self, states: dict[str, ApplicationState], polled_at: float) -> None:
-        """Take over what the watcher read; `polled_at` is when it began to read."""
+    def end(self, action: Action, result: Result, cause: Cause | None = None) -> None:
         with self.changed:
-            self.states, self.polled_at = states, polled_at
+            action.cause = cause or action.cause
+            action.ended, action.result, action.words = self.clock(), result, result.value
+            action.detail = action.cause.text if action.cause else ""
             self.changed.notify_all()
 
     def stop(self, code: int, reason: str) -> None:
         """End every wait; the first reason stands."""
-        with self.changed:
-            if not self.stop_code:
-                self.stop_code, self.stop_reason = code, reason
-            self.changed.notify_all()
+        if not self.stop_code:
+            self.stop_reason, self.stop_code = reason, code
 
-    def close(self) -> None:
-        """Every application has its outcome: the watcher may go."""
-        self.closed = True
+    def give_time(self, action: Action) -> None:
+        """As long as one application may take, from now on."""
+        action.deadline = self.clock() + (self.options.timeout or math.inf)
 
-    def wait_for_change(self, timeout_s: float) -> list[Progress]:
-        """What all applications are doing, at the next change or after `timeout_s`."""
-        with self.changed:
-            self.changed.wait(timeout_s)
-            return list(self.progress.values())
-
-    def next_state(
-        self, application: ApplicationSpec, patience: Patience, after: float
-    ) -> ApplicationState | None:
-        """The application's state in the next poll that began later than `after`."""
-        with self.changed:
-            while self.polled_at <= after:
-                patience.check()
-                self.changed.wait(0.5)
-            return self.states.get(application.name)
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long one application's waits may last: until its deadline or until the run stops."""
-
-    board: Board
-    deadline: float
-
-    def check(self) -> None:
-        """Raise Stopped or StillDeploying when waiting has to end."""
-        if self.board.stop_code:
+    def check(self, action: Action) -> None:
+        """Raise Stopped or DeadlinePassed when an application's waiting has to end."""
+        if self.stop_code:
             raise Stopped
-        if self.board.clock() >= self.deadline:
-            raise StillDeploying
+        if self.clock() >= action.deadline:
+            raise DeadlinePassed
 
-    def pause(self) -> None:
+    def pause(self, action: Action, detail: str) -> None:
         """Sleep until it is worth looking again. Raises as `check` does."""
-        self.check()
+        self.enter(action, action.words, detail)
+        self.check(action)
         time.sleep(POLL_INTERVAL_S)
 
-    def seconds_left(self, most: float) -> float:
-        """What a single call may take: `most`, or less."""
-        self.check()
-        return min(most, self.deadline - self.board.clock())
-
-
-NO_ROOM = "--no-downtime: there is no room for a new replica beside the old ones"
-
-
-class Gate:
-    """Asks of each built application whether the cluster can hold it, in the order of arrival."""
-
-    def __init__(self, cluster: Cluster, actions: Sequence[Action], allow_pending: bool) -> None:
-        self.nodes, self.holders = cluster.nodes(moving(actions))
-        self.demands: tuple[Demand, ...] = ()
-        self.lock = threading.Lock()
-        self.allow_pending = allow_pending
-
-    def admit(self, action: Action, demands: tuple[Demand, ...]) -> Admission:
-        """Count an application in. Raises ApplicationError for what can never fit, and for a
-        restart without downtime for which there is no room."""
-        demands = counted(action, demands)
-        with self.lock:
-            prediction = predict([*self.demands, *demands], self.nodes, self.holders)
-            mine = prediction.fittings[len(self.demands) :]
-            misfits = [item for item in mine if item.fit is not Fit.FITS]
-            never = [item for item in misfits if item.fit is Fit.NEVER]
-            if misfits and action.surge:
-                raise ApplicationError(f"{NO_ROOM}: {'; '.join(map(format_misfit, misfits))}")
-            if never and not self.allow_pending:
-                raise ApplicationError("\n".join(map(format_misfit, never)))
-            self.demands += demands
-        placed = {
-            self.nodes[replica.node].name
-            for item in mine
-            for slots in item.replicas
-            for replica in slots
-        }
-        every = frozenset(node.name for node in self.nodes)
-        return Admission(
-            "\n".join(map(format_misfit, misfits)), every if misfits else frozenset(placed)
-        )
-
-
-@dataclass(frozen=True)
-class Admission:
-    """`waits_for`: what of an application does not fit now, and will wait; `nodes`: where it may
-    start, by the plan's prediction."""
-
-    waits_for: str
-    nodes: frozenset[str]
-
-
-class Turns:
-    """Whose turn it is to start on a node, for --stagger."""
-
-    def __init__(self) -> None:
-        self.changed = threading.Condition()
-        self.busy: frozenset[str] = frozenset()
-
-    @contextlib.contextmanager
-    def on(self, nodes: frozenset[str], patience: Patience) -> Iterator[None]:
-        """Have some nodes for oneself. Raises as `patience.check` does while it waits for them."""
+    def next_state(self, action: Action, after: float) -> ApplicationDetails | None:
+        """An application's state in the next poll that began later than `after`."""
         with self.changed:
-            while self.busy & nodes:
-                patience.check()
-                self.changed.wait(0.2)
-            self.busy |= nodes
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.busy -= nodes
-                self.changed.notify_all()
+            while self.polled_at <= after:
+                self.check(action)
+                self.changed.wait(0.5)
+            return self.states.get(action.name)
 
 
-def worker_count(applications: int, cpu_cores: int, wanted: int | None) -> int:
-    """How many applications deploy at once."""
+Show = Callable[[Sequence[Action]], None]
+
+
+def worker_count(applications: int, cpu_cores: int, wanted: int) -> int:
+    """How many applications deploy at once; the cores are the cluster's."""
     return max(1, wanted or min(applications, max(2, cpu_cores)))
 
 
-@dataclass(frozen=True)
-class Run:
-    """What the workers of one run have in common."""
+def deploy(actions: list[Action], run: Run, workers: int, show: Show) -> None:
+    """Carry out all actions, deletions first, the others concurrently.
 
-    cluster: Cluster
-    board: Board
-    gate: Gate
-    options: Options
-    turns: Turns = field(default_factory=Turns)
-    crowded: bool = False  # several engines that may share a card start in it
-
-    def patience(self) -> Patience:
-        """As long as one application may take from now on."""
-        return Patience(self.board, self.board.clock() + (self.options.timeout_s or math.inf))
-
-
-def deploy(
-    actions: Sequence[Action],
-    cluster: Cluster,
-    board: Board,
-    options: Options,
-    show: Callable[[list[Progress]], None],
-) -> list[Outcome]:
-    """Deploy all applications concurrently; outcomes come back in the order of the file.
-
-    A worker is held until its application settles, so `max_workers` bounds what starts at once
-    and 1 is V4's sequential mode. `show` gets the progress at every change, in this thread.
+    A worker is held until its application settles, so `workers` bounds what starts at once, and 1
+    is V4's sequential mode. `show` gets the progress at every change, in this thread.
     """
-    for action in actions:
-        board.enter(action.application, "queued")
-    start_threads(cluster, board, watch, check_alive, follow_logs)
-    outcomes: dict[str, Outcome] = {}
+    run.actions = actions
+    threading.Thread(target=watch, args=(run,), daemon=True, name="watch").start()
+    deletions = [action for action in actions if action.change is Change.DELETE]
+    others = [action for action in actions if action.change is not Change.DELETE]
+    crowded = sum(map(shares_gpu, others)) > 1
     try:
-        deletions = [action for action in actions if action.change is Change.DELETE]
-        others = [action for action in actions if action.change is not Change.DELETE]
         for stage in filter(None, (deletions, others)):
-            if outcomes and board.stop_code:
-                outcomes |= {a.application.name: unfinished(a, board) for a in stage}
-                continue
-            gate = Gate(cluster, stage, options.allow_pending)
-            crowded = sum(changes(a) and shares_gpu(a.application) for a in stage) > 1
-            run = Run(cluster, board, gate, options, crowded=crowded)
-            outcomes |= deploy_stage(stage, run, show)
-        disturbed = [action for action in others if outcomes[action.application.name].disturbed]
-        for action in disturbed if not board.stop_code else ():
-            again = replace(action, version=f"{action.version}.again", attempt=2)
-            gate = Gate(cluster, [again], options.allow_pending)
-            outcomes |= deploy_stage([again], Run(cluster, board, gate, options), show)
-    finally:
-        board.close()
-    show(board.wait_for_change(0))
-    return [outcomes[action.application.name] for action in actions]
-
-
-def start_threads(
-    cluster: Cluster, board: Board, *targets: Callable[[Cluster, Board], None]
-) -> None:
-    """Start what runs beside the workers until the board is closed, or the run stops."""
-    for target in targets:
-        name = target.__name__
-        threading.Thread(target=target, args=(cluster, board), daemon=True, name=name).start()
-
-
-def deploy_stage(
-    actions: Sequence[Action], run: Run, show: Callable[[list[Progress]], None]
-) -> dict[str, Outcome]:
-    """Take some applications to their outcomes, by name, each in a worker of a pool."""
-    # Those that wait for their turn come last, so that they keep no worker from the others.
-    staggered = partial(is_staggered, options=run.options)
-    ordered = sorted(actions, key=staggered)
-    workers = worker_count(len(actions), os.cpu_count() or 1, run.options.max_workers)
-    calls = [partial(deploy_application, action, run) for action in ordered]
-    outcomes = in_workers(calls, workers, run.board, show)
-    return {
-        action.application.name: outcome or unfinished(action, run.board)
-        for action, outcome in zip(ordered, outcomes, strict=True)
-    }
-
-
-Returned = TypeVar("Returned")
+            for action in stage[workers:]:
+                action.detail = f"behind {', '.join(a.name for a in stage[:workers][:MOST_LOGS])}"
+            nodes = run.cluster.nodes(giving_way(stage))
+            run.nodes, run.admitted = [*nodes, *run.growth], []
+            in_workers(stage, partial(carry_out, run=run), run, workers, show)
+        for action in [action for action in others if action.disturbed and crowded]:
+            if not run.stop_code:
+                run.admitted = []
+                again = replace(action, version=f"{action.version}.2", attempt=2, words="queued")
+                again.result = again.started = again.ended = again.cause = None
+                actions[actions.index(action)] = again
+                in_workers([again], partial(carry_out, run=run), run, 1, show)
+    except ClusterError as error:
+        run.stop(EXIT_CLUSTER, str(error))
+    run.done = True
+    for action in actions:
+        if action.result is None:
+            lost = run.stop_code == EXIT_CLUSTER and action.started is not None
+            run.end(action, Result.UNKNOWN if lost else Result.INTERRUPTED)
+    show(actions)
 
 
 def in_workers(
-    calls: Sequence[Callable[[], Returned]],
-    workers: int,
-    board: Board,
-    show: Callable[[list[Progress]], None],
-) -> list[Returned | None]:
-    """What some calls return, made by a pool of threads; None for those that were not done when
-    the run stopped: a thread may hang in a call of Ray then, and is not waited for."""
+    actions: Sequence[Action], work: Callable[[Action], None], run: Run, workers: int, show: Show
+) -> None:
+    """Do some work for each action in a pool of threads, until all is done or the run stops: a
+    thread may hang in a call of Ray then, and is not waited for.
+
+    This thread looks whether the cluster still answers, since others may hang when it does not.
+    """
     pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="worker")
-    futures = [pool.submit(call) for call in calls]
-    while not all(future.done() for future in futures) and not board.stop_code:
-        show(board.wait_for_change(POLL_INTERVAL_S))
+    futures = [pool.submit(work, action) for action in actions]
+    alive_at = looked_at = run.clock()
+    while not all(future.done() for future in futures) and not run.stop_code:
+        with run.changed:
+            run.changed.wait(POLL_INTERVAL_S)
+        show(run.actions)
+        if run.clock() - looked_at > HEARTBEAT_INTERVAL_S:
+            looked_at = run.clock()
+            alive_at = looked_at if run.cluster.alive() else alive_at
+            if looked_at - alive_at > CLUSTER_LOST_AFTER_S:
+                seconds = f"{CLUSTER_LOST_AFTER_S:.0f} s"
+                run.stop(EXIT_CLUSTER, f"the head node has not answered for {seconds}")
     pool.shutdown(wait=False, cancel_futures=True)
-    wait_for_futures(futures, timeout=STOP_GRACE_S if board.stop_code else None)
-    return [f.result() if f.done() and not f.cancelled() else None for f in futures]
+    wait_for_futures(futures, timeout=STOP_GRACE_S if run.stop_code else None)
 
 
-def is_staggered(action: Action, options: Options) -> bool:
-    """Whether an application waits until nobody else starts where it will."""
-    return options.stagger and shares_gpu(action.application)
-
-
-def watch(cluster: Cluster, board: Board) -> None:
-    """Poll the cluster for all applications, about once a second, until the run stops.
+def watch(run: Run) -> None:
+    """Poll the cluster for all applications, about once a second, until the run stops; and after
+    each poll read in the log of one starting application which phase its engine is in.
 
     One poller, because a poll costs CPU and N threads would pay it N times (measured on Ray 2.60).
     """
-    while not board.stop_code and not board.closed:
-        polled_at = board.clock()
+    answered_at, turn = run.clock(), 0
+    while not run.stop_code and not run.done:
+        polled_at = run.clock()
         try:
-            board.publish(cluster.states(POLL_TIMEOUT_S), polled_at)
+            states = run.cluster.states(POLL_TIMEOUT_S)
+            with run.changed:
+                run.states, run.polled_at, answered_at = states, polled_at, polled_at
+                run.changed.notify_all()
         except ClusterError:
-            pass  # a controller that restarts is silent for a while
-        except Exception:  # noqa: BLE001
+            if polled_at - answered_at > CONTROLLER_LOST_AFTER_S:
+                silent = f"{CONTROLLER_LOST_AFTER_S:.0f} s"
+                run.stop(EXIT_CLUSTER, f"Serve's controller has not answered for {silent}")
+        except Exception as error:  # noqa: BLE001
             # Without its watcher every application would wait for its deadline.
-            board.stop(EXIT_CLUSTER, traceback.format_exc())
+            run.stop(EXIT_CLUSTER, f"the states can't be read: {error!r}")
+        starting = [action for action in run.actions if action.words.startswith("starting")]
+        for action in starting[turn % len(starting) :][:1] if starting else ():
+            turn += 1
+            placed = [r for r in replicas_of(action.details) if r.state == "STARTING" and r.node_id]
+            with contextlib.suppress(Unreachable):
+                logs = [run.cluster.replica_log(r.actor_id or "") for r in placed[:MOST_LOGS]]
+                run.phases[action.name] = engine_phase("".join(logs))
         time.sleep(POLL_INTERVAL_S)
 
 
-def check_alive(cluster: Cluster, board: Board) -> None:
-    """Stop the run when the head node has gone.
-
-    In a thread of its own: a call of Ray may hang in that case, until Ray ends the whole program.
-    """
-    alive_at = board.clock()
-    while not board.stop_code and not board.closed:
-        time.sleep(HEARTBEAT_INTERVAL_S)
-        if cluster.alive():
-            alive_at = board.clock()
-        elif board.clock() - alive_at > LOST_AFTER_S:
-            board.stop(EXIT_CLUSTER, f"the head node has not answered for {LOST_AFTER_S:.0f} s")
+def replicas_of(details: ApplicationDetails | None) -> list[ReplicaDetails]:
+    deployments = details.deployments.values() if details else ()
+    return [replica for deployment in deployments for replica in deployment.replicas]
 
 
-def follow_logs(cluster: Cluster, board: Board) -> None:
-    """Tell from the logs of starting replicas which phase their engines are in.
-
-    In a thread of its own: a node that is slow to send a log must not hold up the watcher.
-    """
-    while not board.stop_code and not board.closed:
-        time.sleep(LOG_INTERVAL_S)
-        for name, state in list(board.states.items()):
-            progress = board.progress.get(name)
-            if progress and progress.words.startswith("starting"):
-                board.phases[name] = engine_phase(cluster.starting_log(state))
-
-
-def deploy_application(action: Action, run: Run) -> Outcome:
-    """Take one application from its config to a result. Runs in a worker thread; never raises."""
-    application, board = action.application, run.board
-    started = board.clock()
-    reached: dict[str, Any] = {}
-    cause, detail = action.refusal, ""
+def carry_out(action: Action, run: Run) -> None:
+    """Take one application to its result. Runs in a worker thread; never raises."""
+    run.give_time(action)
     try:
-        result = Result.FAILED if action.refusal else carry_out(action, run, reached)
+        if action.refusal:
+            raise ApplicationError(action.refusal.text)
+        if action.change is Change.DELETE:
+            delete_application(action, run)
+            run.end(action, Result.DELETED)
+        else:
+            bring_up(action, run)
+            run.end(action, Result.RUNNING)
     except ApplicationError as error:
-        state = reached["state"] = board.states.get(application.name)
-        logs = run.cluster.failure_logs(state) if state and reached.get("submitted") else []
-        result, cause, detail = Result.FAILED, root_cause(str(error), logs), str(error)
-        said = "\n".join([detail, cause.text, *logs])
-        first = action.attempt == 1 and run.crowded
-        reached["disturbed"] = first and was_disturbed(application, said)
-    except StillDeploying:
-        state = reached["state"] = board.states.get(application.name)
-        message = failure_message(state) if state else ""
-        result, cause = Result.STILL_DEPLOYING, root_cause(message) if message else None
+        logs = failure_logs(action, run.cluster)
+        action.trace, action.cause = str(error), action.refusal or root_cause(str(error), logs)
+        said = "\n".join([action.trace, action.cause.text, *logs])
+        again = action.attempt == 1 and shares_gpu(action)
+        action.disturbed = again and bool(DISTURBED.search(said))
+        undo(action, run)
+        run.end(action, Result.FAILED)
+    except DeadlinePassed:
+        message = failure_message(action.details) or action.waits_for
+        if not action.sent:
+            message = "the builder did not return in time: nothing was submitted"
+        action.cause = root_cause(message) if message else None
+        undo(action, run)
+        run.end(action, Result.STILL_DEPLOYING)
     except Stopped:
-        reached["state"] = board.states.get(application.name)
-        lost = board.stop_code == EXIT_CLUSTER
-        result = Result.UNKNOWN if lost else Result.INTERRUPTED
+        lost = run.stop_code == EXIT_CLUSTER
+        run.end(action, Result.UNKNOWN if lost else Result.INTERRUPTED)
     except ClusterError as error:
-        result, cause = Result.UNKNOWN, Cause(str(error), error.hint)
+        run.end(action, Result.UNKNOWN, Cause(str(error), error.hint))
     except Exception as error:  # noqa: BLE001
         # Isolation: a defect that one application meets must not hide what became of the others.
-        result, cause, detail = Result.FAILED, root_cause(repr(error)), traceback.format_exc()
-    ended = result in (Result.FAILED, Result.STILL_DEPLOYING)
-    if ended and reached.get("submitted") and not reached.get("disturbed"):
-        reached.update(undo(action, run))
-    board.enter(application, result.value, cause.text if cause else "")
-    return Outcome(action, result, board.clock() - started, cause, detail, **reached)
+        action.trace = traceback.format_exc()
+        run.end(action, Result.FAILED, root_cause(repr(error)))
 
 
-def carry_out(action: Action, run: Run, reached: dict[str, Any]) -> Result:
-    """Do what an action says; `reached` gets the fields of its outcome on the way.
-
-    Raises ApplicationError, StillDeploying and Stopped.
-    """
-    if action.change is Change.DELETE:
-        if action.before:
-            reached["submitted"] = True
-            delete_application(action, run)
-        return Result.DELETED
-    if action.before and action.change is Change.UNCHANGED:
-        record = action.before.record
-        reached.update(state=action.before.state, demands=record.demands if record else ())
-        prove(action.application, run, run.patience(), reached)
-        return Result.RUNNING
-    application, board = action.application, run.board
-    board.enter(application, "building")
-    reached["demands"] = run.cluster.build(application, run.patience())
-    admission = run.gate.admit(action, reached["demands"])
-    nodes = admission.nodes if is_staggered(action, run.options) else frozenset()
-    if nodes:
-        board.enter(application, WAITING_FOR_TURN, "--stagger")
-    with run.turns.on(nodes, Patience(board, math.inf)):
-        board.enter(application, "submitting", admission.waits_for)
-        patience = run.patience()
-        reached["submitted"] = True
-        run.cluster.submit(action, reached["demands"], patience)
-        reached["state"] = settled(application, board, patience, admission.waits_for)
-    prove(application, run, patience, reached)
-    return Result.RUNNING
+def bring_up(action: Action, run: Run) -> None:
+    """Build, admit, submit, wait, prove. Raises ApplicationError, DeadlinePassed and Stopped."""
+    if action.submits:
+        run.enter(action, "building")
+        action.demands = run.cluster.build(action.application, partial(run.check, action))
+        admit(action, run)
+        run.give_time(action)
+        run.check(action)
+        run.enter(action, "submitting", action.waits_for)
+        action.sent = "perhaps"
+        run.cluster.submit(action)
+        action.sent = "yes"
+        settle(action, run)
+    elif action.before and action.before.record:
+        action.details, action.demands = action.before.details, action.before.record.demands
+    run.enter(action, "checking")
+    prove(action, run)
 
 
-def prove(
-    application: ApplicationSpec, run: Run, patience: Patience, reached: dict[str, Any]
-) -> None:
-    """Check what runs against what was promised, and ask it something; `reached` gets the proof.
-
-    Raises ApplicationError for a bad answer.
-    """
-    cluster, state, demands = run.cluster, reached["state"], reached["demands"]
-    run.board.enter(application, "checking")
-    held = cluster.reservations(state)
-    asleep = [] if run.options.wake else asleep_in(demands, state)
-    proof = reached["proof"] = Proof(
-        held,
-        mismatches(application, demands, held),
-        engines=read_engines(application, demands, held, state, cluster),
-        skipped=not_asked(application, run, any(demand.ingress for demand in asleep)),
-    )
-    if proof.skipped:
-        return
-
-    def fetch(url: str, body: Config | None) -> Response:
-        # A model that has to be woken up first takes as long as its start.
-        most = DEFAULT_TIMEOUT_S if run.options.wake else SMOKE_TIMEOUT_S
-        return cluster.fetch(url, body, patience.seconds_left(most))
-
-    ids = [model.model_id for model in application.models if demand_of(model, demands) in asleep]
-    base_url = cluster.endpoint()
-    wait_for_route(application, base_url, fetch, patience.pause)
-    answers, mute = smoke_test(application, ids, base_url, fetch)
-    reached["proof"] = replace(proof, answers=answers, mute=mute, asleep=tuple(ids))
+def admit(action: Action, run: Run) -> None:
+    """Ask whether the cluster can hold a built application besides those admitted before. Raises
+    ApplicationError for what can never fit, unless that may wait, and for names that Ray can't
+    bear."""
+    for demand in action.demands:
+        for problem in check_name(demand.deployment, ()) + check_name(demand.label, ()):
+            raise ApplicationError(f"{problem.message}; {problem.hint}")
+    with run.changed:
+        demands = demands_at_once(action)
+        plan = predict([*run.admitted, *demands], run.nodes)
+        misfits = [fit for fit in plan.fits[len(run.admitted) :] if fit.reason]
+        never = [fit for fit in misfits if fit.never]
+        if never and not run.options.allow_pending:
+            raise ApplicationError("\n".join(map(format_misfit, never)))
+        run.admitted += demands
+    action.waits_for = "\n".join(map(format_misfit, misfits))
 
 
-def not_asked(application: ApplicationSpec, run: Run, asleep: bool) -> str:
-    """Why an application is not asked anything over HTTP; empty when it is."""
-    if not run.options.smoke_test:
-        return "--no-smoke-test"
-    if application.route_prefix is None:
-        return "it has no HTTP route"
-    if asleep:
-        return "its ingress has scaled to zero (--wake asks it)"
-    return "" if run.cluster.endpoint() else "Serve has no HTTP proxy (proxy_location: Disabled)"
-
-
-def asleep_in(demands: Sequence[Demand], state: ApplicationState) -> list[Demand]:
-    """The deployments that have scaled to zero; a request would start a replica."""
-    targets = {deployment.name: deployment.target_replicas for deployment in state.deployments}
-    return [demand for demand in demands if not targets.get(demand.deployment, 1)]
-
-
-def read_engines(
-    application: ApplicationSpec,
-    demands: Sequence[Demand],
-    held: Sequence[Reservation],
-    state: ApplicationState,
-    cluster: Cluster,
-) -> tuple[EngineFigures, ...]:
-    """The figures in the logs of the running engines, of the first few replicas of each model."""
-    actors = {r.replica_id: r.actor_id for d in state.deployments for r in d.replicas}
-    rows = []
-    for model in application.models:
-        demand = demand_of(model, demands)
-        mine = [item for item in held if demand and item.deployment == demand.deployment]
-        for item in mine[:MOST_LOGS]:
-            figures = engine_figures(cluster.replica_log(actors[item.replica_id]))
-            if figures:
-                row = EngineFigures(model.model_id, item.replica_id, item.nodes[0], model.share)
-                rows.append(replace(row, **figures))
-    return tuple(rows)
-
-
-def delete_application(action: Action, run: Run) -> None:
-    """Delete an application, and wait until what it held is free."""
-    application, board, patience = action.application, run.board, run.patience()
-    board.enter(application, "deleting")
-    run.cluster.delete(application.name)
-    after = board.clock()
-    while board.next_state(application, patience, after) or run.cluster.held_by(application.name):
-        after = board.polled_at
-        held = run.cluster.held_by(application.name)
-        board.enter(application, "deleting", f"it still holds {held}" if held else "")
-
-
-def undo(action: Action, run: Run) -> dict[str, Any]:
-    """What --on-failure asks to do about an application that did not come up, and what came of it,
-    as fields of its outcome."""
-    name, wish = action.application.name, run.options.on_failure
-    new = action.change is Change.CREATE
-    try:
-        if wish == "delete" and new:
-            run.cluster.delete(name)
-            return {"deleted": True}
-        if wish != "rollback" or not changes(action) or new:
-            return {}
-        run.board.enter(action.application, "rolling back")
-        run.cluster.roll_back(name)
-        state = settled(action.application, run.board, run.patience())
-    except ApplicationError as error:
-        return {"rollback": f"it could not be rolled back: {root_cause(str(error)).text}"}
-    except (StillDeploying, Stopped):
-        return {"rollback": "it is being rolled back: its last good configuration does not run yet"}
-    except Exception as error:  # noqa: BLE001
-        # Isolation, as in deploy_application: the outcome of this one is that it failed.
-        return {"rollback": f"--on-failure {wish} did not work: {root_cause(repr(error)).text}"}
-    return {"rollback": f"it was rolled back: its last good configuration is {state.status}"}
-
-
-def settled(
-    application: ApplicationSpec, board: Board, patience: Patience, waits_for: str = ""
-) -> ApplicationState:
+def settle(action: Action, run: Run) -> None:
     """Wait until a submitted application runs. Raises ApplicationError when Serve gives up on it.
 
     Only states that are read from now on count: earlier ones are of what ran before.
     """
-    after = board.clock()
-    unhealthy_since: float | None = None
+    after, healthy_at = run.clock(), run.clock()
     while True:
-        state = board.next_state(application, patience, after)
-        after = board.polled_at
-        if state is None or state.status in ("DELETING", "NOT_STARTED"):
+        details, after = run.next_state(action, after), run.polled_at
+        if details is None or details.status in ("DELETING", "NOT_STARTED"):
             raise ApplicationError("the application was deleted while it was being deployed")
-        if state.status == "RUNNING":
-            return state
-        if state.status == "DEPLOY_FAILED":
-            raise ApplicationError(failure_message(state))
-        if state.status == "UNHEALTHY":
-            unhealthy_since = unhealthy_since or board.clock()
-            if board.clock() - unhealthy_since > UNHEALTHY_GRACE_S:
-                raise ApplicationError(failure_message(state))
-        else:
-            unhealthy_since = None
-        phase = board.phases.get(application.name, "")
-        board.enter(application, *describe_state(state, waits_for, phase))
+        action.details = details
+        if details.status == "RUNNING":
+            return
+        healthy_at = healthy_at if details.status == "UNHEALTHY" else run.clock()
+        late = run.clock() - healthy_at > UNHEALTHY_GRACE_S
+        if details.status == "DEPLOY_FAILED" or late:
+            raise ApplicationError(failure_message(details) or f"it is {details.status.value}")
+        run.enter(
+            action, *describe_state(details, action.waits_for, run.phases.get(action.name, ""))
+        )
 
 
-def failure_message(state: ApplicationState) -> str:
+def failure_message(details: ApplicationDetails | None) -> str:
     """All that Serve says about a failed application: its own message, then its deployments'."""
-    messages = [state.message, *(d.message for d in state.deployments if d.status != "HEALTHY")]
+    deployments = details.deployments.values() if details else ()
+    messages = [details.message if details else ""]
+    messages += [d.message for d in deployments if d.status != "HEALTHY"]
     return "\n".join(message for message in messages if message)
 
 
-def describe_state(
-    state: ApplicationState, waits_for: str = "", phase: str = ""
-) -> tuple[str, str]:
+def describe_state(details: ApplicationDetails, waits_for: str, phase: str) -> tuple[str, str]:
     """What a deploying application does, in words, and what it waits for.
 
     `waits_for` is what the plan says does not fit now, and who holds it; `phase` is the engine's.
     """
-    waiting = [d for d in state.deployments if d.running < d.target_replicas]
-    unplaced = [d for d in waiting if any(not replica.node for replica in d.replicas)]
-    need = next((need for d in unplaced if (need := pending_need(d.message))), None)
-    if unplaced and waits_for:
+    deployments = list(details.deployments.values())
+    running = sum(len(running_replicas(d)) for d in deployments)
+    target = sum(d.target_num_replicas for d in deployments)
+    waiting = [d for d in deployments if len(running_replicas(d)) < d.target_num_replicas]
+    if waits_for and any(not r.node_id for d in waiting for r in d.replicas):
         return "waiting for resources", waits_for
-    if need:
-        return "waiting for resources", f"needs {format_resources(need[0])}"
-    running = sum(d.running for d in state.deployments)
-    target = sum(d.target_replicas for d in state.deployments)
     exceptions = [text for d in waiting for text in real_exceptions(d.message)]
     failed = f"a replica failed: {root_cause(exceptions[-1]).text}" if exceptions else ""
     return f"starting replicas {running}/{target}", failed or phase
 
 
-NOT_SENT = ("queued", "building", WAITING_FOR_TURN)
-"""What an application is doing, in words, while the cluster has not heard of it."""
+def failed_replicas(action: Action) -> list[ReplicaDetails]:
+    """The replicas that do not run, of the deployments that are not healthy, the latest first.
+
+    Serve calls a replica dead some seconds after it has given up on the application, so the dead
+    ones alone would leave out the one that tells why.
+    """
+    deployments = action.details.deployments.values() if action.details and action.sent else ()
+    failed = [
+        replica
+        for deployment in deployments
+        for replica in (*deployment.replicas, *(deployment.recent_dead_replicas or ()))
+        if deployment.status != "HEALTHY" and replica.actor_id and replica.state != "RUNNING"
+    ]
+    return sorted(failed, key=lambda replica: replica.start_time_s or 0.0, reverse=True)
 
 
-def unfinished(action: Action, board: Board) -> Outcome:
-    """The outcome of an application whose worker did not come to its end."""
-    progress = board.progress[action.application.name]
-    lost = board.stop_code == EXIT_CLUSTER
-    begun = progress.started is not None
-    sent = progress.words not in NOT_SENT and action.change is not Change.UNCHANGED
-    return Outcome(
-        action,
-        Result.UNKNOWN if lost and begun else Result.INTERRUPTED,
-        board.clock() - progress.started if progress.started is not None else 0.0,
-        submitted=begun and sent,
-        state=board.states.get(action.application.name),
-    )
-
-
-INTERRUPTED = Cause("interrupted")
-
-
-def build_all(
-    applications: Sequence[ApplicationSpec],
-    cluster: Cluster,
-    board: Board,
-    options: Options,
-    show: Callable[[list[Progress]], None],
-) -> list[tuple[Demand, ...] | Cause]:
-    """Build every application and deploy none: its demands, or why it can't be built."""
-
-    def build(application: ApplicationSpec) -> tuple[Demand, ...] | Cause:
-        patience = Patience(board, board.clock() + (options.timeout_s or math.inf))
-        board.enter(application, "building")
+def failure_logs(action: Action, cluster: Cluster) -> list[str]:
+    """What the replicas that failed have left, one text each, the latest first."""
+    logs = []
+    for replica in failed_replicas(action)[:MOST_LOGS]:
         try:
-            demands = cluster.build(application, patience)
-        except ApplicationError as error:
-            cause = root_cause(str(error))
-        except StillDeploying:
-            cause = Cause("the builder did not return in time", "raise --timeout")
-        except Stopped:
-            cause = INTERRUPTED
-        else:
-            board.enter(application, "built")
-            return demands
-        board.enter(application, Result.FAILED.value, cause.text)
-        return cause
-
-    start_threads(cluster, board, check_alive)
-    calls = [partial(build, application) for application in applications]
-    built = in_workers(calls, len(calls), board, show)
-    board.close()
-    return [INTERRUPTED if result is None else result for result in built]
+            logs.append(cluster.last_words(replica.actor_id or ""))
+        except Unreachable as error:
+            action.no_log = str(error)
+    return logs
 
 
-def exit_code(outcomes: Sequence[Outcome], stop_code: int) -> int:
-    """130/143 before 3 before 1 before 4 before 0."""
-    results = {outcome.result for outcome in outcomes}
-    if stop_code:
-        return stop_code
-    if Result.UNKNOWN in results:
-        return EXIT_CLUSTER
-    if Result.FAILED in results or any(o.proof and o.proof.mismatches for o in outcomes):
+def prove(action: Action, run: Run) -> None:
+    """Check what runs against what was promised, and ask it something. Raises ApplicationError for
+    a bad answer, and Stopped; not having reached an application is not its failure."""
+    application, details = action.application, action.details
+    assert details is not None
+    proof = action.proof = Proof()
+
+    def ask(url: str, body: Config | None) -> Response:
+        run.check(action)
+        return fetch(url, body, min(SMOKE_TIMEOUT_S, action.deadline - run.clock()))
+
+    try:
+        held = run.cluster.reservations(details)
+        wrong, notes = mismatches(application, action.demands, held), []
+        actors = {replica.replica_id: replica.actor_id or "" for replica in replicas_of(details)}
+        for item in held if application.models else ():
+            with contextlib.suppress(Unreachable):
+                log = run.cluster.replica_log(actors[item.replica_id])
+                notes += engine_figures(application, item.deployment, log)
+        proof = action.proof = Proof(tuple(held), wrong, (), tuple(notes))
+        targets = {d.name: d.target_num_replicas for d in details.deployments.values()}
+        asleep = [d for d in action.demands if not targets.get(d.deployment, 1)]
+        base_url = run.cluster.endpoint()
+        reasons = {
+            "--no-smoke-test": run.options.no_smoke_test,
+            "it has no HTTP route": application.route_prefix is None,
+            "its ingress has scaled to zero": any(demand.ingress for demand in asleep),
+            "Serve has no HTTP proxy (proxy_location: Disabled)": not base_url,
+        }
+        if skipped := [text for text, is_so in reasons.items() if is_so]:
+            action.proof = replace(proof, notes=(*notes, f"not asked over HTTP: {skipped[0]}"))
+            return
+        wait_for_route(application, base_url, ask, partial(run.pause, action))
+        models = [m for m in application.models if demand_of(m, action.demands) in asleep]
+        answers, said = smoke_test(application, [m.model_id for m in models], base_url, ask)
+        action.proof = replace(proof, answers=tuple(answers), notes=(*notes, *said))
+    except (Unreachable, ClusterError) as error:
+        action.proof = replace(proof, unverified=str(error))
+    except (DeadlinePassed, Stopped):
+        if run.stop_code == EXIT_CLUSTER:
+            raise
+        action.proof = replace(proof, unverified=run.stop_reason or "time ran out")
+
+
+def delete_application(action: Action, run: Run) -> None:
+    """Delete an application, and wait until what it held is free."""
+    if action.before is None:
+        return
+    after = run.clock()
+    run.enter(action, "deleting")
+    run.cluster.delete(action.name)
+    action.sent = "yes"
+    while True:
+        details, after = run.next_state(action, after), run.polled_at
+        held = [h for _, label, h in run.cluster.holdings() if label.split("/")[0] == action.name]
+        if details is None and not held:
+            return
+        texts = " + ".join(map(format_resources, held))
+        run.enter(action, "deleting", f"it still holds {texts}" if held else "")
+
+
+def undo(action: Action, run: Run) -> None:
+    """Delete a new application that did not come up, where --on-failure asks for it."""
+    new = action.change is Change.CREATE and action.sent and not action.disturbed
+    if new and run.options.on_failure == "delete":
+        with contextlib.suppress(ClusterError):
+            run.cluster.delete(action.name)
+            action.deleted = True
+
+
+def build_only(action: Action, run: Run) -> None:
+    """Build one application for the plan, which deploys none."""
+    run.give_time(action)
+    run.enter(action, "building")
+    try:
+        action.demands = run.cluster.build(action.application, partial(run.check, action))
+        run.enter(action, "built")
+    except (ApplicationError, DeadlinePassed, Stopped) as error:
+        text = str(error) or "the builder did not return in time; raise --timeout"
+        run.end(action, Result.FAILED, root_cause(text))
+
+
+def exit_code(actions: Sequence[Action], stop_code: int) -> int:
+    """129/130/143 before 3 before 1 before 4 before 0."""
+    results = {action.result for action in actions}
+    proofs = [action.proof for action in actions if action.proof]
+    if stop_code or Result.UNKNOWN in results:
+        return stop_code or EXIT_CLUSTER
+    if Result.FAILED in results or any(proof.mismatches or proof.unverified for proof in proofs):
         return EXIT_FAILED
     return EXIT_TIMEOUT if Result.STILL_DEPLOYING in results else EXIT_OK
 
 
 # ======================================================================================
-# 11. Report: outcomes → text, live view, JSON
+# 12. Report: what was reached → text, live view, JSON
 # ======================================================================================
 
-RULE = "=" * 80
-THIN_RULE = "-" * 80
+RULE, THIN_RULE = "=" * 80, "-" * 80
 LLM_ENDPOINTS = (
     ("POST", "/v1/chat/completions"),
     ("POST", "/v1/completions"),
     ("GET", "/v1/models"),
 )
+JSON_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a run ended. `base_url` is None when the cluster was lost, and empty without an HTTP
+    proxy; `others` are the running applications that the file does not name."""
+
+    actions: Sequence[Action]
+    code: int
+    base_url: str | None
+    dashboard_url: str
+    seconds: float
+    others: Sequence[ApplicationDetails] = ()
+    plan: Plan | None = None
+
+
+def format_seconds(seconds: float) -> str:
+    """ "42 s" or "3 min 05 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def format_replicas(demand: Demand) -> str:
@@ -5123,417 +3639,47 @@ def format_bundles(demand: Demand) -> str:
     return text
 
 
-def endpoints(application: ApplicationSpec) -> list[tuple[str, str]]:
-    """What an application answers to: method and path."""
-    if application.route_prefix is None:
-        return []
-    if not application.models:
-        return [("ANY", application.route_prefix)]
-    prefix = application.route_prefix.rstrip("/")
-    return [(method, f"{prefix}{path}") for method, path in LLM_ENDPOINTS]
+def format_demand(demand: Demand) -> str:
+    ingress = " (ingress)" if demand.ingress else ""
+    each = f"{format_bundles(demand)} per replica, replicas {format_replicas(demand)}"
+    return f"   {demand.deployment}{ingress}: {each}"
 
 
-def format_running(outcome: Outcome, base_url: str | None) -> list[str]:
-    """The summary of one application that runs, in the layout that V5's users know."""
-    application = outcome.application
-    lines = [f"• {application.name}"]
-    if outcome.action.change is Change.UNCHANGED:
-        lines.append("   Unchanged: it runs already, and was left alone")
-    elif outcome.action.reasons:
-        lines += format_action(outcome.action)
-    if outcome.action.attempt > 1:
-        lines.append("   Second attempt, alone: other engines on its GPU disturbed the first")
-    lines += format_deployments(outcome)
-    lines += [f"   {line}" for line in format_proof(outcome.proof)]
-    return lines + format_address(application, base_url)
-
-
-def format_deployments(outcome: Outcome) -> list[str]:
-    """The models of an application, then its other deployments, with what each reserves."""
-    lines, served = [], set()
-    for model in outcome.application.models:
-        lines += [f"   Model: {model.source}", f"   Model ID: {model.model_id}"]
-        demand = demand_of(model, outcome.demands)
-        if demand:
-            served.add(demand.deployment)
-            lines += [
-                f"   Resources per replica: {format_bundles(demand)}",
-                f"   Replicas: {format_replicas(demand)}",
-            ]
-        lines += [f"   Note: {note}" for note in model.notes]
-    return lines + [
-        f"   {'Ingress' if demand.ingress else 'Deployment'} {demand.deployment}: "
-        f"{format_bundles(demand)} per replica, replicas {format_replicas(demand)}"
-        for demand in outcome.demands
-        if demand.deployment not in served
-    ]
-
-
-def format_address(application: ApplicationSpec, base_url: str | None) -> list[str]:
-    """Where an application answers; `base_url` is as in `Report`."""
+def endpoints(application: ApplicationSpec, base_url: str | None) -> tuple[str, list[str]]:
+    """Where an application answers, and to what: method and path."""
     route = application.route_prefix
-    if base_url is None:
-        return ["   It ran when the cluster was last seen"]
-    if route is None:
-        return ["   No HTTP route (route_prefix: null)"]
-    if not base_url:
-        return []
-    lines = [f"   Base URL: {base_url}{quote(route.rstrip('/')) or '/'}", "   Endpoints:"]
-    return lines + [f"     • {method:<4} {path}" for method, path in endpoints(application)]
+    if not base_url or route is None:
+        return "", []
+    prefix = route.rstrip("/")
+    paths = [f"{method:<4} {prefix}{path}" for method, path in LLM_ENDPOINTS]
+    return f"{base_url}{quote(prefix) or '/'}", paths if application.models else [f"ANY  {route}"]
 
 
-def format_proof(proof: Proof | None) -> list[str]:
-    """What was checked of a running application, a line each."""
-    if proof is None:
-        return []
-    places = Counter(
-        f"{item.deployment}: {format_resources(item.reserved)}, on {format_place(item)}"
-        for item in proof.reservations
-    )
-    broken = {text.partition(": promised")[0] for text in proof.mismatches}
-    lines = [f"✗ {text}" for text in proof.mismatches]
-    for text, count in places.items():
-        mark = "✗" if text.partition(": ")[0] in broken else "✓"
-        lines.append(f"{mark} Reserved by {text}" + f" ({count} replicas)" * (count > 1))
-    for answer in proof.answers:
-        first = f", first token after {answer.first_token_s:.2f} s" if answer.first_token_s else ""
-        who = f" to {answer.model_id}" if answer.model_id else ""
-        lines.append(f"✓ {answer.request}{who}: answered in {answer.total_s:.2f} s{first}")
-    lines += [f"{name} is scaled to zero: not woken up (--wake asks it)" for name in proof.asleep]
-    lines += [
-        f"{name} is listed, and neither chats, completes, embeds nor scores: not asked"
-        for name in proof.mute
-    ]
-    lines += [format_engine(engine) for engine in proof.engines]
-    return [*lines, f"Not asked over HTTP: {proof.skipped}"] if proof.skipped else lines
-
-
-def format_place(item: Reservation) -> str:
-    """ "10.0.0.1 GPU 0", as far as Ray tells."""
-    gpus = f" GPU {', '.join(map(str, item.gpus))}" if item.gpus else ""
-    return f"{' + '.join(item.nodes)}{gpus}"
-
-
-def format_engine(engine: EngineFigures) -> str:
-    """The engine's own figures, as far as its log has them."""
-    parts = []
-    if engine.kv_cache_tokens is not None:
-        parts.append(f"KV cache {engine.kv_cache_tokens:,} tokens")
-    if engine.kv_cache_gib is not None:
-        parts.append(f"{engine.kv_cache_gib:.2f} GiB")
-    if engine.max_concurrency is not None:
-        parts.append(f"{engine.max_concurrency:g} requests of full length at once")
-    if engine.weights_gib is not None:
-        parts.append(f"weights {engine.weights_gib:.2f} GiB")
-    if engine.weights_s is not None:
-        parts.append(f"weights loaded in {engine.weights_s:.1f} s")
-    if engine.start_s is not None:
-        parts.append(f"engine ready {engine.start_s:.1f} s later")
-    return f"Engine of {engine.model_id} says: {', '.join(parts)}"
-
-
-def format_unfinished(outcome: Outcome, dashboard_url: str) -> list[str]:
-    """The summary of one application that does not run: what happened, why, where to look."""
-    name = outcome.application.name
-    lines = [f"• {name}: {outcome.result.value} after {format_seconds(outcome.seconds)}"]
-    if outcome.cause:
-        lines += format_cause(outcome.cause)
-    if outcome.result is Result.UNKNOWN:
-        lines.append("   The cluster was lost: whether it runs, or ever will, is not known")
-    doing = "deleting" if outcome.action.change is Change.DELETE else "deploying"
-    if outcome.result is Result.INTERRUPTED:
-        lines.append(
-            f"   It was submitted and goes on {doing}; this program no longer watches it"
-            if outcome.submitted
-            else "   It was not submitted"
-        )
-    if outcome.result is Result.STILL_DEPLOYING and outcome.state:
-        lines.append(f"   Last state: {' · '.join(filter(None, describe_state(outcome.state)))}")
-        if not outcome.deleted:
-            lines.append(f"   The cluster goes on {doing} it")
-    if outcome.deleted:
-        lines.append("   It was deleted again (--on-failure delete)")
-    lines += [f"   {line}" for line in format_survivors(outcome)]
-    lines += [f"   Logs: {command}" for command in log_commands(outcome)]
-    if outcome.submitted and dashboard_url and outcome.result is not Result.UNKNOWN:
-        lines.append(f"   Dashboard: {dashboard_url}/#/serve/applications/{quote(name, safe='')}")
+def format_start(action: Action) -> list[str]:
+    """What is said when an application's turn comes."""
+    application = action.application
+    lines = ["", f"🚀 Deploying: {application.name}"]
+    lines += [f"   📦 Model ID: {model.model_id}" for model in application.models]
+    lines.append(f"   🌐 Route: {application.route_prefix or '(none)'}")
+    names = {"CPU": "num_cpus", "GPU": "num_gpus"}
+    for model in application.models:
+        mapped = {names.get(name, name): amount for name, amount in model.promised.items()}
+        lines.append(f"   📊 Mapped resources to ray_actor_options: {mapped}")
     return lines
 
 
-def format_survivors(outcome: Outcome) -> list[str]:
-    """What still serves of what ran before an edit that failed, read from the replicas."""
-    action, state = outcome.action, outcome.state
-    deleting = action.change is Change.DELETE and outcome.submitted
-    if action.before is None or outcome.result is Result.UNKNOWN or deleting:
-        return []
-    if outcome.rollback:
-        return [f"{outcome.rollback[:1].upper()}{outcome.rollback[1:]} (--on-failure rollback)"]
-    if not outcome.submitted or state is None:
-        return [] if outcome.submitted else ["What ran before was not touched"]
-    now = {r.replica_id for d in state.deployments for r in d.replicas if r.state == "RUNNING"}
-    left = [
-        (d.name, sum(replica.replica_id in now for replica in d.replicas), len(d.replicas))
-        for d in action.before.state.deployments
-    ]
-    if not any(count for _, count, _ in left):
-        return ["Nothing from before the edit serves any more"]
-    serving = [f"{count} of {total} replicas of {name}" for name, count, total in left]
-    return [f"Still serving from before the edit: {', '.join(serving)}"]
-
-
-def log_commands(outcome: Outcome) -> list[str]:
-    """The commands that print what the replica that died last wrote: its stderr, its stdout (the
-    engine writes to either), and its log in Serve's words."""
-    state = outcome.state if outcome.submitted else None
-    dead = failed_replicas(state) if state else []
-    if not dead or outcome.result is Result.RUNNING:
-        return []
-    last = dead[0]
-    actor = f"ray logs actor --id {last.actor_id} --tail {LOG_LINES}"
-    return [f"{actor} --err", actor, f"ray logs {last.log_file.lstrip('/')}"]
-
-
-def format_seconds(seconds: float) -> str:
-    """ "42 s" or "3 min 05 s"."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-@dataclass(frozen=True)
-class Report:
-    """How a run ended. `base_url` is None when the cluster was lost, and empty without an HTTP
-    proxy; `others` are the running applications that the file does not name."""
-
-    outcomes: Sequence[Outcome]
-    code: int
-    base_url: str | None
-    dashboard_url: str
-    seconds: float
-    others: Sequence[ApplicationState] = ()
-
-    @property
-    def warnings(self) -> list[str]:
-        """What is odd, though no promise is broken."""
-        proofs = [outcome.proof for outcome in self.outcomes if outcome.proof]
-        return small_caches([engine for proof in proofs for engine in proof.engines])
-
-
-def format_summary(report: Report) -> list[str]:
-    """The whole summary, line by line."""
-    running = [outcome for outcome in report.outcomes if outcome.result is Result.RUNNING]
-    deleted = [outcome for outcome in report.outcomes if outcome.result is Result.DELETED]
-    failed = [o for o in report.outcomes if o.result not in (Result.RUNNING, Result.DELETED)]
-    doomed = sum(outcome.action.change is Change.DELETE for outcome in report.outcomes)
-    wanted = len(report.outcomes) - doomed
-    good = not failed and report.code == EXIT_OK
-    title = f"{'✅' if good else '⚠️ '} Deployment Summary"
-    lines = [RULE, title, RULE]
-    for done, count, total in (("deployed", running, wanted), ("deleted", deleted, doomed)):
-        if total:
-            seconds = format_seconds(report.seconds)
-            lines.append(f"Total applications {done}: {len(count)}/{total} in {seconds}")
-    lines += format_group(
-        "📋 Successfully Deployed Applications:",
-        [format_running(outcome, report.base_url) for outcome in running],
-    )
-    lines += format_group("🗑️  Deleted Applications:", map(format_deleted, deleted))
-    lines += format_group(
-        "❌ Not Running:" if wanted else "❌ Not Deleted:",
-        [format_unfinished(outcome, report.dashboard_url) for outcome in failed],
-    )
-    lines += ["", *(f"⚠️  {text}" for text in report.warnings)]
-    lines += [*format_others(report.others), RULE]
-    if good:
-        lines.append(f"🔥 All {'deployments' if wanted else 'deletions'} completed!")
-    if report.dashboard_url:
-        lines.append(f"💡 Ray Dashboard: {report.dashboard_url}")
-        lines.append("💡 Check deployment status and resource usage in the dashboard")
-    return [*lines, RULE]
-
-
-def format_group(title: str, items: Iterable[list[str]]) -> list[str]:
-    """A part of the summary; nothing when there is nothing in it."""
-    lines = [line for item in items for line in ("", *item)]
-    return ["", title, THIN_RULE, *lines] if lines else []
-
-
-def format_deleted(outcome: Outcome) -> list[str]:
-    gone = "deleted; what it held is free" if outcome.action.before else "it was not there"
-    notes = outcome.action.reasons[1:]
-    return [f"• {outcome.application.name}: {gone}", *(f"   Note: {note}" for note in notes)]
-
-
-def format_others(others: Sequence[ApplicationState]) -> list[str]:
-    """The running applications that the file does not name."""
-    names = ", ".join(f"{state.name} ({state.status})" for state in others)
-    return [f"💡 Not in the file, left alone: {names}; --prune deletes them", ""] if others else []
-
-
-JSON_VERSION = 1
-
-
-def report_json(report: Report) -> Config:
-    """The report for programs; the README documents it. A key that is gone or means another thing
-    raises the version, a new one does not."""
-    return {
-        "version": JSON_VERSION,
-        "exit_code": report.code,
-        "seconds": round(report.seconds, 1),
-        "dashboard": report.dashboard_url,
-        "warnings": report.warnings,
-        "applications": [outcome_json(outcome, report.base_url) for outcome in report.outcomes],
-        "not_in_file": [state_json(state) for state in report.others],
-    }
-
-
-def state_json(state: ApplicationState) -> Config:
-    return {"name": state.name, "status": state.status, "route_prefix": state.route_prefix}
-
-
-def outcome_json(outcome: Outcome, base_url: str | None) -> Config:
-    """One application of the report."""
-    application, state = outcome.application, outcome.state
-    route = application.route_prefix
-    return {
-        **action_json(outcome.action, outcome.demands),
-        "result": outcome.result.value,
-        "seconds": round(outcome.seconds, 1),
-        "submitted": outcome.submitted,
-        "deleted": outcome.deleted or outcome.result is Result.DELETED,
-        "rollback": outcome.rollback or None,
-        "attempts": outcome.action.attempt,
-        "proof": dataclasses.asdict(outcome.proof) if outcome.proof else None,
-        "status": state.status if state else None,
-        "cause": outcome.cause.text if outcome.cause else None,
-        "hint": outcome.cause.hint if outcome.cause else None,
-        "logs": log_commands(outcome),
-        "base_url": base_url + quote(route.rstrip("/")) if base_url and route else None,
-        "endpoints": [f"{method} {path}" for method, path in endpoints(application)],
-    }
-
-
-def action_json(action: Action, demands: Sequence[Demand]) -> Config:
-    """What a run does, or would do, with one application."""
-    return {
-        "name": action.application.name,
-        "change": action.change.value,
-        "reasons": list(action.reasons),
-        "gap": gap(action) or None,
-        "route_prefix": action.application.route_prefix,
-        "models": [
-            {
-                "model_id": model.model_id,
-                "source": model.source,
-                "promised": dict(model.promised),
-                "measures_memory": model.measures_memory,
-                "notes": list(model.notes),
-            }
-            for model in action.application.models
-        ],
-        "deployments": [
-            {
-                "name": demand.deployment,
-                "ingress": demand.ingress,
-                "reserved_per_replica": demand.reserved,
-                "bundles": [dict(bundle) for bundle in demand.bundles],
-                "strategy": demand.strategy,
-                "min_replicas": demand.min_replicas,
-                "max_replicas": demand.max_replicas,
-            }
-            for demand in demands
-        ],
-    }
-
-
-@dataclass(frozen=True)
-class PlanReport:
-    """What a run would do. `built` has what each deployment reserves, or why it can't be built."""
-
-    actions: Sequence[Action]
-    built: Mapping[str, tuple[Demand, ...] | Cause]
-    prediction: Prediction
-    code: int
-    others: Sequence[ApplicationState] = ()
-
-    def demands(self, action: Action) -> tuple[Demand, ...]:
-        """What an application's deployments reserve; for one that stays, what they do now."""
-        built = self.built.get(action.application.name)
-        if built is None and action.before and action.before.record:
-            return action.before.record.demands
-        return built if isinstance(built, tuple) else ()
-
-    def cause(self, action: Action) -> Cause | None:
-        built = self.built.get(action.application.name)
-        return built if isinstance(built, Cause) else None
-
-
-def plan_json(report: PlanReport) -> Config:
-    """The plan for programs; the README documents it."""
-    rows = []
-    for action in report.actions:
-        cause = report.cause(action)
-        row = action_json(action, report.demands(action))
-        rows.append({**row, "cause": cause and cause.text, "hint": cause and cause.hint})
-    return {
-        "version": JSON_VERSION,
-        "exit_code": report.code,
-        "applications": rows,
-        "not_in_file": [state_json(state) for state in report.others],
-        "packing": format_prediction(report.prediction),
-        "misfits": [format_misfit(fitting) for fitting in report.prediction.misfits],
-    }
-
-
-def format_plan(report: PlanReport) -> list[str]:
-    """What `--plan` prints: what each replica would reserve, and where all of it would go."""
-    lines = [RULE, "📋 Plan (nothing was changed)", RULE]
-    for action in report.actions:
-        application, cause = action.application, report.cause(action)
-        lines += ["", f"• {application.name}  {application.route_prefix or '(no HTTP route)'}"]
-        lines += format_action(action)
-        if cause:
-            lines += format_cause(cause)
-            continue
-        lines += [
-            f"   {demand.deployment}{' (ingress)' if demand.ingress else ''}: "
-            f"{format_bundles(demand)} per replica, replicas {format_replicas(demand)}"
-            for demand in report.demands(action)
-        ]
-        lines += [f"   Note: {note}" for model in application.models for note in model.notes]
-        lines += [
-            f"   ⚠️  {model.model_id} shares its GPU and measures at its start what is free there: "
-            "engines that start with it disturb that; set engine_kwargs.kv_cache_memory_bytes, or "
-            "deploy with --stagger"
-            for model in application.models
-            if model.measures_memory and changes(action)
-        ]
-    for state in report.others:
-        lines += ["", f"• {state.name}  {state.route_prefix or '(no HTTP route)'}"]
-        lines.append(f"   not in file: it is {state.status} and left alone (--prune deletes it)")
-    crowded = format_crowded(report)
-    return [*lines, "", THIN_RULE, *format_prediction(report.prediction), *crowded, RULE]
-
-
-def format_crowded(report: PlanReport) -> list[str]:
-    """The GPUs whose predicted engines want more than all of the card's memory in sum."""
-    prediction = report.prediction
-    wanted: dict[str, float] = {}
-    for action in report.actions:
-        for model in action.application.models:
-            demand = demand_of(model, report.demands(action))
-            if demand:
-                wanted[label_of(demand)] = model.memory_fraction
-    sums: dict[tuple[int, int], float] = {}
-    for label, slot in prediction.ledger.placed:
-        for device, _ in slot.gpus:
-            place = (slot.node, device)
-            sums[place] = sums.get(place, 0.0) + wanted.get(label, 0.0)
-    return [
-        f"⚠️  node {prediction.nodes[node].name} · GPU {device}: gpu_memory_utilization adds up to "
-        f"{short(total)}; engines that want more than 1 of a card run out of memory"
-        for (node, device), total in sorted(sums.items())
-        if round(total, 4) > 1
-    ]
+def format_end(action: Action) -> str:
+    """What is said when an application has its result."""
+    result = action.result.value if action.result else ""
+    cause = f" ({action.cause.text})" if action.cause else ""
+    words = {
+        "RUNNING": "✅ Deployed successfully",
+        "DELETED": "✅ Deleted",
+        "FAILED": "❌ Failed",
+    }.get(result, f"⚠️  {result.capitalize()}")
+    if action.change is Change.UNCHANGED and action.result is Result.RUNNING:
+        words = "✅ Running, unchanged"
+    return f"   {words}: {action.name}{cause}"
 
 
 def format_action(action: Action) -> list[str]:
@@ -5544,102 +3690,304 @@ def format_action(action: Action) -> list[str]:
     return [*lines, f"      {gap(action)}"] if gap(action) else lines
 
 
-def format_cause(cause: Cause) -> list[str]:
+def format_running(action: Action, base_url: str | None) -> list[str]:
+    """The summary of one application that runs, in the layout that V5's users know."""
+    application, served = action.application, set()
+    lines = [f"• {application.name}"]
+    if action.change is Change.UNCHANGED:
+        lines.append("   Unchanged: it runs already, and was left alone")
+    elif action.reasons:
+        lines += format_action(action)
+    if action.attempt > 1:
+        lines.append("   Second attempt, alone: other engines on its GPU disturbed the first")
+    for model in application.models:
+        lines += [f"   Model: {model.source}", f"   Model ID: {model.model_id}"]
+        if demand := demand_of(model, action.demands):
+            served.add(demand.deployment)
+            lines.append(f"   Resources per replica: {format_bundles(demand)}")
+            lines.append(f"   Replicas: {format_replicas(demand)}")
+        lines += [f"   Note: {note}" for note in model.notes]
+    lines += [format_demand(d) for d in action.demands if d.deployment not in served]
+    lines += [f"   {line}" for line in format_proof(action.proof)]
+    if base_url is None:
+        return [*lines, "   It ran when the cluster was last seen"]
+    if application.route_prefix is None:
+        return [*lines, "   No HTTP route (route_prefix: null)"]
+    address, paths = endpoints(application, base_url)
+    lines += [f"   Base URL: {address}", "   Endpoints:"] if address else []
+    return lines + [f"     • {path}" for path in paths]
+
+
+def format_proof(proof: Proof | None) -> list[str]:
+    """What was checked of a running application, a line each."""
+    if proof is None:
+        return []
+    places: Counter[str] = Counter()
+    for item in proof.reservations:
+        gpus = f" GPU {', '.join(map(str, item.gpus))}" if item.gpus else ""
+        where = f"{' + '.join(item.nodes)}{gpus}"
+        places[f"{item.deployment}: {format_resources(item.reserved)}, on {where}"] += 1
+    broken = {text.partition(": promised")[0] for text in proof.mismatches}
+    lines = [f"✗ {text}" for text in proof.mismatches]
+    for text, count in places.items():
+        mark = "✗" if text.partition(": ")[0] in broken else "✓"
+        lines.append(f"{mark} Reserved by {text}" + f" ({count} replicas)" * (count > 1))
+    for answer in proof.answers:
+        first = f", first token after {answer.first_token_s:.2f} s" if answer.first_token_s else ""
+        who = f" to {answer.model_id}" if answer.model_id else ""
+        lines.append(f"✓ {answer.request}{who}: answered in {answer.total_s:.2f} s{first}")
+    return [*lines, *proof.notes] + [f"✗ Not verified: {proof.unverified}"] * bool(proof.unverified)
+
+
+def format_cause(cause: Cause | None) -> list[str]:
     """A cause's lines, and its hint."""
+    if cause is None:
+        return []
     first, *rest = cause.text.splitlines() or [""]
     lines = [f"   Cause: {first}", *(f"          {line}" for line in rest)]
     return [*lines, f"   Hint: {cause.hint}"] if cause.hint else lines
 
 
-def format_progress(progress: Progress, now: float) -> str:
-    """One line about one application: "falcon3-app  starting replicas 1/2  12 s  …"."""
-    parts = [progress.application.name, progress.words]
-    if progress.started is not None:
-        parts.append(format_seconds((progress.ended or now) - progress.started))
-    return "  ".join([*parts, *filter(None, [progress.detail])])
+def format_unfinished(action: Action, report: Report) -> list[str]:
+    """The summary of one application that does not run: what happened, why, where to look."""
+    name, result, details = action.name, action.result, action.details
+    lines = [f"• {name}: {result.value if result else ''} after {format_seconds(action.seconds())}"]
+    lines += format_cause(action.cause)
+    doing = "deleting" if action.change is Change.DELETE else "deploying"
+    if result is Result.UNKNOWN:
+        lines.append("   The cluster was lost: whether it runs, or ever will, is not known")
+    elif result is Result.INTERRUPTED:
+        texts = {
+            "yes": f"It was submitted and goes on {doing}; this program no longer watches it",
+            "perhaps": "It was being handed over: whether Serve has it is not known",
+            "": "It was not submitted",
+        }
+        lines.append(f"   {texts[action.sent]}")
+    elif result is Result.STILL_DEPLOYING and details and not action.deleted:
+        state = describe_state(details, action.waits_for, "")
+        lines.append(f"   Last state: {' · '.join(filter(None, state))}")
+        lines.append(f"   The cluster goes on {doing} it")
+    lines += ["   It was deleted again (--on-failure delete)"] if action.deleted else []
+    if action.before and action.change is not Change.DELETE and result is not Result.UNKNOWN:
+        now = {r.replica_id for r in replicas_of(details) if r.state == "RUNNING"}
+        old = [r.replica_id for r in replicas_of(action.before.details)]
+        left = sum(replica_id in now for replica_id in old)
+        serving = f"Still serving from before the edit: {left} of {len(old)} replicas"
+        lines.append(f"   {serving if action.sent else 'What ran before was not touched'}")
+    lines += [f"   No log: {action.no_log}"] if action.no_log else []
+    lines += [f"   Logs: {command}" for command in log_commands(action)]
+    if action.sent and report.dashboard_url and result is not Result.UNKNOWN:
+        address = f"{report.dashboard_url}/#/serve/applications/{quote(name, safe='')}"
+        lines.append(f"   Dashboard: {address}")
+    return lines
+
+
+def log_commands(action: Action) -> list[str]:
+    """The commands that print what the replica that died last wrote: its stderr, its stdout (the
+    engine writes to either), and its log in Serve's words."""
+    dead = failed_replicas(action) if action.result is not Result.RUNNING else []
+    if not dead:
+        return []
+    actor = f"ray logs actor --id {dead[0].actor_id} --tail {LOG_LINES}"
+    return [f"{actor} --err", actor, f"ray logs {(dead[0].log_file_path or '').lstrip('/')}"]
+
+
+def format_summary(report: Report) -> list[str]:
+    """The whole summary, line by line."""
+    running = [a for a in report.actions if a.result is Result.RUNNING]
+    deleted = [a for a in report.actions if a.result is Result.DELETED]
+    failed = [a for a in report.actions if a.result not in (Result.RUNNING, Result.DELETED)]
+    doomed = sum(action.change is Change.DELETE for action in report.actions)
+    wanted = len(report.actions) - doomed
+    good, seconds = report.code == EXIT_OK, format_seconds(report.seconds)
+    lines = [RULE, f"{'✅' if good else '⚠️ '} Deployment Summary", RULE]
+    for done, count, total in (("deployed", running, wanted), ("deleted", deleted, doomed)):
+        if total:
+            lines.append(f"Total applications {done}: {len(count)}/{total} in {seconds}")
+    gone = []
+    for action in deleted:
+        text = "deleted; what it held is free" if action.before else "it was not there"
+        notes = [f"   Note: {note}" for note in action.reasons[1:]]
+        gone.append([f"• {action.name}: {text}", *notes])
+    groups = {
+        "📋 Successfully Deployed Applications:": [
+            format_running(action, report.base_url) for action in running
+        ],
+        "🗑️  Deleted Applications:": gone,
+        f"❌ Not {'Running' if wanted else 'Deleted'}:": [
+            format_unfinished(action, report) for action in failed
+        ],
+    }
+    for title, items in groups.items():
+        lines += ["", title, THIN_RULE] if items else []
+        lines += itertools.chain.from_iterable(["", *item] for item in items)
+    if report.others and report.base_url is not None:
+        names = ", ".join(f"{d.name} ({d.status.value})" for d in report.others)
+        lines += ["", f"💡 Not in the file, left alone: {names}; --prune deletes them"]
+    lines += ["", RULE]
+    lines += [f"🔥 All {'deployments' if wanted else 'deletions'} completed!"] if good else []
+    if report.dashboard_url:
+        lines.append(f"💡 Ray Dashboard: {report.dashboard_url}")
+        lines.append("💡 Check deployment status and resource usage in the dashboard")
+    return [*lines, RULE]
+
+
+def format_plan(report: Report) -> list[str]:
+    """What `--plan` prints: what each replica would reserve, and where all of it would go."""
+    lines = [RULE, "📋 Plan (nothing was changed)", RULE]
+    for action in report.actions:
+        route = action.application.route_prefix or "(no HTTP route)"
+        lines += ["", f"• {action.name}  {route}", *format_action(action)]
+        lines += [*format_cause(action.cause), *map(format_demand, action.demands)]
+        for model in action.application.models:
+            lines += [f"   Note: {note}" for note in model.notes]
+            if model.measures_memory and action.submits:
+                lines.append(
+                    f"   ⚠️  {model.model_id} shares its GPU and measures at its start what is free "
+                    "there: engines that start with it disturb that; set "
+                    "engine_kwargs.kv_cache_memory_bytes, or deploy with --max-workers 1"
+                )
+    for details in report.others:
+        lines += ["", f"• {details.name}  {details.route_prefix or '(no HTTP route)'}"]
+        status = details.status.value
+        lines.append(f"   not in file: it is {status} and left alone (--prune deletes it)")
+    packing = format_prediction(report.plan) if report.plan else []
+    return [*lines, "", THIN_RULE, *packing, RULE]
+
+
+def report_json(report: Report) -> Config:
+    """The report for programs; the README documents it. A key that is gone or means another thing
+    raises the version, a new one does not."""
+    others = report.others
+    return {
+        "version": JSON_VERSION,
+        "exit_code": report.code,
+        "seconds": round(report.seconds, 1),
+        "dashboard": report.dashboard_url,
+        "applications": [action_json(action, report.base_url) for action in report.actions],
+        "not_in_file": [{"name": d.name, "status": d.status.value} for d in others],
+        "packing": format_prediction(report.plan) if report.plan else None,
+        "misfits": list(map(format_misfit, report.plan.misfits)) if report.plan else None,
+    }
+
+
+def action_json(action: Action, base_url: str | None) -> Config:
+    """One application of the report, or of the plan."""
+    application, cause = action.application, action.cause
+    address, paths = endpoints(application, base_url)
+    return {
+        "name": action.name,
+        "change": action.change.value,
+        "reasons": list(action.reasons),
+        "gap": gap(action) or None,
+        "route_prefix": application.route_prefix,
+        "models": [dataclasses.asdict(model) for model in application.models],
+        "deployments": [
+            {**dataclasses.asdict(demand), "reserved_per_replica": demand.reserved}
+            for demand in action.demands
+        ],
+        "result": action.result.value if action.result else None,
+        "seconds": round(action.seconds(), 1),
+        "attempts": action.attempt,
+        "submitted": {"yes": True, "": False}.get(action.sent),
+        "deleted": action.deleted or action.result is Result.DELETED,
+        "proof": dataclasses.asdict(action.proof) if action.proof else None,
+        "status": action.details.status.value if action.details else None,
+        "cause": cause.text if cause else None,
+        "hint": cause.hint if cause else None,
+        "waits_for": action.waits_for or None,
+        "logs": log_commands(action),
+        "base_url": address or None,
+        "endpoints": [" ".join(path.split()) for path in paths],
+    }
 
 
 class Terminal:
-    """The one place that writes: progress and messages to stderr, the summary to stdout."""
+    """The one place that writes: progress and messages to stderr, the report to stdout."""
 
-    def __init__(self, clock: Callable[[], float], *, live: bool | None = None) -> None:
-        self.clock = clock
-        self.out = sys.stdout
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.live_view: Live | None = None
-        self.live = self.console.is_terminal if live is None else live
-        self.shown: dict[str, tuple[str, str]] = {}
+    def __init__(self, clock: Callable[[], float], out: TextIO, err: TextIO) -> None:
+        self.clock, self.out = clock, out
+        self.console = Console(file=err, highlight=False, soft_wrap=True)
+        self.live: Live | None = None
+        self.shown: dict[int, tuple[str, str]] = {}
         self.secrets: frozenset[str] = frozenset()
+        self.plans = False
 
-    def say(self, text: str) -> None:
-        """A message about the run as a whole."""
-        self.console.print(mask(text, self.secrets), markup=False, emoji=False)
+    def say(self, *lines: str) -> None:
+        """A message about the run as a whole, above the live view where there is one."""
+        text = redact("\n".join(lines), self.secrets)
+        self.console.print(text, markup=False, emoji=False)
 
-    def show(self, progress: Sequence[Progress]) -> None:
-        """The progress of all applications: one live line each, or one line a change."""
-        if self.live:
-            self.draw(progress)
-            return
-        for item in progress:
-            now = (item.words, item.detail)
-            if self.shown.get(item.application.name) != now:
-                self.shown[item.application.name] = now
-                stamp = time.strftime("%H:%M:%S")
-                self.say(f"{stamp}  {format_progress(item, self.clock())}")
+    def show(self, actions: Sequence[Action]) -> None:
+        """The progress of all applications: a block when one's turn comes, a line when it ends, and
+        in between a live view, or a line a change."""
+        for action in actions:
+            before, now = self.shown.get(id(action)), (action.words, action.detail)
+            if now == before:
+                continue
+            self.shown[id(action)] = now
+            begins = action.started is not None and (before is None or before[0] == "queued")
+            if begins and action.submits and not self.plans:
+                self.say(*format_start(action))
+            if action.result:
+                self.say(format_end(action))
+            elif not self.console.is_terminal and (now[0] != "queued" or now[1]):
+                stamp, took = (
+                    time.strftime("%H:%M:%S"),
+                    format_seconds(action.seconds(self.clock())),
+                )
+                self.say("  ".join(filter(None, [stamp, action.name, now[0], took, now[1]])))
+        if self.console.is_terminal:
+            self.draw(actions)
 
-    def draw(self, progress: Sequence[Progress]) -> None:
-        """Redraw the live lines; a spinner turns where something is being waited for."""
-        if self.live_view is None:
-            self.live_view = Live(console=self.console, auto_refresh=False)
-            self.live_view.start()
+    def draw(self, actions: Sequence[Action]) -> None:
+        """Redraw the live lines, one an application."""
+        if self.live is None:
+            self.live = Live(console=self.console, auto_refresh=False)
+            self.live.start()
         table = Table.grid(padding=(0, 2))
-        for item in progress:
-            elapsed = (item.ended or self.clock()) - (item.started or self.clock())
-            table.add_row(
-                STATE_ICONS.get(item.words, "🚀"),
-                Text(item.application.name, style="bold"),
-                Text(item.words, style=STATE_STYLES.get(item.words, "yellow")),
-                Text(format_seconds(elapsed) if item.started is not None else "", style="dim"),
-                Text(
-                    mask(item.detail, self.secrets), style="dim", overflow="ellipsis", no_wrap=True
-                ),
+        for action in actions:
+            took = (
+                format_seconds(action.seconds(self.clock())) if action.started is not None else ""
             )
-        self.live_view.update(table, refresh=True)
+            icon, style = LOOKS.get(action.words, ("🚀", "yellow"))
+            detail = Text(redact(action.detail, self.secrets), style="dim", overflow="ellipsis")
+            detail.no_wrap = True
+            words = Text(action.words, style=style)
+            table.add_row(icon, Text(action.name, style="bold"), words, Text(took), detail)
+        self.live.update(table, refresh=True)
 
     def close(self) -> None:
         """End the live view; its last picture stays on the screen."""
-        if self.live_view is not None:
-            self.live_view.stop()
-            self.live_view = None
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
 
-    def print_report(self, report: Report, options: Options) -> None:
-        """The summary, or its JSON, to stdout; tracebacks to stderr when `--logs` asks for them."""
+    def report(self, report: Report, options: Options) -> None:
+        """The plan or the summary, or its JSON, to stdout; tracebacks where `--logs` asks."""
+        self.close()
         if options.json:
-            self.print_lines([json.dumps(report_json(report), indent=2)])
+            plain = map_texts(report_json(report), partial(redact, secrets=self.secrets))
+            text = json.dumps(plain, indent=2)
         else:
-            self.print_lines(format_summary(report))
-        for outcome in report.outcomes:
-            if options.worker_logs and outcome.detail:
-                self.say(f"--- {outcome.application.name}\n{outcome.detail}")
-
-    def print_plan(self, report: PlanReport, options: Options) -> None:
-        """The plan, or its JSON, to stdout."""
-        if options.json:
-            self.print_lines([json.dumps(plan_json(report), indent=2)])
-        else:
-            self.print_lines(format_plan(report))
-
-    def print_lines(self, lines: Sequence[str]) -> None:
-        """The plan or the summary, to stdout."""
-        print(mask("\n".join(lines), self.secrets), file=self.out, flush=True)
+            lines = format_plan(report) if report.plan else format_summary(report)
+            text = redact("\n".join(lines), self.secrets)
+        print(text, file=self.out, flush=True)
+        for action in report.actions:
+            if options.logs and action.trace:
+                self.say(f"--- {action.name}\n{action.trace}")
 
 
-STATE_ICONS = {"queued": "⏳", "RUNNING": "✅", "DELETED": "🗑️", "FAILED": "❌"}
-STATE_STYLES = {"queued": "dim", "RUNNING": "green", "DELETED": "green", "FAILED": "red"}
+LOOKS = {
+    "queued": ("⏳", "dim"),
+    "RUNNING": ("✅", "green"),
+    "DELETED": ("✅", "green"),
+    "FAILED": ("❌", "red"),
+}
 
 
 # ======================================================================================
-# 12. Command line: options, main() -> int, the one place where exceptions become exit codes
+# 13. Command line: options, main() -> int, the one place where exceptions become exit codes
 # ======================================================================================
 
 
@@ -5651,371 +3999,283 @@ def parse_options(argv: Sequence[str] | None) -> Options:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="a Ray Serve config")
-    parser.add_argument(
-        "--address",
-        metavar="HOST:PORT",
-        help="the cluster (default: RAY_ADDRESS, or this machine's)",
-    )
-    add_purpose_options(parser.add_argument_group("what to do"))
-    add_manner_options(parser.add_argument_group("how"))
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--json", action="store_true", help="print one JSON document to stdout, all else to stderr"
-    )
-    output.add_argument(
-        "--logs",
-        dest="worker_logs",
-        action="store_true",
-        help="show the workers' logs and tracebacks",
-    )
-    given = vars(parser.parse_args(argv))
-    against = [name for name in ("prune", "force", "no_downtime") if given[name]]
-    if given["delete"] and against:
+    for item in dataclasses.fields(Options)[1:]:
+        how = {"default": item.default, **item.metadata}
+        how |= {"action": "store_true"} if item.default is False else {}
+        parser.add_argument(f"--{item.name.replace('_', '-')}", **how)
+    given = parser.parse_args(argv)
+    if given.max_workers < 0 or not 0 <= given.timeout < math.inf:
+        parser.error("--max-workers and --timeout are numbers, 0 or more")
+    against = [name for name in ("prune", "force", "no_downtime") if getattr(given, name)]
+    if given.delete and against:
         parser.error(f"--delete and --{against[0].replace('_', '-')} exclude each other")
-    return Options(**{**given, "only": tuple(given["only"])})
-
-
-def add_purpose_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--plan",
-        action="store_true",
-        help="show what would go where, change nothing; exit 1 when something can't fit",
-    )
-    group.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="only the applications of this name; may be a pattern such as 'falcon*', and repeated",
-    )
-    group.add_argument("--force", action="store_true", help="deploy again what runs unchanged, too")
-    group.add_argument(
-        "--prune",
-        action="store_true",
-        help="first delete the running applications that the file does not name",
-    )
-    group.add_argument(
-        "--delete",
-        action="store_true",
-        help="delete the applications that the file names, and wait until what they hold is free",
-    )
-
-
-def add_manner_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--max-workers",
-        type=positive_int,
-        metavar="N",
-        help="applications that deploy at once (default: min(applications, max(2, CPU cores))); "
-        "1 deploys one after the other, as V4 did",
-    )
-    group.add_argument(
-        "--timeout",
-        dest="timeout_s",
-        type=timeout_seconds,
-        default=DEFAULT_TIMEOUT_S,
-        metavar="SECONDS",
-        help="how long to wait for an application from its submission (default 1800, 0: for ever)",
-    )
-    group.add_argument(
-        "--allow-pending",
-        action="store_true",
-        help="deploy what no node can hold, too: the cluster will grow",
-    )
-    group.add_argument(
-        "--stagger",
-        action="store_true",
-        help="start engines that share a GPU one after the other on each node, so that they do not "
-        "disturb each other's memory measurement; others still start at once",
-    )
-    group.add_argument(
-        "--no-smoke-test",
-        dest="smoke_test",
-        action="store_false",
-        help="do not ask the applications anything over HTTP",
-    )
-    group.add_argument(
-        "--wake", action="store_true", help="ask models that have scaled to zero, too"
-    )
-    group.add_argument(
-        "--no-downtime",
-        action="store_true",
-        help="restart by starting new replicas before the old ones stop; an application for which "
-        "there is no room is not touched",
-    )
-    group.add_argument(
-        "--on-failure",
-        choices=("keep", "delete", "rollback"),
-        default="keep",
-        help="what to do when an application failed or ran out of time: delete it if it is new, "
-        "or roll an edited one back to its last good configuration (default: keep)",
-    )
-
-
-def positive_int(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
-
-
-def timeout_seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 <= seconds < math.inf:
-        raise argparse.ArgumentTypeError("must be 0 (no limit) or a number of seconds")
-    return seconds
-
-
-@dataclass
-class Session:
-    """One run of the program: its options, and what it acts on."""
-
-    options: Options
-    cluster: RayCluster
-    terminal: Terminal
-    board: Board
-
-
-def run(session: Session, environ: Mapping[str, str]) -> int:
-    """Load, normalise, plan, deploy, report. Returns the exit code.
-
-    Raises ConfigError (nothing was touched) and ClusterError.
-    """
-    options, cluster = session.options, session.cluster
-    terminal, board = session.terminal, session.board
-    started = board.clock()
-    document = load_document(options.config, environ)
-    terminal.secrets = document.secrets
-    everything = checked_applications(document, terminal)
-    applications = chosen(everything, options)
-    purpose = "delete" if options.delete else "deploy"
-    terminal.say(f"📖 Loaded config: {options.config}")
-    terminal.say(f"📦 Found {len(applications)} application(s) to {purpose}")
-    terminal.say("🔧 Connecting to Ray...")
-    cluster.connect(options.address)
-    cluster.check_schema(document)
-    actions, others = decided(document, everything, applications, session)
-    if options.plan:
-        return plan(session, actions, others)
-    make_ready(session, document, actions)
-    with stop_signals(board):
-        outcomes = deploy(actions, cluster, board, session.options, terminal.show)
-    terminal.close()
-    if board.stop_code:
-        terminal.say(f"🛑 Stopped: {board.stop_reason}")
-    report = Report(
-        outcomes,
-        exit_code(outcomes, board.stop_code),
-        last_endpoint(session),
-        cluster.dashboard_url,
-        board.clock() - started,
-        others,
-    )
-    terminal.print_report(report, options)
-    return report.code
-
-
-def last_endpoint(session: Session) -> str | None:
-    """The public address for the summary; None when the cluster was lost: what became of the
-    applications has to be said all the same."""
-    if session.board.stop_code == EXIT_CLUSTER:
-        return None
-    try:
-        return session.cluster.endpoint()
-    except ClusterError as error:
-        session.terminal.say(f"⚠️  {error}")
-        return None
-
-
-def chosen(
-    applications: tuple[ApplicationSpec, ...], options: Options
-) -> tuple[ApplicationSpec, ...]:
-    """The applications that --only names; all without it."""
-    # With --prune a pattern may be about applications that only the cluster has.
-    if not options.prune:
-        check_patterns([application.name for application in applications], options)
-    return tuple(item for item in applications if is_chosen(item.name, options))
-
-
-def check_patterns(names: Sequence[str], options: Options) -> None:
-    """Raise ConfigError for an --only that is about none of these applications."""
-    for pattern in options.only:
-        if not fnmatch.filter(names, pattern):
-            message = f"--only {pattern}: no application has that name"
-            hint = f"there are {', '.join(names)}"
-            raise ConfigError([Problem("command line", None, (), message, hint)])
+    return Options(**vars(given))
 
 
 def is_chosen(name: str, options: Options) -> bool:
     return not options.only or any(fnmatch.fnmatchcase(name, p) for p in options.only)
 
 
-def decided(
+def check_config(
     document: Document,
-    everything: Sequence[ApplicationSpec],
-    applications: Sequence[ApplicationSpec],
-    session: Session,
-) -> tuple[list[Action], list[ApplicationState]]:
-    """What to do with each application, and the running ones that nobody mentions.
-
-    `everything` is what the file names, `applications` what --only leaves of that. Raises
-    ConfigError for a route that another application has.
-    """
-    options, cluster = session.options, session.cluster
-    names = [application.name for application in applications]
-    claims = {} if options.plan else cluster.claim(names)
-    states = cluster.states()
-    known = {application.name for application in everything}
-    others = [s for s in states.values() if s.name not in known and s.status != "DELETING"]
-    pruned = [state for state in others if options.prune and is_chosen(state.name, options)]
-    check_patterns([*known, *(state.name for state in others)], options)
-    claims |= {} if options.plan else cluster.claim(state.name for state in pruned)
-    mentioned = {*names, *(state.name for state in pruned)}
-    running = cluster.running(state for name, state in states.items() if name in mentioned)
-    deletions = [
-        deletion(ApplicationSpec(-1, s.name, s.route_prefix, {}), running, claims, PRUNED)
-        for s in pruned
-    ]
-    if options.delete:
-        return [deletion(item, running, claims) for item in applications], others
-    kept = {name: state for name, state in states.items() if state not in pruned}
-    findings = taken_routes(applications, kept)
-    if findings:
-        raise ConfigError(problems_of(document, findings))
-    mark = f"{time.time_ns():x}"
-    actions = [
-        decide(item, running.get(item.name), options, mark=mark, claim=claims.get(item.name))
-        for item in applications
-    ]
-    return [*deletions, *actions], [state for state in others if state not in pruned]
+    problems: Problems,
+    check_values: Callable[[Document, Sequence[ApplicationSpec]], Problems],
+) -> tuple[tuple[ApplicationSpec, ...], Problems]:
+    """The applications of a loaded document, and what is wrong with it: first its keys, and once
+    those are in order the values, which takes Ray's schemas."""
+    problems = problems + check_document(document, known_schemas())
+    applications: tuple[ApplicationSpec, ...] = ()
+    if all(problem.warning for problem in problems):
+        applications, found = read_applications(document)
+        problems += found
+    if all(problem.warning for problem in problems):
+        problems += check_values(document, applications)
+    return applications, located(document, problems)
 
 
-def make_ready(session: Session, document: Document, actions: Sequence[Action]) -> None:
-    """Say what is about to happen, and start what takes long: Serve, and the builders' imports."""
-    cluster, terminal = session.cluster, session.terminal
-    doomed = [a.application.name for a in actions if a.change is Change.DELETE and a.before]
-    if doomed:
-        terminal.say(f"🗑️  Deleting {', '.join(doomed)}")
-    if session.options.delete:
-        return
-    if cluster.grows() and not session.options.allow_pending:
-        terminal.say("⚠️  An autoscaler is active: what no node can hold yet is deployed and waits")
-        session.options = replace(session.options, allow_pending=True)
-    cluster.prepare([action.application for action in actions if changes(action)])
-    terminal.say("🔧 Starting Ray Serve...")
-    ignored = cluster.start_serve(document.data)
-    if ignored:
-        terminal.say(
-            f"⚠️  Serve is already running and keeps its own http_options ({', '.join(ignored)}); "
-            "`serve shutdown` and a new run would change them"
-        )
-    terminal.say("🔄 Starting concurrent deployment...")
+class Session:
+    """One run of the program, from its options to its exit code."""
+
+    def __init__(self, options: Options, terminal: Terminal, cluster: RayCluster, run: Run) -> None:
+        self.options, self.terminal, self.cluster, self.run = options, terminal, cluster, run
+        self.started = run.clock()
+        self.others: list[ApplicationDetails] = []
+        self.code: int | None = None
+
+    def work(self) -> None:
+        """Do all of it, and turn every known exception into one clear message and its exit code."""
+        say = self.terminal.say
+        try:
+            self.code = self.deploy()
+        except ConfigError as error:
+            for problem in error.problems:
+                say(f"{'⚠️ ' if problem.warning else '❌'} {format_problem(problem)}")
+            self.code = EXIT_CONFIG
+        except ClusterError as error:
+            say(f"❌ {error}" + (f"\n   {error.hint}" if error.hint else ""))
+            self.code = EXIT_CLUSTER
+        except (Stopped, DeadlinePassed):
+            say(f"🛑 {self.run.stop_reason or 'Time ran out'}: nothing was deployed")
+            self.code = self.run.stop_code or EXIT_TIMEOUT
+        except OSError as error:
+            # Whoever read the output has gone, as `| head` does, or there is no room for it.
+            if not isinstance(error, BrokenPipeError):
+                say(f"❌ the report can't be written: {error.strerror}")
+            self.code = self.run.stop_code or EXIT_FAILED
+        except Exception as error:  # noqa: BLE001
+            say(f"❌ this program has a defect: {error!r}")
+            if self.options.logs:
+                say(traceback.format_exc())
+            self.code = EXIT_FAILED
+
+    def deploy(self) -> int:
+        """Load, check, connect, decide, deploy, report. Returns the exit code.
+
+        Raises ConfigError (nothing was touched), ClusterError, Stopped and OSError.
+        """
+        options, cluster, run, say = self.options, self.cluster, self.run, self.terminal.say
+        say("🔧 Initializing Ray and Ray Serve...")
+        say(f"📖 Loading config from: {options.config}")
+        document, everything = self.load()
+        applications = [item for item in everything if is_chosen(item.name, options)]
+        purpose = "plan" if options.plan else "delete" if options.delete else "deploy"
+        say(f"📦 Found {len(applications)} application(s) to {purpose}")
+        claims = [] if options.plan else [item.name for item in applications]
+        cluster.connect(options.address, claims)
+        actions = self.decide(document, everything, applications)
+        if run.stop_code:
+            raise Stopped
+        growth = cluster.growth()
+        if growth is None:
+            say("⚠️  An autoscaler is active: what no node can hold yet is deployed and waits")
+            run.options = replace(run.options, allow_pending=True)
+        run.growth = growth or []
+        if options.plan:
+            return self.plan(actions)
+        doomed = [a.name for a in actions if a.change is Change.DELETE and a.before]
+        if doomed:
+            say(f"🗑️  Deleting {', '.join(doomed)}")
+        if not options.delete:
+            self.start_serve(document, actions)
+        cores = sum(node.total.get("CPU", 0.0) for node in cluster.nodes())
+        workers = worker_count(len(actions), int(cores), options.max_workers)
+        deploy(actions, run, workers, self.terminal.show)
+        return self.report()
+
+    def load(self) -> tuple[Document, tuple[ApplicationSpec, ...]]:
+        """The config and its applications; warnings go to the terminal. Raises ConfigError."""
+        document, problems = load_document(self.options.config, os.environ)
+        self.terminal.secrets = document.secrets
+        applications, problems = check_config(document, problems, self.cluster.check_values)
+        if not all(problem.warning for problem in problems):
+            raise ConfigError(problems)
+        for problem in problems:
+            self.terminal.say(f"⚠️  {format_problem(problem)}")
+        names = [item.name for item in applications]
+        for pattern in self.options.only or () if not self.options.prune else ():
+            if not fnmatch.filter(names, pattern):
+                message = f"--only {pattern}: no application has that name"
+                raise unusable(message, f"there are {', '.join(names)}", ("command line", 0, 0))
+        return document, applications
+
+    def decide(
+        self,
+        document: Document,
+        everything: Sequence[ApplicationSpec],
+        applications: Sequence[ApplicationSpec],
+    ) -> list[Action]:
+        """What to do with each application; `everything` is what the file names, `applications`
+        what --only leaves of that. Raises ConfigError for a route that another application has."""
+        options, cluster, names = self.options, self.cluster, [item.name for item in applications]
+        claims = {} if options.plan else self.claims(names)
+        states = cluster.states()
+        known = {application.name for application in everything}
+        others = [d for d in states.values() if d.name not in known and d.status != "DELETING"]
+        pruned = [d for d in others if options.prune and is_chosen(d.name, options)]
+        self.others = [d for d in others if d not in pruned]
+        doomed = {d.route_prefix: d.name for d in pruned if d.route_prefix}
+        claims |= {} if options.plan else cluster.claims([d.name for d in pruned])
+        names += [d.name for d in pruned]
+        mine = [states[name] for name in names if name in states]
+        running = cluster.running(d for d in mine if d.status != "DELETING")
+        specs = [ApplicationSpec(-1, d.name, d.route_prefix, {}) for d in pruned]
+        actions = [deletion(spec, running.get(spec.name), PRUNED) for spec in specs]
+        if options.delete:
+            actions = [deletion(item, running.get(item.name), "--delete") for item in applications]
+        else:
+            staying = {name: d for name, d in states.items() if d not in pruned}
+            if problems := taken_routes(applications, staying):
+                raise ConfigError(located(document, problems))
+            key = cluster.fingerprint_key()
+            for item in applications:
+                before = running.get(item.name)
+                actions.append(decide(item, before, options, document.secrets, key))
+        for action in actions:
+            route = action.application.route_prefix
+            if action.submits and route in doomed:
+                text = f"{doomed[route]} has its route and goes first: 404 until this one runs"
+                action.reasons = (*action.reasons, text)
+            if action.name in claims and action.change is not Change.UNCHANGED:
+                text = f"another run of this program works on it: {claims[action.name]}"
+                hint = "wait until it has ended (--wait does), or stop it, and run this again"
+                action.refusal = Cause(text, hint)
+        return actions
+
+    def claims(self, names: Sequence[str]) -> dict[str, str]:
+        """The applications that another run works on, once --wait, where it is given, has waited
+        for it in vain."""
+        until = self.run.clock() + (self.options.timeout or math.inf)
+        said = False
+        while claims := self.cluster.claims(names):
+            if not self.options.wait or self.run.clock() >= until:
+                return claims
+            if not said:
+                who = next(iter(claims.values()))
+                self.terminal.say(f"⏳ Waiting for another run that works on the same: {who}")
+            said = True
+            if self.run.stop_code:
+                raise Stopped
+            time.sleep(POLL_INTERVAL_S)
+        return {}
+
+    def start_serve(self, document: Document, actions: Sequence[Action]) -> None:
+        """Start what takes long: the builders' imports, and Serve."""
+        say = self.terminal.say
+        self.cluster.prepare(action.application for action in actions if action.submits)
+        ignored = self.cluster.start_serve(document.data)
+        if ignored:
+            say(
+                f"⚠️  Serve is already running and keeps its own http_options "
+                f"({', '.join(ignored)}); `serve shutdown` and a new run would change them"
+            )
+        say("🔄 Starting concurrent deployment...")
+
+    def plan(self, actions: list[Action]) -> int:
+        """Build, predict, print. Returns the exit code: 1 when something does not fit."""
+        cluster, run = self.cluster, self.run
+        changing = [action for action in actions if action.submits]
+        run.actions, self.terminal.plans = actions, True
+        cluster.prepare(action.application for action in changing)
+        build = partial(build_only, run=run)
+        in_workers(changing, build, run, len(changing), self.terminal.show)
+        if run.stop_code:
+            raise Stopped
+        for action in actions:
+            if not action.submits and action.before and action.before.record:
+                action.demands = action.before.record.demands
+        demands = [demand for action in changing for demand in demands_at_once(action)]
+        return self.report(predict(demands, [*cluster.nodes(giving_way(actions)), *run.growth]))
+
+    def report(self, plan: Plan | None = None) -> int:
+        """Print how the run ended. Returns the exit code."""
+        run, actions = self.run, self.run.actions
+        code = exit_code(actions, run.stop_code)
+        if plan and plan.misfits and not code:
+            code = EXIT_FAILED
+        base_url: str | None = None
+        if run.stop_code != EXIT_CLUSTER:
+            with contextlib.suppress(ClusterError):
+                base_url = self.cluster.endpoint()
+        self.terminal.close()
+        if run.stop_code:
+            self.terminal.say(f"🛑 Stopped: {run.stop_reason}")
+        url, seconds = self.cluster.dashboard_url, run.clock() - self.started
+        report = Report(actions, code, base_url, url, seconds, self.others, plan)
+        self.terminal.report(report, self.options)
+        return code
 
 
-def plan(session: Session, actions: Sequence[Action], others: Sequence[ApplicationState]) -> int:
-    """Build, predict, print. Returns 0 when all fits, 1 when something does not."""
-    cluster, terminal, board = session.cluster, session.terminal, session.board
-    changing = [action for action in actions if changes(action)]
-    applications = [action.application for action in changing]
-    cluster.prepare(applications)
-    with stop_signals(board):
-        built = build_all(applications, cluster, board, session.options, terminal.show)
-    terminal.close()
-    if board.stop_code:
-        terminal.say(f"🛑 Stopped: {board.stop_reason}")
-        return board.stop_code
-    demands = [
-        demand
-        for action, result in zip(changing, built, strict=True)
-        if isinstance(result, tuple)
-        for demand in counted(action, result)
-    ]
-    prediction = predict(demands, *cluster.nodes(moving(actions)))
-    failed = any(isinstance(result, Cause) for result in built)
-    code = EXIT_FAILED if failed or prediction.misfits else EXIT_OK
-    results = dict(zip([item.name for item in applications], built, strict=True))
-    terminal.print_plan(PlanReport(actions, results, prediction, code, others), session.options)
-    return code
+class Redacted(io.TextIOBase):
+    """A stream on which nobody writes a secret: Ray prints its workers' lines there, too."""
 
+    def __init__(self, stream: TextIO, terminal: Terminal) -> None:
+        self.stream, self.terminal = stream, terminal
 
-def checked_applications(document: Document, terminal: Terminal) -> tuple[ApplicationSpec, ...]:
-    """The document's applications; warnings go to the terminal. Raises ConfigError."""
-    problems = check_document(document, known_keys())
-    if not has_errors(problems):
-        applications, findings = read_applications(document)
-        problems = sorted(problems + problems_of(document, findings), key=position)
-    if has_errors(problems):
-        raise ConfigError(problems)
-    for problem in problems:
-        terminal.say(f"⚠️  {format_problem(problem)}")
-    return applications
+    def write(self, text: str) -> int:
+        return self.stream.write(redact(text, self.terminal.secrets))
 
-
-def has_errors(problems: Sequence[Problem]) -> bool:
-    return any(problem.severity is Severity.ERROR for problem in problems)
-
-
-@contextlib.contextmanager
-def stop_signals(board: Board) -> Iterator[None]:
-    """Ctrl-C and SIGTERM stop the waiting; a second one ends the program at once."""
-
-    def stop(number: int, frame: object) -> None:
-        code = EXIT_SIGNALS[signal.Signals(number)]
-        if board.stop_code:
-            os._exit(code)
-        board.stop(code, signal.Signals(number).name)
-
-    before = {number: signal.signal(number, stop) for number in EXIT_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def raise_interrupt(number: int, frame: object) -> None:
-    """Before anything is deployed a signal ends the run where it stands."""
-    raise Interrupted(EXIT_SIGNALS[signal.Signals(number)])
+    def flush(self) -> None:
+        self.stream.flush()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, run, and turn every known exception into one clear message and its exit code."""
+    """Run the program in a thread, while this one heeds signals: Ray's calls would hold them up.
+
+    Whenever one comes, what was reached is printed, and the exit code is the signal's.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="replace"
-            )  # a terminal that has no emoji shows question marks
+            stream.reconfigure(errors="replace")  # a terminal without emoji shows question marks
     options = parse_options(argv)
-    board = Board()
-    terminal = Terminal(board.clock)
-    sys.stdout = sys.stderr  # Ray prints what raylets say; only the report belongs on stdout
-    cluster = RayCluster(options.worker_logs)
-    for number in EXIT_SIGNALS:
-        signal.signal(number, raise_interrupt)
-    try:
-        code = run(Session(options, cluster, terminal, board), os.environ)
-    except ConfigError as error:
-        for problem in error.problems:
-            terminal.say(f"❌ {format_problem(problem)}")
-        code = EXIT_CONFIG
-    except ClusterError as error:
-        terminal.say(f"❌ {error}" + (f"\n   {error.hint}" if error.hint else ""))
-        code = EXIT_CLUSTER
-    except Interrupted as error:
-        terminal.say("🛑 Interrupted before anything was deployed")
-        code = error.code
-    except BrokenPipeError:
-        # Whoever read the output has gone, as `| head` does; Python would complain at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), terminal.out.fileno())
-        code = EXIT_FAILED
-    terminal.close()
-    if code in (EXIT_CLUSTER, *EXIT_SIGNALS.values()):
-        # A thread may still wait for a cluster that does not answer, and Python would join it.
-        terminal.out.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    cluster = RayCluster(options.logs)
+    run = Run(options, cluster)
+    terminal = Terminal(run.clock, sys.stdout, sys.stderr)
+    # Ray prints what raylets say; only the report belongs on stdout.
+    sys.stdout = sys.stderr = Redacted(sys.stderr, terminal)
+    session = Session(options, terminal, cluster, run)
+
+    def stop(number: int, _: object) -> None:
+        if run.stop_code:
+            os._exit(run.stop_code)
+        run.stop(EXIT_SIGNAL + number, signal.Signals(number).name)
+
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` and a shell's `&` leave it
+            signal.signal(number, stop)
+    thread = threading.Thread(target=session.work, daemon=True)
+    thread.start()
+    while thread.is_alive() and not run.stop_code:
+        thread.join(0.1)
+    thread.join(2 * STOP_GRACE_S + CONTROLLER_TIMEOUT_S if run.actions else STOP_GRACE_S)
+    if session.code is None:
+        terminal.say(f"🛑 {run.stop_reason}: stopped while connecting; nothing was deployed")
+    return run.stop_code or session.code or EXIT_OK
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    for stream in (sys.__stdout__, sys.__stderr__):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()  # type: ignore[union-attr]
+    # Not sys.exit: a thread may hang in a call of Ray, and Ray's own way out takes signals badly.
+    os._exit(status)

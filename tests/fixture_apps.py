@@ -12,6 +12,7 @@ import ray
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import StreamingResponse
 from ray import serve
+from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 
 LITTLE = {"num_cpus": 0.1}
 
@@ -167,6 +168,19 @@ class Holder:
         pass
 
 
+@ray.remote(num_cpus=0)
+class Helper:
+    """An actor beside a deployment's replicas."""
+
+
+Router = type("Router", (PowerOfTwoChoicesRequestRouter,), {})
+
+
+def one_replica(context: Any) -> tuple[int, dict[str, Any]]:
+    """An autoscaling policy."""
+    return 1, {}
+
+
 bound = Good.bind("bound")
 
 
@@ -195,7 +209,7 @@ def fake_model(args: dict[str, Any]) -> serve.Application:
     share = llm["placement_group_config"]["bundle_per_worker"]["GPU"]
     actor["num_gpus"] = 1 if args.get("hoards") else share
     deployment = FakeModel.options(name=f"LLMServer:{model_id}", ray_actor_options=actor)
-    once = deployment.options(max_constructor_retry_count=1)
+    once = deployment.options(max_constructor_retry_count=1, graceful_shutdown_timeout_s=2)
     return once.bind(model_id, args.get("behaviour", ""), args.get("notes", ""))
 
 

@@ -481,37 +481,3 @@ def said(required: str, available: str) -> str:
         f"scheduled. Resources required for each replica: {required}, total resources available: "
         f"{available}. Use `ray status` for more details."
     )
-
-
-@pytest.mark.parametrize(
-    ("message", "need"),
-    [
-        pytest.param(
-            said('{"GPU": 2.0}', '{"GPU": 1.0}'), ({"GPU": 2.0}, {"GPU": 1.0}), id="short"
-        ),
-        pytest.param(
-            said('[{"CPU": 1}, {"CPU": 2}]', '{"CPU": 2.5}'),
-            ({"CPU": 3.0}, {"CPU": 2.5}),
-            id="bundles, if Serve ever says more of them",
-        ),
-        pytest.param(
-            said('{"CPU": 1}', '{"CPU": 9.0}'), None, id="enough: its process just starts"
-        ),
-        pytest.param(
-            said('{"CPU": 1, "GPU": 1}', '{"CPU": 3.0}'),
-            ({"CPU": 1.0, "GPU": 1.0}, {"CPU": 3.0, "GPU": 0.0}),
-            id="what is used up is left out",
-        ),
-        pytest.param(
-            said('[{"CPU": 1.0, "GPU": 0.45}]', "{}"),
-            ({"CPU": 1.0, "GPU": 0.45}, {"CPU": 0.0, "GPU": 0.0}),
-            id="a placement group: what is available is never said",
-        ),
-        pytest.param(said("UNKNOWN", "UNKNOWN"), None, id="unknown"),
-        pytest.param("another message", None, id="another message"),
-    ],
-)
-def test_what_serve_says_of_replicas_that_wait(
-    message: str, need: tuple[dict[str, float], dict[str, float]] | None
-) -> None:
-    assert app.pending_need(message) == need

@@ -7,17 +7,21 @@ from typing import Any
 import pytest
 
 import app_v5 as app
-from test_resources import Config, application, llm
+from made import deployment, details, replica
+from test_resources import Config, application, llm, read
 
-KEEP = app.Options("config.yaml")
-DEMAND = app.Demand("a", "D", ({"CPU": 1.0},), "PACK", 1, 1)
+DEMAND = app.Demand("a", "D", ({"CPU": 1.0},))
+KEY = b"key"
 
 
 def edited(**change: Any) -> app.ApplicationSpec:
     """One application with one LLM, after an edit of the LLM's deployment or of the LLM."""
-    deployment = {"num_gpus": 0.45, **change.pop("deployment", {})}
-    config, _ = app.normalise_application(application(llm(deployment, **change)), ())
-    return app.ApplicationSpec(0, "a", "/", config, sealed=app.seal(config, ()))
+    options = {"num_gpus": 0.45, **change.pop("deployment", {})}
+    return read(application(llm(options, **change)))[0]
+
+
+def version(spec: app.ApplicationSpec) -> str:
+    return app.version_of(spec.config, KEY)
 
 
 @pytest.mark.parametrize(
@@ -35,34 +39,26 @@ def edited(**change: Any) -> app.ApplicationSpec:
     ],
 )
 def test_only_what_needs_new_replicas_changes_the_version(change: Config, restarts: bool) -> None:
-    assert (app.version_of(edited(**change)) != app.version_of(edited())) is restarts
+    assert (version(edited(**change)) != version(edited())) is restarts
 
 
 def running(
-    spec: app.ApplicationSpec,
-    *replicas: int,
-    status: str = "RUNNING",
-    source: str = "imperative",
-    version: str | None = None,
+    spec: app.ApplicationSpec, *counts: int, seen: str | None = None, **keys: Any
 ) -> app.Running:
-    """What runs after `spec` was deployed: deployments D0, D1 ... with so many replicas each."""
-    deployments = tuple(
-        app.DeploymentState(
-            f"D{index}",
-            "HEALTHY",
-            "",
-            count,
-            tuple(app.ReplicaState(f"{index}{n}", "RUNNING", "n", 1) for n in range(count)),
-        )
-        for index, count in enumerate(replicas)
-    )
-    state = app.ApplicationState(spec.name, status, "", "/", source, deployments)
-    record = app.Record(app.version_of(spec), spec.sealed, (DEMAND,))
-    return app.Running(state, frozenset({version or record.version}), record)
+    """What runs after `spec` was deployed: deployments D0, D1 ... with so many replicas each;
+    `seen` is the version that Serve has, if another."""
+    deployments = [
+        deployment(f"D{index}", *(replica(f"{index}{n}") for n in range(count)))
+        for index, count in enumerate(counts)
+    ]
+    state = details(spec.name, keys.pop("status", "RUNNING"), *deployments, **keys)
+    record = app.Record(version(spec), spec.config, (DEMAND,))
+    return app.Running(state, frozenset({seen or record.version}), record)
 
 
 def decide(spec: app.ApplicationSpec, before: app.Running | None, **options: Any) -> app.Action:
-    return app.decide(spec, before, app.Options("c.yaml", **options), mark="m")
+    secrets = options.pop("secrets", frozenset())
+    return app.decide(spec, before, app.Options("c.yaml", **options), secrets, KEY)
 
 
 def test_a_new_one_is_created_and_an_equal_one_is_left_alone() -> None:
@@ -87,17 +83,48 @@ def test_an_edit_of_a_replica_count_is_applied_in_place_for_an_llm_too() -> None
     assert action.reasons == (f"{option}: 3 → 4",)
 
 
-def overriding(**options: Any) -> app.ApplicationSpec:
-    config = {"name": "a", "import_path": "m:a", "deployments": [{"name": "D1", **options}]}
-    return app.ApplicationSpec(0, "a", "/", config, sealed=config)
+def overriding(*entries: Config) -> app.ApplicationSpec:
+    config = {"name": "a", "import_path": "m:a", "deployments": list(entries)}
+    return app.ApplicationSpec(0, "a", "/", config)
 
 
-def test_an_edit_of_one_deployments_resources_restarts_that_one_alone() -> None:
-    before = running(overriding(ray_actor_options={"num_cpus": 1}), 1, 2)
-    action = decide(overriding(ray_actor_options={"num_cpus": 2}), before)
-    assert (action.change, action.restarting) == (app.Change.RESTART, frozenset({"D1"}))
-    assert [deployment.name for deployment in app.restarted(action)] == ["D1"]
-    assert app.gap(action).startswith("rolling")
+ONE = {"name": "D0", "max_ongoing_requests": 3}
+OTHER = {"name": "D1", "ray_actor_options": {"num_cpus": 1}}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "restarting"),
+    [
+        pytest.param(
+            [OTHER],
+            [{**OTHER, "ray_actor_options": {"num_cpus": 2}}],
+            {"D1"},
+            id="its resources",
+        ),
+        pytest.param([ONE], [ONE, OTHER], {"D1"}, id="an entry comes with resources"),
+        pytest.param([ONE, OTHER], [ONE], {"D1"}, id="an entry goes with resources"),
+        pytest.param([ONE, OTHER], [OTHER, ONE], None, id="another order is nothing"),
+    ],
+)
+def test_an_edit_of_one_deployments_resources_restarts_that_one_alone(
+    before: list[Config], after: list[Config], restarting: set[str] | None
+) -> None:
+    action = decide(overriding(*after), running(overriding(*before), 1, 2))
+    if restarting is None:
+        assert action.change is app.Change.UNCHANGED
+    else:
+        assert action.change is app.Change.RESTART
+        assert action.restarting == restarting
+        assert app.gap(action).startswith("rolling")
+
+
+def test_an_entry_of_light_options_comes_and_goes_in_place() -> None:
+    action = decide(overriding(OTHER, ONE), running(overriding(OTHER), 1, 2))
+    assert action.change is app.Change.IN_PLACE
+    assert action.reasons == (
+        'deployments.D0.name: (not given) → "D0"',
+        "deployments.D0.max_ongoing_requests: (not given) → 3",
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,7 +133,7 @@ def test_an_edit_of_one_deployments_resources_restarts_that_one_alone() -> None:
         pytest.param({"status": "DEPLOY_FAILED"}, "it is DEPLOY_FAILED", id="failed"),
         pytest.param({"status": "UNHEALTHY"}, "it is UNHEALTHY", id="unhealthy"),
         pytest.param(
-            {"version": "other"},
+            {"seen": "other"},
             "it was deployed by other means: there is nothing to compare with",
             id="redeployed by other means",
         ),
@@ -123,25 +150,31 @@ def test_what_serve_deploy_brought_comes_back_and_that_is_said() -> None:
     assert action.change is app.Change.RESTART
     reason = "it was deployed by `serve deploy`: there is nothing to compare with"
     assert action.reasons == (reason, app.COMES_BACK)
-    assert app.deletion(edited(), {"a": before}, {}).reasons == ("--delete", app.COMES_BACK)
-    assert app.deletion(edited(), {"a": running(edited(), 1)}, {}).reasons == ("--delete",)
+    assert app.deletion(edited(), before, "--delete").reasons == ("--delete", app.COMES_BACK)
+    assert app.deletion(edited(), running(edited(), 1), "--delete").reasons == ("--delete",)
 
 
 def test_what_restarts_with_an_equal_fingerprint_gets_another_version() -> None:
     before = running(edited(), 1, status="DEPLOY_FAILED")
-    assert decide(edited(), before).version == f"{app.version_of(edited())}.m"
-    assert decide(edited(), running(edited(), 1), force=True).version.endswith(".m")
+    assert decide(edited(), before).version.startswith(f"{version(edited())}.")
+    assert decide(edited(), running(edited(), 1), force=True).version != version(edited())
 
 
-def test_one_that_another_run_has_is_refused_with_its_name() -> None:
-    claim = app.Claim("01", "host", 7, "2026-01-02 03:04:05")
-    action = app.decide(edited(), None, KEEP, mark="m", claim=claim)
-    assert action.refusal
-    assert "process 7 on host, since 2026-01-02 03:04:05" in action.refusal.text
-    assert not app.changes(action)
-    assert app.moving([action]) == frozenset()
-    same = app.decide(edited(), running(edited(), 1), KEEP, mark="m", claim=claim)
-    assert (same.change, same.refusal) == (app.Change.UNCHANGED, None)
+def test_no_secret_is_kept_and_an_edit_of_one_is_seen() -> None:
+    def with_token(token: str) -> app.ApplicationSpec:
+        return edited(runtime_env={"env_vars": {"HF_TOKEN": token}})
+
+    secrets = frozenset({"hf_12345", "hf_67890"})
+    old = decide(with_token("hf_12345"), None, secrets=secrets)
+    assert "hf_12345" not in str(old.kept)
+    record = app.Record(old.version, old.kept, (DEMAND,))
+    before = app.Running(details("a"), frozenset({old.version}), record)
+    again = decide(with_token("hf_12345"), before, secrets=secrets)
+    assert again.change is app.Change.UNCHANGED
+    new = decide(with_token("hf_67890"), before, secrets=secrets)
+    assert new.change is app.Change.RESTART
+    assert new.reasons == ("args.llm_configs[0].runtime_env.env_vars.HF_TOKEN: *** → ***",)
+    assert app.fingerprint("weak", KEY) != app.fingerprint("weak", b"other")
 
 
 @pytest.mark.parametrize(
@@ -169,17 +202,26 @@ def test_a_restart_says_beforehand_who_notices(
 def test_without_downtime_room_for_a_fifth_more_is_needed(target: int, extra: int) -> None:
     spec = edited(engine_kwargs={"seed": 1})
     action = decide(spec, running(edited(), target), no_downtime=True)
-    demand = app.Demand("a", "D0", ({"GPU": 0.45},), "PACK", target, target)
-    assert [d.min_replicas for d in app.counted(action, (demand,))] == [extra]
-    assert app.moving([action]) == frozenset()
+    action.demands = (app.Demand("a", "D0", ({"GPU": 0.45},), "PACK", target, target),)
+    assert [demand.min_replicas for demand in app.demands_at_once(action)] == [extra]
+    assert app.giving_way([action]) == frozenset()
 
 
 def test_a_route_that_another_application_has_is_named_with_its_key() -> None:
     spec = app.ApplicationSpec(3, "new", "/keep", {})
-    keep = app.ApplicationState("keep", "RUNNING", "", "/keep", "declarative")
+    keep = details("keep", source="declarative")
     [finding] = app.taken_routes([spec], {"keep": keep})
     assert finding.path == ("applications", 3, "route_prefix")
     assert finding.message == (
         "/keep is the route of keep, which is running (deployed by `serve deploy`)"
     )
     assert app.taken_routes([app.ApplicationSpec(0, "keep", "/keep", {})], {"keep": keep}) == []
+
+
+def test_a_swap_of_routes_says_how() -> None:
+    specs = [app.ApplicationSpec(0, "a", "/b", {}), app.ApplicationSpec(1, "b", "/a", {})]
+    found = app.taken_routes(specs, {"a": details("a"), "b": details("b")})
+    assert [problem.hint for problem in found] == [
+        f"give {name} a free route in one run, and both their new ones in a second"
+        for name in ("b", "a")
+    ]

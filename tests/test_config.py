@@ -6,10 +6,12 @@ import copy
 import dataclasses
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +38,19 @@ ALIAS_BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 BROKEN = [
     pytest.param(
         "a: [",
-        [(":1:5: not YAML: expected the node content, but found '<stream end>'; the line: a: [")],
+        [":1:5: not YAML: expected the node content, but found '<stream end>'"],
         id="not closed",
     ),
     pytest.param(
         "applications:\n\t- name: a\n",
         [
-            (
-                ":2:1: not YAML: found character '\\t' that cannot start any token (indent with "
-                "spaces, not tabs); the line: - name: a"
-            )
+            ":2:1: not YAML: found character '\\t' that cannot start any token (indent with spaces, not tabs)"
         ],
         id="tab indent",
     ),
     pytest.param(
         "applications: a: b\n",
-        [(":1:16: not YAML: mapping values are not allowed here; the line: applications: a: b")],
+        [":1:16: not YAML: mapping values are not allowed here"],
         id="colon in a value",
     ),
     pytest.param("", [": is empty; expected a mapping with `applications`"], id="empty"),
@@ -73,26 +72,20 @@ BROKEN = [
     ),
     pytest.param(
         "apiVersion: v1\nkind: Pod\n",
-        [(":1:1: this is a Kubernetes manifest (Pod); expected a mapping with `applications`")],
+        [":1:1: this is a Kubernetes manifest (Pod); expected a mapping with `applications`"],
         id="a manifest",
     ),
     pytest.param(
         "apiVersion: ray.io/v1\nkind: RayService\nspec: {}\n",
         [
-            (
-                ":1:1: this is a Kubernetes manifest (RayService); its spec.serveConfigV2 holds "
-                "the Serve config: save that text as a file"
-            )
+            ":1:1: this is a Kubernetes manifest (RayService); its spec.serveConfigV2 holds the Serve config: save that text as a file"
         ],
         id="a RayService",
     ),
     pytest.param(
         "application: []\n",
         [
-            (
-                ":1:1: expected a mapping with `applications`; did you mean 'applications' by "
-                "'application'?"
-            )
+            ":1:1: expected a mapping with `applications`; did you mean 'applications' by 'application'?"
         ],
         id="applications misspelt",
     ),
@@ -103,69 +96,66 @@ BROKEN = [
     ),
     pytest.param(
         "applications: []".encode("utf-16-le"),
-        [": byte 1 is a NUL: this is not UTF-8 text; save the file as UTF-8"],
+        [": there is a NUL in it: this is not UTF-8 text; save the file as UTF-8"],
         id="UTF-16",
     ),
     pytest.param(
         b"applications: []\x00",
-        [": byte 16 is a NUL: this is not UTF-8 text; save the file as UTF-8"],
+        [": there is a NUL in it: this is not UTF-8 text; save the file as UTF-8"],
         id="NUL",
     ),
-    pytest.param("[" * 10_000, [":1:101: nested deeper than 100 levels"], id="nested too deep"),
+    pytest.param("[" * 10_000, [": nested deeper than 100 levels"], id="nested too deep"),
     pytest.param(
         ALIAS_BOMB,
-        [
-            (
-                ":1:10: f[0][3][3][7][2][1]: excessive aliasing: more than 100000 values when "
-                "aliases are expanded"
-            )
-        ],
+        [":1:10: excessive aliasing: more than 100000 values when aliases are expanded"],
         id="alias bomb",
     ),
     pytest.param(
         "applications: &x\n- b: *x\n",
-        [":1:15: applications[0].b: an alias stands inside of what it refers to"],
+        [":1:15: an alias stands inside of what it refers to"],
         id="alias of itself",
     ),
     pytest.param(
         "applications: *nowhere\n",
-        [(":1:15: not YAML: found undefined alias 'nowhere'; the line: applications: *nowhere")],
+        [":1:15: not YAML: found undefined alias 'nowhere'"],
         id="unknown alias",
     ),
     pytest.param(
         "applications: !!python/object/apply:os.system [touch /tmp/pwn]\n",
-        [(":1:15: the tag !!python/object/apply:os.system is not allowed; plain YAML values only")],
+        [
+            ":1:15: not YAML: could not determine a constructor for the tag 'tag:yaml.org,2002:python/object/apply:os.system'"
+        ],
         id="python tag",
     ),
     pytest.param(
         "applications: !!python/name:os.system\n",
-        [":1:15: the tag !!python/name:os.system is not allowed; plain YAML values only"],
+        [
+            ":1:15: not YAML: could not determine a constructor for the tag 'tag:yaml.org,2002:python/name:os.system'"
+        ],
         id="python name",
     ),
     pytest.param(
         "applications: !mine []\n",
-        [":1:15: the tag !mine is not allowed; plain YAML values only"],
+        [":1:15: not YAML: could not determine a constructor for the tag '!mine'"],
         id="own tag",
     ),
     pytest.param(
         ONE + ", name: b}\n",
-        [
-            (
-                ":2:31: applications[0]: 'name' is given twice, in line 2 and in line 2; keep one"
-                " of them"
-            )
-        ],
+        [":2:31: applications[0].name: is given twice, in line 2 and in line 2; keep one of them"],
         id="same key twice",
     ),
     pytest.param(
         "applications: []\napplications: []\n",
-        [":2:1: 'applications' is given twice, in line 1 and in line 2; keep one of them"],
+        [
+            ":2:1: applications: is given twice, in line 1 and in line 2; keep one of them",
+            ":2:1: warning: applications: there is no application",
+        ],
         id="applications twice",
     ),
     pytest.param(
         "http_option: {port: 1}\napplications: []\n",
         [
-            ":1:1: unknown key 'http_option', did you mean 'http_options'?",
+            ":1:1: http_option: unknown key, did you mean 'http_options'?",
             ":2:1: warning: applications: there is no application",
         ],
         id="top key near miss",
@@ -173,7 +163,7 @@ BROKEN = [
     pytest.param(
         "http_options: {prot: 1}\napplications: []\n",
         [
-            ":1:16: http_options: unknown key 'prot', did you mean 'port'?",
+            ":1:16: http_options.prot: unknown key, did you mean 'port'?",
             ":2:1: warning: applications: there is no application",
         ],
         id="http option misspelt",
@@ -197,18 +187,17 @@ BROKEN = [
     pytest.param(
         "target_capacity: 50\napplications: []\n",
         [
-            (
-                ":1:1: target_capacity: is only supported by `serve deploy`: Serve does not take "
-                "it for single applications; leave it out, or deploy this file with `serve "
-                "deploy`"
-            ),
+            ":1:1: target_capacity: is only supported by `serve deploy`: Serve does not take it for single applications; leave it out, or deploy this file with `serve deploy`",
             ":2:1: warning: applications: there is no application",
         ],
         id="target_capacity",
     ),
     pytest.param(
         "applications: {a: 1}\n",
-        [":1:1: applications: {'a': 1} is not a list"],
+        [
+            ":1:1: applications: is not a list of applications",
+            ":1:16: warning: applications.a: unknown key; Ray ignores it",
+        ],
         id="applications a mapping",
     ),
     pytest.param(
@@ -218,142 +207,121 @@ BROKEN = [
     ),
     pytest.param(
         ONE + ", rout_prefix: /a}\n",
-        [":2:31: applications[0]: unknown key 'rout_prefix', did you mean 'route_prefix'?"],
+        [":2:31: applications[0].rout_prefix: unknown key, did you mean 'route_prefix'?"],
         id="application key misspelt",
     ),
     pytest.param(
         "applications:\n- name: a\n",
         [
-            (
-                ":2:3: applications[0]: import_path is missing; for LLMs: import_path: "
-                "ray.serve.llm:build_openai_app"
-            )
+            ":2:3: applications[0]: import_path is missing; for LLMs: import_path: ray.serve.llm:build_openai_app"
         ],
         id="no import_path",
     ),
     pytest.param(
         "applications:\n- {name: a, import_path: mymodule}\n",
         [
-            (
-                ":2:13: applications[0].import_path: 'mymodule' is not an import path; "
-                "module:attribute, such as ray.serve.llm:build_openai_app"
-            )
+            ':2:13: applications[0].import_path: \'mymodule\': Got invalid import path "mymodule". An import path must contain at least on dot or colon separating the module (and potentially submodules) from the deployment graph. E.g.: "module.deployment_graph".'
         ],
         id="import_path without attribute",
     ),
     pytest.param(
         "applications:\n- {name: a, import_path: 'a:b:c'}\n",
         [
-            (
-                ":2:13: applications[0].import_path: 'a:b:c' is not an import path; "
-                "module:attribute, such as ray.serve.llm:build_openai_app"
-            )
+            ":2:13: applications[0].import_path: 'a:b:c': Got invalid import path \"a:b:c\". An import path may have at most one colon."
         ],
         id="import_path with two colons",
     ),
     pytest.param(
         "applications:\n- {name: a, import_path: 3}\n",
-        [":2:13: applications[0].import_path: 3 is not a text"],
+        [":2:13: applications[0].import_path: 3: Input should be a valid string"],
         id="import_path a number",
     ),
     pytest.param(
         "applications:\n- {name: 'a#b', import_path: m:a}\n",
-        [":2:4: applications[0].name: a name is a text with something in it and no '#'"],
+        [
+            ":2:4: applications[0].name: Ray can't bear the name 'a#b'; printable ASCII without '#', at most 231 characters with the other"
+        ],
         id="name with #",
     ),
     pytest.param(
         "applications:\n- {name: '', import_path: m:a}\n",
-        [":2:4: applications[0].name: a name is a text with something in it and no '#'"],
+        [
+            ":2:4: applications[0].name: Ray can't bear the name ''; printable ASCII without '#', at most 231 characters with the other"
+        ],
         id="name empty",
     ),
     pytest.param(
         "applications:\n- {name: 5, import_path: m:a}\n",
-        [":2:4: applications[0].name: 5 is not a text"],
+        [":2:4: applications[0].name: 5: Input should be a valid string"],
         id="name a number",
     ),
     pytest.param(
         ONE + ", route_prefix: /a}\n- {name: a, import_path: m:a, route_prefix: /b}\n",
         [
-            (
-                ":3:4: applications[1].name: the application 'a' is there twice, first at "
-                "applications[0].name; give each its own"
-            )
+            ":3:4: applications[1].name: the application 'a' is there twice, first at applications[0].name; give each its own"
         ],
         id="same name",
     ),
     pytest.param(
         "applications:\n- {import_path: m:a, route_prefix: /a}\n- {import_path: m:a, route_prefix: /b}\n",
         [
-            (
-                ":3:3: applications[1].name: the application 'default' is there twice, first at "
-                "applications[0].name; give each its own"
-            )
+            ":3:3: applications[1].name: the application 'default' is there twice, first at applications[0].name; give each its own"
         ],
         id="no names",
     ),
     pytest.param(
         ONE + ", route_prefix: /a}\n- {name: b, import_path: m:a, route_prefix: /a}\n",
         [
-            (
-                ":3:31: applications[1].route_prefix: the route '/a' is there twice, first at "
-                "applications[0].route_prefix; give each its own"
-            )
+            ":3:31: applications[1].route_prefix: the route '/a' is there twice, first at applications[0].route_prefix; give each its own"
         ],
         id="same route",
     ),
     pytest.param(
         ONE + "}\n- {name: b, import_path: m:a}\n",
         [
-            (
-                ":3:3: applications[1].route_prefix: the route '/' is there twice, first at "
-                "applications[0].route_prefix; give each its own"
-            )
+            ":3:3: applications[1].route_prefix: the route '/' is there twice, first at applications[0].route_prefix; give each its own"
         ],
         id="both routes missing",
     ),
     pytest.param(
         ONE + ", route_prefix: a}\n",
-        [":2:31: applications[0].route_prefix: 'a' does not start with '/'; write /a"],
+        [
+            ":2:31: applications[0].route_prefix: Invalid route_prefix 'a', must start with a forward slash ('/')."
+        ],
         id="route without slash",
     ),
     pytest.param(
         ONE + ", route_prefix: /a/}\n",
-        [":2:31: applications[0].route_prefix: '/a/' ends with '/'; leave the last '/' out"],
+        [
+            ":2:31: applications[0].route_prefix: Invalid route_prefix '/a/', may not end with a trailing '/'."
+        ],
         id="route with slash at the end",
     ),
     pytest.param(
         ONE + ", route_prefix: '/{a}'}\n",
-        [(":2:31: applications[0].route_prefix: '/{a}' has a wildcard, which Serve does not take")],
+        [
+            ":2:31: applications[0].route_prefix: Invalid route_prefix '/{a}', may not contain wildcards."
+        ],
         id="route with braces",
     ),
     pytest.param(
         ONE + ", autoscaling_policy: {policy_function: m:f}}\n",
         [
-            (
-                ":2:31: applications[0].autoscaling_policy: is only supported by `serve deploy`: "
-                "Serve does not take it for single applications; leave it out, or deploy this "
-                "file with `serve deploy`"
-            )
+            ":2:31: applications[0].autoscaling_policy: is only supported by `serve deploy`: Serve does not take it for single applications; leave it out, or deploy this file with `serve deploy`"
         ],
         id="autoscaling_policy",
     ),
     pytest.param(
         ONE + ", runtime_env: {env_vars: {A: 1}}}\n",
         [
-            (
-                ":2:56: applications[0].runtime_env.env_vars.A: 1 is not a text; put it in "
-                'quotes: A: "1"'
-            )
+            ':2:56: applications[0].runtime_env.env_vars.A: 1 is not a text; put it in quotes: A: "1"'
         ],
         id="env var a number",
     ),
     pytest.param(
         ONE + ", runtime_env: {env_vars: {A: yes}}}\n",
         [
-            (
-                ":2:56: applications[0].runtime_env.env_vars.A: true is not a text; put it in "
-                'quotes: A: "true"'
-            )
+            ':2:56: applications[0].runtime_env.env_vars.A: true is not a text; put it in quotes: A: "true"'
         ],
         id="env var a boolean",
     ),
@@ -364,17 +332,20 @@ BROKEN = [
     ),
     pytest.param(
         ONE + ", runtime_env: x}\n",
-        [":2:31: applications[0].runtime_env: 'x' is not a mapping"],
+        [":2:31: applications[0].runtime_env: 'x': Input should be a valid dictionary"],
         id="runtime_env a text",
     ),
     pytest.param(
         ONE + ", args: 3}\n",
-        [":2:31: applications[0].args: 3 is not a mapping"],
+        [":2:31: applications[0].args: 3: Input should be a valid dictionary"],
         id="args a number",
     ),
     pytest.param(
         ONE + ", deployments: {d: 1}}\n",
-        [":2:31: applications[0].deployments: {'d': 1} is not a list"],
+        [
+            ":2:31: applications[0].deployments: Input should be a valid list",
+            ":2:45: warning: applications[0].deployments.d: unknown key; Ray ignores it",
+        ],
         id="deployments a mapping",
     ),
     pytest.param(
@@ -385,31 +356,20 @@ BROKEN = [
     pytest.param(
         ONE + ", deployments: [{name: d}, {name: d}]}\n",
         [
-            (
-                ":2:57: applications[0].deployments[1].name: the deployment 'd' is there twice, "
-                "first at applications[0].deployments[0].name; give each its own"
-            )
+            ":2:57: applications[0].deployments[1].name: the deployment 'd' is there twice, first at applications[0].deployments[0].name; give each its own"
         ],
         id="deployment twice",
     ),
     pytest.param(
         ONE + ", deployments: [{name: d, num_replica: 2}]}\n",
         [
-            (
-                ":2:55: applications[0].deployments[0]: unknown key 'num_replica', did you mean "
-                "'num_replicas'?"
-            )
+            ":2:55: applications[0].deployments[0].num_replica: unknown key, did you mean 'num_replicas'?"
         ],
         id="num_replica",
     ),
     pytest.param(
         ONE + ", deployments: [{name: d, num_gpu: 2}]}\n",
-        [
-            (
-                ":2:55: applications[0].deployments[0]: unknown key 'num_gpu', did you mean "
-                "'num_gpus'?"
-            )
-        ],
+        [":2:55: applications[0].deployments[0].num_gpu: unknown key, did you mean 'num_gpus'?"],
         id="num_gpu",
     ),
     pytest.param(
@@ -440,55 +400,38 @@ BROKEN = [
     pytest.param(
         ONE + ", deployments: [{name: d, cpus: 1, num_cpus: 2}]}\n",
         [
-            (
-                ":2:64: applications[0].deployments[0].num_cpus: num_cpus: 2 and cpus: 1 "
-                "disagree; give one of them"
-            )
+            ":2:64: applications[0].deployments[0].num_cpus: num_cpus: 2 and cpus: 1 disagree; give one of them"
         ],
         id="cpus and num_cpus",
     ),
     pytest.param(
         ONE + ", deployments: [{name: d, gpus: 1, ray_actor_options: {num_gpus: 2}}]}\n",
         [
-            (
-                ":2:55: applications[0].deployments[0].gpus: gpus: 1 and "
-                "ray_actor_options.num_gpus: 2 disagree; give one of them"
-            )
+            ":2:55: applications[0].deployments[0].gpus: gpus: 1 and ray_actor_options.num_gpus: 2 disagree; give one of them"
         ],
         id="gpus and actor options",
     ),
     pytest.param(
         ONE + ", deployments: [{name: d, ray_actor_options: {num_cpu: 1}}]}\n",
         [
-            (
-                ":2:75: applications[0].deployments[0].ray_actor_options: unknown key 'num_cpu', "
-                "did you mean 'num_cpus'?"
-            )
+            ":2:75: applications[0].deployments[0].ray_actor_options.num_cpu: unknown key, did you mean 'num_cpus'?"
         ],
         id="actor option misspelt",
     ),
     pytest.param(
         ONE + ", deployments: [{name: d, ray_actor_options: [1]}]}\n",
-        [":2:55: applications[0].deployments[0].ray_actor_options: [1] is not a mapping"],
+        [":2:75: applications[0].deployments[0].ray_actor_options[0]: 1 is not a mapping"],
         id="actor options a list",
     ),
     pytest.param(
         ONE + ", deployments: [{name: d, num_replicas: 0}]}\n",
-        [
-            (
-                ":2:55: applications[0].deployments[0].num_replicas: 0 is not a whole number, 1 "
-                "or more, or auto"
-            )
-        ],
+        [":2:55: applications[0].deployments[0].num_replicas: 0: Input should be greater than 0"],
         id="replicas zero",
     ),
     pytest.param(
         ONE + ", deployments: [{name: d, num_replicas: many}]}\n",
         [
-            (
-                ":2:55: applications[0].deployments[0].num_replicas: 'many' is not a whole "
-                "number, 1 or more, or auto"
-            )
+            ':2:45: applications[0].deployments[0]: `num_replicas` must be an int or "auto", but got: many'
         ],
         id="replicas a word",
     ),
@@ -496,11 +439,7 @@ BROKEN = [
         ONE
         + ", deployments: [{name: d, num_replicas: 2, autoscaling_config: {max_replicas: 3}}]}\n",
         [
-            (
-                ":2:55: applications[0].deployments[0].num_replicas: num_replicas and "
-                "autoscaling_config exclude each other; remove one of them, or set num_replicas: "
-                "auto"
-            )
+            ":2:45: applications[0].deployments[0]: Manually setting num_replicas is not allowed when autoscaling_config is provided."
         ],
         id="replicas and autoscaling",
     ),
@@ -508,10 +447,7 @@ BROKEN = [
         ONE
         + ", deployments: [{name: d, autoscaling_config: {min_replicas: 3, max_replicas: 2}}]}\n",
         [
-            (
-                ":2:55: applications[0].deployments[0].autoscaling_config: min_replicas: 3 is "
-                "more than max_replicas: 2"
-            )
+            ":2:55: applications[0].deployments[0].autoscaling_config: max_replicas (2) must be greater than or equal to min_replicas (3)!"
         ],
         id="min above max",
     ),
@@ -519,226 +455,165 @@ BROKEN = [
         ONE
         + ", deployments: [{name: d, autoscaling_config: {min_replicas: 1, max_replicas: 2, initial_replicas: 5}}]}\n",
         [
-            (
-                ":2:110: applications[0].deployments[0].autoscaling_config.initial_replicas: "
-                "initial_replicas: 5 is not between 1 and 2"
-            )
+            ":2:55: applications[0].deployments[0].autoscaling_config: max_replicas (2) must be greater than or equal to initial_replicas (5)!"
         ],
         id="initial outside",
     ),
     pytest.param(
         ONE + ", deployments: [{name: d, max_replicas: 3}]}\n",
         [
-            (
-                ":2:55: applications[0].deployments[0]: 'max_replicas' does not belong here; move"
-                " it into autoscaling_config"
-            )
+            ":2:55: applications[0].deployments[0].max_replicas: does not belong here; move it into autoscaling_config, or beside it"
         ],
         id="max_replicas beside",
     ),
     pytest.param(
         ONE + ", deployments: [{name: d, autoscaling_config: {max_ongoing_requests: 3}}]}\n",
         [
-            (
-                ":2:76: applications[0].deployments[0].autoscaling_config: 'max_ongoing_requests'"
-                " does not belong here; move it up, beside autoscaling_config"
-            )
+            ":2:76: applications[0].deployments[0].autoscaling_config.max_ongoing_requests: does not belong here; move it into deployment_config, or beside it"
         ],
         id="max_ongoing_requests inside",
     ),
     pytest.param(
         ONE + ", deployments: [{name: d, max_ongoing_requests: 0}]}\n",
         [
-            (
-                ":2:55: applications[0].deployments[0].max_ongoing_requests: 0 is not a whole "
-                "number, 1 or more"
-            )
+            ":2:55: applications[0].deployments[0].max_ongoing_requests: 0: Input should be greater than 0"
         ],
         id="max_ongoing_requests zero",
     ),
     pytest.param(
         ONE + ", deployments: [{name: d, autoscaling_config: {max_replica: 3}}]}\n",
         [
-            (
-                ":2:76: applications[0].deployments[0].autoscaling_config: unknown key "
-                "'max_replica', did you mean 'max_replicas'?"
-            )
+            ":2:76: applications[0].deployments[0].autoscaling_config.max_replica: unknown key, did you mean 'max_replicas'?"
         ],
         id="autoscaling key misspelt",
     ),
     pytest.param(
         ONE + ", deployments: [{name: d, autoscaling_config: {target_ongoing_requests: 0}}]}\n",
         [
-            (
-                ":2:76: "
-                "applications[0].deployments[0].autoscaling_config.target_ongoing_requests: 0 is "
-                "not a number above 0"
-            )
+            ":2:76: applications[0].deployments[0].autoscaling_config.target_ongoing_requests: 0: Input should be greater than 0"
         ],
         id="target zero",
     ),
     pytest.param(
         ONE + ", llm_configs: []}\n",
-        [":2:31: applications[0]: 'llm_configs' does not belong here; move it into args"],
+        [
+            ":2:31: applications[0].llm_configs: does not belong here; move it into args, or beside it"
+        ],
         id="llm_configs outside args",
     ),
     pytest.param(
         "applications:\n- {import_path: ray.serve.llm:build_openai_app, args: {llm_configs: 5}}\n",
-        [":2:56: applications[0].args.llm_configs: 5 is not a list"],
+        [":2:56: applications[0].args.llm_configs: 5 is not a mapping"],
         id="llm_configs a number",
     ),
     pytest.param(
         "applications:\n- {import_path: ray.serve.llm:build_openai_app, args: {llm_configs: []}}\n",
-        [":2:56: applications[0].args.llm_configs: there is no LLM"],
+        [":2:49: applications[0].args: there is no LLM; give llm_configs, a list of them"],
         id="llm_configs empty",
     ),
     pytest.param(
         "applications:\n- {import_path: ray.serve.llm:build_openai_app, args: {llm_confgs: []}}\n",
         [
             ":2:49: applications[0].args: there is no LLM; give llm_configs, a list of them",
-            (":2:56: applications[0].args: unknown key 'llm_confgs', did you mean 'llm_configs'?"),
+            ":2:56: applications[0].args.llm_confgs: unknown key, did you mean 'llm_configs'?",
         ],
         id="llm_config misspelt",
     ),
     pytest.param(
         "applications:\n- {import_path: ray.serve.llm:build_openai_app, args: {llm_configs: [{engine_kwargs: {}}]}}\n",
         [
-            (
-                ":2:70: applications[0].args.llm_configs[0]: model_loading_config is missing; it "
-                "holds model_id"
-            )
+            ":2:70: applications[0].args.llm_configs[0]: model_loading_config.model_id is missing, or no text"
         ],
         id="no model_loading_config",
     ),
     pytest.param(
         "applications:\n- {import_path: ray.serve.llm:build_openai_app, args: {llm_configs: [{model_loading_config: {model_source: x}}]}}\n",
-        [(":2:71: applications[0].args.llm_configs[0].model_loading_config: model_id is missing")],
+        [
+            ":2:70: applications[0].args.llm_configs[0]: model_loading_config.model_id is missing, or no text"
+        ],
         id="no model_id",
     ),
     pytest.param(
         LLM + "      model_id: m\n",
         [
-            (
-                ":6:7: applications[0].args.llm_configs[0]: 'model_id' does not belong here; move"
-                " it into model_loading_config"
-            )
+            ":6:7: applications[0].args.llm_configs[0].model_id: does not belong here; move it into model_loading_config, or beside it"
         ],
         id="model_id beside",
     ),
     pytest.param(
         LLM + "      type: x\n",
         [
-            (
-                ":6:7: applications[0].args.llm_configs[0]: unknown key 'type'; known are "
-                "accelerator_config, accelerator_type, callback_config, deployment_config, "
-                "engine_kwargs, experimental_configs, llm_engine, log_engine_metrics, "
-                "lora_config, model_loading_config, placement_group_config, runtime_env, "
-                "server_cls"
-            )
+            ":6:7: applications[0].args.llm_configs[0].type: unknown key; known are accelerator_config, accelerator_type, callback_config, deployment_config, engine_kwargs, experimental_configs, llm_engine, log_engine_metrics, lora_config, model_loading_config, placement_group_config, runtime_env, server_cls"
         ],
         id="unknown LLM key",
     ),
     pytest.param(
         LLM + "      num_gpus: 1\n",
         [
-            (
-                ":6:7: applications[0].args.llm_configs[0]: 'num_gpus' does not belong here; move"
-                " it into deployment_config"
-            )
+            ":6:7: applications[0].args.llm_configs[0].num_gpus: does not belong here; move it into deployment_config, or beside it"
         ],
         id="num_gpus of the LLM",
     ),
     pytest.param(
         LLM + "    - model_loading_config: {model_id: m}\n",
         [
-            (
-                ":6:30: applications[0].args.llm_configs[1].model_loading_config.model_id: the "
-                "model id 'm' is there twice, first at "
-                "applications[0].args.llm_configs[0].model_loading_config.model_id; give each its"
-                " own"
-            )
+            ":6:30: applications[0].args.llm_configs[1].model_loading_config.model_id: the model id 'm' is there twice, first at applications[0].args.llm_configs[0].model_loading_config.model_id; give each its own"
         ],
         id="same model_id",
     ),
     pytest.param(
         LLM + "      deployment_config: {num_gpu: 0.45}\n",
         [
-            (
-                ":6:27: applications[0].args.llm_configs[0].deployment_config: unknown key "
-                "'num_gpu', did you mean 'num_gpus'?"
-            )
+            ":6:27: applications[0].args.llm_configs[0].deployment_config.num_gpu: unknown key, did you mean 'num_gpus'?"
         ],
         id="num_gpu of an LLM",
     ),
     pytest.param(
         LLM + "      deployment_config: {num_gpus: 1.5}\n",
         [
-            (
-                ":6:7: applications[0].args.llm_configs[0].deployment_config: num_gpus: 1.5 over "
-                "1 engine worker(s) is 1.5 GPU a worker; above 1 Ray takes whole GPUs only; use 1"
-                " or 2"
-            )
+            ":6:7: applications[0].args.llm_configs[0].deployment_config: num_gpus: 1.5 over 1 engine worker(s) is 1.5 GPU a worker; above 1 Ray takes whole GPUs only; use 1 or 2"
         ],
         id="fraction above one",
     ),
     pytest.param(
         LLM + "      deployment_config: {num_gpus: 0}\n      accelerator_type: A10G\n",
         [
-            (
-                ":6:7: applications[0].args.llm_configs[0].deployment_config: num_gpus: 0 asks "
-                "for the CPU engine, but accelerator_type asks for GPUs; remove one of them, or "
-                "give num_gpus the share that a replica takes"
-            )
+            ":6:7: applications[0].args.llm_configs[0].deployment_config: num_gpus: 0 asks for the CPU engine, but accelerator_type asks for GPUs; remove one of them, or give num_gpus the share that a replica takes"
         ],
         id="CPU engine on an accelerator",
     ),
     pytest.param(
         LLM + "      engine_kwargs: {tensor_parallel_size: 0}\n",
         [
-            (
-                ":6:23: applications[0].args.llm_configs[0].engine_kwargs.tensor_parallel_size: 0"
-                " is not a whole number, 1 or more"
-            )
+            ":6:23: applications[0].args.llm_configs[0].engine_kwargs.tensor_parallel_size: 0 is not a whole number, 1 or more"
         ],
         id="tensor parallel zero",
     ),
     pytest.param(
         LLM + "      engine_kwargs: {max_model_length: 10}\n",
         [
-            (
-                ":6:23: applications[0].args.llm_configs[0].engine_kwargs: unknown key "
-                "'max_model_length', did you mean 'max_model_len'?"
-            )
+            ":6:23: applications[0].args.llm_configs[0].engine_kwargs.max_model_length: unknown key, did you mean 'max_model_len'?"
         ],
         id="engine key misspelt",
     ),
     pytest.param(
         LLM + "      engine_kwargs: {gpu_memory_utilization: 1.5}\n",
         [
-            (
-                ":6:23: applications[0].args.llm_configs[0].engine_kwargs.gpu_memory_utilization:"
-                " 1.5 is not a number above 0, 1 at most"
-            )
+            ":6:23: applications[0].args.llm_configs[0].engine_kwargs.gpu_memory_utilization: 1.5 is not above 0, 1 at most"
         ],
         id="utilization above one",
     ),
     pytest.param(
         LLM + "      placement_group_config: {bundle_per_workr: {GPU: 1}}\n",
         [
-            (
-                ":6:32: applications[0].args.llm_configs[0].placement_group_config: unknown key "
-                "'bundle_per_workr', did you mean 'bundle_per_worker'?"
-            )
+            ":6:32: applications[0].args.llm_configs[0].placement_group_config.bundle_per_workr: unknown key, did you mean 'bundle_per_worker'?"
         ],
         id="placement misspelt",
     ),
     pytest.param(
         ONE + ", args: {x: '${MODEL_ID}'}}\n",
         [
-            (
-                ":2:41: applications[0].args.x: environment variable MODEL_ID is not set; export "
-                "it, or give a default: ${MODEL_ID:-...}"
-            )
+            ":2:41: applications[0].args.x: environment variable MODEL_ID is not set; export it, or give a default: ${MODEL_ID:-...}; $${ stands for a plain ${"
         ],
         id="variable not set",
     ),
@@ -752,17 +627,20 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def load(text: str | bytes, environ: dict[str, str] | None = None) -> app.Document:
     Path("config.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
-    return app.load_document("config.yaml", environ or {})
+    document, problems = app.load_document("config.yaml", environ or {})
+    assert problems == []
+    return document
+
+
+CHECK_VALUES = app.RayCluster().check_values
 
 
 def problems(text: str | bytes, environ: dict[str, str] | None = None) -> list[str]:
     """All that the program says about a config, without the file's name."""
+    Path("config.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     try:
-        document = load(text, environ)
-        found = app.check_document(document, app.known_keys())
-        if not app.has_errors(found):
-            _, findings = app.read_applications(document)
-            found = sorted(found + app.problems_of(document, findings), key=app.position)
+        document, found = app.load_document("config.yaml", environ or {})
+        _, found = app.check_config(document, found, CHECK_VALUES)
     except app.ConfigError as error:
         found = error.problems
     return [app.format_problem(problem).removeprefix("config.yaml") for problem in found]
@@ -771,8 +649,9 @@ def problems(text: str | bytes, environ: dict[str, str] | None = None) -> list[s
 @pytest.fixture
 def process_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What `main` changes of the process: the signals' handlers, and where prints go."""
-    monkeypatch.setattr(sys, "stdout", sys.stdout)
-    before = {number: signal.getsignal(number) for number in app.EXIT_SIGNALS}
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, getattr(sys, stream))
+    before = {number: signal.getsignal(number) for number in app.SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -781,15 +660,19 @@ def process_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("process_restored")
 @pytest.mark.parametrize(("text", "expected"), BROKEN)
 def test_what_is_wrong_is_said_with_its_place_and_exit_code_2(
-    text: str | bytes, expected: list[str], capfd: pytest.CaptureFixture[str]
+    text: str | bytes, expected: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    import ray
+
     assert problems(text) == expected
     assert app.main(["config.yaml", "--address", "127.0.0.1:1"]) == 2
-    assert capfd.readouterr().err.splitlines() == [f"❌ config.yaml{line}" for line in expected]
-
-
-def test_a_table_of_many() -> None:
-    assert len(BROKEN) >= 60
+    output = capsys.readouterr()
+    icons = ["⚠️ " if ": warning: " in line else "❌" for line in expected]
+    lines = [f"{icon} config.yaml{line}" for icon, line in zip(icons, expected, strict=True)]
+    assert output.err.splitlines()[2:] == lines
+    assert "❌" in icons
+    assert output.out == ""
+    assert not ray.is_initialized()
 
 
 @pytest.mark.parametrize(
@@ -798,7 +681,7 @@ def test_a_table_of_many() -> None:
         pytest.param(
             ["gone.yaml"], "gone.yaml: can't be read: No such file or directory", id="gone"
         ),
-        pytest.param(["."], ".: this is a directory; give the YAML file in it", id="a directory"),
+        pytest.param(["."], ".: this is no regular file; give the YAML file", id="a directory"),
     ],
 )
 def test_a_file_that_is_none(arguments: list[str], message: str) -> None:
@@ -838,7 +721,7 @@ def test_the_program_says_it_with_exit_code_2_and_without_ray(name: str) -> None
     }
     said = [line for line in lines if not line.startswith("import time:")]
     assert finished.returncode == 2
-    assert said == [f"❌ broken.yaml{problem}" for problem in expected]
+    assert said[2:] == [f"❌ broken.yaml{problem}" for problem in expected]
     assert not {"ray", "vllm", "torch"} & imported
     assert not Path("/tmp/pwn").exists()
 
@@ -847,10 +730,9 @@ def test_the_program_says_it_with_exit_code_2_and_without_ray(name: str) -> None
     ("arguments", "message"),
     [
         pytest.param([], "the following arguments are required: CONFIG.yaml", id="no config"),
-        pytest.param(["x", "--max-workers", "0"], "must be 1 or more", id="no worker"),
-        pytest.param(
-            ["x", "--timeout", "-1"], "must be 0 (no limit) or a number", id="negative time"
-        ),
+        pytest.param(["x", "--max-workers", "-1"], "are numbers, 0 or more", id="less than none"),
+        pytest.param(["x", "--timeout", "-1"], "are numbers, 0 or more", id="negative time"),
+        pytest.param(["x", "--timeout", "inf"], "are numbers, 0 or more", id="endless time"),
         pytest.param(
             ["x", "--nonsense"], "unrecognized arguments: --nonsense", id="unknown option"
         ),
@@ -870,10 +752,9 @@ def test_a_wrong_command_line_ends_with_2(arguments: list[str], message: str) ->
 
 @pytest.mark.parametrize("name", ["multi_model_config.yaml", "test_single_model.yaml"])
 def test_the_ready_made_configs_are_right(name: str) -> None:
-    document = app.load_document(str(ROOT / name), {})
-    assert app.check_document(document, app.known_keys()) == []
-    applications, findings = app.read_applications(document)
-    assert findings == []
+    document, found = app.load_document(str(ROOT / name), {})
+    applications, found = app.check_config(document, found, CHECK_VALUES)
+    assert found == []
     for application in applications:
         (llm,) = application.config["args"]["llm_configs"]
         assert llm["placement_group_config"] == {"bundle_per_worker": {"GPU": 0.45}}
@@ -885,7 +766,7 @@ ACCEPTED = [
     pytest.param("\ufeffapplications:\n- import_path: m:a\n", id="BOM"),
     pytest.param("applications:\r\n- import_path: m:a\r\n", id="CRLF"),
     pytest.param(
-        "# chú thích\napplications:\n- {import_path: m:a, name: mô-hình}\n", id="non-ASCII"
+        "# chú thích\napplications:\n- {import_path: m:a, args: {text: mô-hình}}\n", id="non-ASCII"
     ),
     pytest.param("applications:\n- {import_path: m.n.a}\n", id="dotted import_path"),
     pytest.param("applications:\n- {import_path: m:a, route_prefix: null}\n", id="no HTTP route"),
@@ -974,7 +855,7 @@ def test_what_these_tables_accept_ray_accepts(text: str) -> None:
 
 def test_unknown_keys_at_the_top_are_a_warning_since_other_tools_put_theirs_there() -> None:
     text = "compute_config: x\napplications:\n- import_path: m:a\n"
-    assert problems(text) == [":1:1: warning: unknown key 'compute_config'; Ray ignores it"]
+    assert problems(text) == [":1:1: warning: compute_config: unknown key; Ray ignores it"]
 
 
 def test_aliases_mean_the_same_as_what_they_stand_for_and_share_nothing() -> None:
@@ -1010,30 +891,52 @@ def test_values_are_what_yaml_says(text: str) -> None:
     assert document.data == yaml.safe_load(f"applications: []\n{text}")
 
 
+def naming(path: str) -> str:
+    """A config whose one LLM stands in another file."""
+    return (
+        "applications:\n- import_path: ray.serve.llm:build_openai_app\n"
+        f"  args: {{llm_configs: [{path}]}}\n"
+    )
+
+
 def test_llm_configs_may_be_paths_and_problems_point_into_them() -> None:
     Path("llm.yaml").write_text(
         "model_loading_config: {model_id: m}\ndeployment_config: {num_gpu: 1}\n"
     )
-    text = (
-        "applications:\n- import_path: ray.serve.llm:build_openai_app\n"
-        "  args: {llm_configs: [llm.yaml]}\n"
-    )
-    (problem,) = problems(text)
+    (problem,) = problems(naming("llm.yaml"))
     assert problem == (
-        f"{Path('llm.yaml').absolute()}:2:21: applications[0].args.llm_configs[0].deployment_config: "
-        "unknown key 'num_gpu', did you mean 'num_gpus'?"
+        f"{Path('llm.yaml').absolute()}:2:21: applications[0].args.llm_configs[0]"
+        ".deployment_config.num_gpu: unknown key, did you mean 'num_gpus'?"
     )
 
 
-def test_a_path_that_is_none_names_where_was_looked(tmp_path: Path) -> None:
-    text = (
-        "applications:\n- import_path: ray.serve.llm:build_openai_app\n"
-        "  args: {llm_configs: [gone.yaml]}\n"
-    )
-    assert problems(text) == [
-        ":3:24: applications[0].args.llm_configs[0]: there is no file 'gone.yaml'; "
-        f"looked in {tmp_path} and in {tmp_path}"
-    ]
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        pytest.param(None, "there is no file 'llm.yaml'; looked in ", id="gone"),
+        pytest.param("", "llm.yaml: is empty", id="empty"),
+        pytest.param("- a\n", "['a'] is not a mapping", id="a list"),
+        pytest.param("other.yaml\n", "'other.yaml' is not a mapping", id="a text"),
+        pytest.param("a: [\n", "llm.yaml:2:1: not YAML", id="not closed"),
+        pytest.param("a: 1\n---\nb: 1\n", "llm.yaml:3:1: a second document", id="two documents"),
+        pytest.param("a: \xe9 é\n", "llm.yaml: byte 3 is not UTF-8", id="latin-1"),
+        pytest.param("#" * (app.MAX_FILE_BYTES + 1), "are more than the limit of", id="huge"),
+    ],
+)
+def test_a_file_that_holds_no_llm_is_named(content: str | None, said: str) -> None:
+    if content is not None:
+        Path("llm.yaml").write_text(content, encoding="latin-1")
+    found = problems(naming("llm.yaml"))
+    assert said in found[0]
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("x" * 5000, id="too long"), pytest.param("a\\0b", id="NUL")]
+)
+def test_a_path_that_can_be_none_is_no_file(name: str) -> None:
+    (found,) = problems(naming(f'"{name}"'))
+    assert found.startswith(":3:24: applications[0].args.llm_configs[0]: ")
 
 
 # -- variables and secrets ----------------------------------------------------------------------
@@ -1052,48 +955,179 @@ def test_a_path_that_is_none_names_where_was_looked(tmp_path: Path) -> None:
     ],
 )
 def test_variables_are_filled_in(written: str, value: Any) -> None:
-    text = f"applications:\n- {{import_path: m:a, args: {{x: {written}}}}}\n".replace(
-        "{x: $", "{x: $"
-    )
     text = f"applications:\n- import_path: m:a\n  args:\n    x: {written}\n"
     document = load(text, {"SHARE": "0.45", "WORD": "word"})
     assert document.data["applications"][0]["args"]["x"] == value
 
 
-@pytest.mark.parametrize("key", ["HF_TOKEN", "api_key", "api-key", "dbPassword", "secret", "KEY"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("HF_TOKEN", "api_key", "api-key", "dbPassword", "secret", "KEY", "PGPASSWORD"),
+        *("MYSQL_PWD", "DB_PASS", "api_keys", "HF_TOKENS", "secrets", "credentials"),
+    ],
+)
 def test_keys_that_name_a_secret(key: str) -> None:
     assert app.is_secret_key(key)
+    assert app.secrets_in({key: ["abc"]}) == {"abc"}
 
 
-@pytest.mark.parametrize(
-    "key", ["max_tokens", "tokenizer", "num_batched_tokens", "ssl_keyfile", "monkey"]
-)
+@pytest.mark.parametrize("key", ["tokenizer", "ssl_keyfile", "monkey", "keyword", "passive"])
 def test_keys_that_do_not(key: str) -> None:
     assert not app.is_secret_key(key)
 
 
-def test_secrets_are_masked_wherever_they_stand() -> None:
+LONG = "long-" + "x1" * 300
+HARD = ['with"quote', "back\\slash", "tab\there", "new\nline", "café-secret", "abc", LONG]
+
+
+@pytest.mark.parametrize("secret", HARD, ids=range(len(HARD)))
+def test_a_secret_is_hidden_however_others_write_it(secret: str) -> None:
+    from urllib.parse import quote
+
+    error = ValueError(secret)
+    texts = [
+        f"token {secret} end",
+        repr(error),
+        str({"token": secret}),
+        json.dumps({"token": secret}),
+        json.dumps({"token": secret}, ensure_ascii=False),
+        f"http://host/{quote(secret, safe='')}/x",
+        json.dumps({"error": repr(error)}),
+        f"token {secret[:40]}..." if len(secret) > 40 else secret,
+    ]
+    for text in texts:
+        hidden = app.redact(text, frozenset({secret}))
+        assert app.HIDDEN in hidden, text
+        for form in (secret, repr(secret)[1:-1], json.dumps(secret)[1:-1], quote(secret)):
+            assert form not in hidden, (text, hidden)
+            assert form[:20] not in hidden or len(form) < 32, (text, hidden)
+
+
+def test_three_characters_are_hidden_as_a_word_alone() -> None:
+    assert app.redact("abc, abcd, x=abc", frozenset({"abc"})) == "***, abcd, x=***"
+
+
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        ("https://u:SECRET@host/x?token=SECRET&b=1", "https://***@host/x?token=***&b=***"),
+        ("postgres://user:pw@db:5432/x", "postgres://***@db:5432/x"),
+        ("see http://localhost:8000/a/v1/models", "see http://localhost:8000/a/v1/models"),
+    ],
+)
+def test_what_urls_hold_of_secrets_is_hidden(text: str, hidden: str) -> None:
+    assert app.redact(text, frozenset()) == hidden
+
+
+def test_secrets_are_what_comes_from_variables_and_what_keys_name() -> None:
     text = (
         "applications:\n- import_path: m:a\n  route_prefix: ${ROUTE}\n"
-        "  args: {hf_token: hf_12345, x: hf_12345}\n"
+        "  args: {hf_token: hf_12345, x: hf_12345, n: '${N}', eager: '${EAGER}'}\n"
     )
-    document = load(text, {"ROUTE": "/not-to-be-shown/"})
-    assert document.secrets == {"hf_12345", "/not-to-be-shown/"}
-    (problem,) = app.check_document(document, app.known_keys())
-    assert "not-to-be-shown" not in app.format_problem(problem)
-    assert app.mask("token hf_12345!", document.secrets) == "token ***!"
+    environ = {"ROUTE": "/not-to-be-shown", "N": "12345", "EAGER": "true"}
+    assert load(text, environ).secrets == {"hf_12345", "/not-to-be-shown"}
 
 
-def test_numbers_from_variables_are_no_secrets() -> None:
-    assert load("applications: []\nx: ${N}\n", {"N": "12345"}).secrets == frozenset()
+def test_values_are_redacted_before_they_become_json() -> None:
+    hide = partial(app.redact, secrets=frozenset({'a"b', "true"}))
+    report = {"submitted": True, "cause": 'a"b is true', "rows": ('a"b', 1, None)}
+    assert json.loads(json.dumps(app.map_texts(report, hide))) == {
+        "submitted": True,
+        "cause": "*** is ***",
+        "rows": ["***", 1, None],
+    }
 
 
-def test_a_sealed_config_tells_equal_secrets_from_others_and_shows_none() -> None:
-    config = {"env_vars": {"HF_TOKEN": "hf_12345"}, "args": ["hf_12345", "other"]}
-    sealed = app.seal(config, {"hf_12345"})
-    assert "hf_12345" not in json.dumps(sealed)
-    assert sealed["args"][0] == sealed["env_vars"]["HF_TOKEN"]
-    assert sealed["args"][1] == "other"
+def test_a_variable_that_is_not_utf_8_is_named() -> None:
+    found = problems("applications:\n- {import_path: m:a, args: {x: '${X}'}}\n", {"X": "a\udcff"})
+    assert found == [":2:32: applications[0].args.x: environment variable X is not UTF-8"]
+
+
+@pytest.mark.parametrize("config", ["fifo", "config.yaml"])
+def test_a_fifo_is_refused_at_once(tmp_path: Path, config: str) -> None:
+    os.mkfifo("fifo")
+    Path("config.yaml").write_text(naming("fifo"))
+    finished = run_app_v5(str(tmp_path / config), timeout_s=30.0)
+    assert finished.returncode == 2
+    assert finished.stderr.splitlines()[2:] == [
+        f"❌ {tmp_path}/fifo: this is no regular file; give the YAML file"
+    ]
+
+
+def test_a_variable_that_is_not_utf_8_is_named_beside_json_too(tmp_path: Path) -> None:
+    Path("config.yaml").write_text("applications:\n- import_path: m:a\n  args: {x: '${X}'}\n")
+    finished = subprocess.run(
+        [PYTHON, str(APP_V5), str(tmp_path / "config.yaml"), "--json"],
+        capture_output=True,
+        timeout=30,
+        check=False,
+        env={**os.environb, b"X": b"secret\xff", b"RAY_ADDRESS": b"127.0.0.1:1"},
+    )
+    assert (finished.returncode, finished.stdout) == (2, b"")
+    said = finished.stderr.decode()
+    assert "applications[0].args.x: environment variable X is not UTF-8" in said
+    assert "secret" not in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "good"),
+    [
+        *(("a b.c~1", True), ("x" * 231, True), ("x" * 232, False), ("", False)),
+        *(("café", False), ("a#b", False), ("a\nb", False)),
+    ],
+    ids=range(7),
+)
+def test_names_that_ray_can_not_bear(name: str, good: bool) -> None:
+    assert (app.check_name(name, ()) == []) is good
+    quoted = json.dumps(name)
+    found = problems(f"applications:\n- {{import_path: m:a, name: {quoted}}}\n")
+    assert bool(found) is not good
+    llm = LLM.replace("model_id: m", f"model_id: {quoted}")
+    assert bool(problems(llm)) is not good
+
+
+def test_a_route_that_is_not_ascii() -> None:
+    (found,) = problems(ONE + ", route_prefix: /café}\n")
+    assert "Serve answers 500 to every request under a route that is not ASCII" in found
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("max_concurrent_queries", "max_ongoing_requests"),
+        ("target_num_ongoing_requests_per_replica", "target_ongoing_requests"),
+    ],
+)
+def test_old_names_get_their_successor(old: str, new: str) -> None:
+    (found,) = problems(ONE + f", deployments: [{{name: d, {old}: 3}}]}}\n")
+    assert found.endswith(f"{old}: is an old name; write {new}")
+
+
+@pytest.mark.parametrize(
+    "key", ["name", "working_dir", "env_vars", "requirements", "compute_config", "image_uri"]
+)
+def test_other_tools_keys_at_the_top_are_warnings(key: str) -> None:
+    found = problems(f"{key}: x\napplications:\n- import_path: m:a\n")
+    assert found == [f":1:1: warning: {key}: unknown key; Ray ignores it"]
+
+
+def test_a_missing_file_does_not_hide_the_rest() -> None:
+    text = (
+        "http_option: {}\napplications:\n- import_path: ray.serve.llm:build_openai_app\n"
+        "  args: {llm_configs: [gone.yaml]}\n- {import_path: m:a, name: c, nam: b, route_prefix: /b}\n"
+    )
+    found = problems(text)
+    assert len(found) == 3
+    assert ["gone.yaml" in text for text in found] == [False, True, False]
+
+
+def test_the_old_form_of_one_application_is_named() -> None:
+    assert problems("import_path: m:a\n") == [
+        ":1:1: this is the old form of a config, with one application at the top; "
+        "write it as the one item of `applications:`"
+    ]
 
 
 # -- the schemas, read without importing Ray ----------------------------------------------------
@@ -1103,14 +1137,15 @@ def test_the_fields_read_from_source_are_those_that_ray_has() -> None:
     from ray.serve import schema
     from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
-    known = app.known_keys()
+    known = app.known_schemas()
     models = [
         *(schema.ServeDeploySchema, schema.ServeApplicationSchema, schema.DeploymentSchema),
         *(schema.RayActorOptionsSchema, schema.HTTPOptionsSchema, schema.gRPCOptionsSchema),
         *(schema.LoggingConfig, AutoscalingConfig, RequestRouterConfig),
     ]
     for model in models:
-        assert known[model.__name__] == set(model.model_fields), model
+        own = set(app.ADDED.get(model.__name__, ()))
+        assert set(known[model.__name__]) - own == set(model.model_fields) - own, model
 
 
 def test_the_options_that_change_in_place_are_rays() -> None:
@@ -1127,13 +1162,13 @@ def test_the_fields_of_llms_and_of_the_engine_are_those_that_the_builder_takes()
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.cli_args import FrontendArgs
 
-    known = app.known_keys()
+    known = app.known_schemas()
     for model in (LLMConfig, ModelLoadingConfig):
-        assert known[model.__name__] == set(model.model_fields), model
+        assert set(known[model.__name__]) == set(model.model_fields), model
     taken = {
         field.name for args in (AsyncEngineArgs, FrontendArgs) for field in dataclasses.fields(args)
     }
-    assert known[app.ENGINE] >= {name for name in taken if not name.startswith("_")}
+    assert set(known[app.ENGINE]) >= {name for name in taken if not name.startswith("_")}
 
 
 # -- whatever a file holds ----------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Section 8 on a scripted cluster: what overlaps, what waits, what ends a wait."""
+"""Section 10 on a scripted cluster: what overlaps, what waits, what ends a wait."""
 
 from __future__ import annotations
 
@@ -6,26 +6,78 @@ import json
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+from ray.serve.schema import ApplicationDetails
 
 import app_v5 as app
 
 CPU_NODE = app.Node("node", {"CPU": 4.0}, {"CPU": 4.0})
+HTTP = "http://localhost:8000"
 
 
-def spec(name: str, **config: Any) -> app.ApplicationSpec:
-    return app.ApplicationSpec(0, name, f"/{name}", {"name": name, "import_path": "m:a", **config})
+def spec(name: str, *models: app.ModelSpec) -> app.ApplicationSpec:
+    config = {"name": name, "import_path": "m:a"}
+    return app.ApplicationSpec(0, name, f"/{name}", config, models)
+
+
+def create(name: str, *models: app.ModelSpec) -> app.Action:
+    return app.Action(spec(name, *models), app.Change.CREATE, "1")
 
 
 def demand(name: str, cpus: float = 1.0) -> app.Demand:
-    return app.Demand(name, "D", ({"CPU": cpus},), "PACK", 1, 1)
+    return app.Demand(name, "D", ({"CPU": cpus},))
 
 
-def state(name: str, status: str, message: str = "") -> app.ApplicationState:
-    return app.ApplicationState(name, status, message)
+def state(name: str, status: str, message: str = "", *deployments: app.Config) -> Any:
+    """An application as Serve tells of it."""
+    return ApplicationDetails.model_validate(
+        {
+            "name": name,
+            "route_prefix": f"/{name}",
+            "docs_path": None,
+            "status": status,
+            "message": message,
+            "last_deployed_time_s": 0,
+            "source": "imperative",
+            "external_scaler_enabled": False,
+            "deployments": {row["name"]: row for row in deployments},
+        }
+    )
+
+
+def deployment(
+    name: str, status: str, *replicas: app.Config, message: str = "", **keys: Any
+) -> app.Config:
+    return {
+        "name": name,
+        "status": status,
+        "status_trigger": "UNSPECIFIED",
+        "message": message,
+        "deployment_config": {"name": name},
+        "target_num_replicas": max(1, len(replicas)),
+        "required_resources": {"CPU": 1},
+        "replicas": list(replicas),
+        **keys,
+    }
+
+
+def replica(name: str, status: str = "RUNNING", **keys: Any) -> app.Config:
+    """One on the node "n", unless it has none yet."""
+    return {
+        "replica_id": name,
+        "state": status,
+        "node_id": "n",
+        "actor_id": f"actor-{name}",
+        "start_time_s": 1.0,
+        **keys,
+    }
+
+
+FAILING = deployment("D", "DEPLOY_FAILED", replica("r", "STARTING"))
 
 
 class ScriptedCluster:
@@ -35,46 +87,59 @@ class ScriptedCluster:
     Under "NAME #2" stand those after its second submission, where they are others.
     """
 
-    def __init__(
-        self, script: Mapping[str, Sequence[app.ApplicationState | None]] | None = None
-    ) -> None:
+    def __init__(self, script: Mapping[str, Sequence[Any]] | None = None) -> None:
         self.script = script or {}
         self.lock = threading.Lock()
         self.submitted: list[str] = []
         self.deleted: list[str] = []
-        self.rolled_back: list[str] = []
-        self.held: dict[str, tuple[app.Reservation, ...]] = {}
-        self.answers: dict[str, app.Response] = {}
-        self.log = ""
+        self.done: list[str] = []
         self.polls: dict[str, int] = {}
         self.building = self.most_building = 0
         self.gates: dict[str, threading.Event] = {}
+        self.hanging: dict[str, threading.Event] = {}  # calls of Ray that do not come back
         self.errors: dict[str, Exception] = {}
-        self.is_alive = True
         self.demands: dict[str, tuple[app.Demand, ...]] = {}
+        self.holds: list[tuple[str, str, app.Resources]] = []
+        self.held: dict[str, list[app.Reservation]] = {}
+        self.answers: dict[str, app.Response | Exception] = {}
+        self.log: str | Exception = ""
+        self.is_alive = True
+
+    def alive(self) -> bool:
+        return self.is_alive
 
     def build(
-        self, application: app.ApplicationSpec, patience: app.Patience
+        self, application: app.ApplicationSpec, check: Callable[[], None]
     ) -> tuple[app.Demand, ...]:
         with self.lock:
             self.building += 1
             self.most_building = max(self.most_building, self.building)
-        gate = self.gates.get(application.name)
-        while gate and not gate.wait(0.01):
-            patience.check()
-        with self.lock:
-            self.building -= 1
+        try:
+            gate = self.gates.get(application.name)
+            while gate and not gate.wait(0.01):
+                check()
+        finally:
+            with self.lock:
+                self.building -= 1
         if application.name in self.errors:
             raise self.errors[application.name]
         return self.demands.get(application.name, (demand(application.name),))
 
-    def submit(
-        self, action: app.Action, demands: Sequence[app.Demand], patience: app.Patience
-    ) -> None:
+    def submit(self, action: app.Action) -> None:
+        if action.name in self.hanging:
+            self.hanging[action.name].wait(20)
         with self.lock:
-            self.submitted.append(action.application.name)
+            self.submitted.append(action.name)
+            self.done.append(f"submit {action.name} {action.version}")
 
-    def states(self, timeout_s: float = 0) -> dict[str, app.ApplicationState]:
+    def delete(self, name: str) -> None:
+        self.deleted.append(name)
+        self.done.append(f"delete {name}")
+
+    def nodes(self, giving_way: Collection[str]) -> list[app.Node]:
+        return [CPU_NODE]
+
+    def states(self, timeout_s: float) -> dict[str, Any]:
         with self.lock:
             found = {}
             for name in self.submitted:
@@ -82,115 +147,138 @@ class ScriptedCluster:
                 states = self.script.get(key, self.script.get(name, [state(name, "RUNNING")]))
                 index = min(self.polls.get(key, 0), len(states) - 1)
                 self.polls[key] = index + 1
-                now = states[index]
-                if now is not None:
-                    found[name] = now
+                if states[index] is not None:
+                    found[name] = states[index]
             return found
 
-    def nodes(self, moving: Collection[str] = ()) -> tuple[tuple[app.Node, ...], app.Holders]:
-        return (CPU_NODE,), {}
+    def holdings(self) -> list[tuple[str, str, app.Resources]]:
+        return [self.holds.pop()] if self.holds else []
 
-    def failure_logs(self, state: app.ApplicationState) -> list[str]:
-        return []
-
-    def starting_log(self, state: app.ApplicationState) -> str:
-        return self.log
-
-    def delete(self, name: str) -> None:
-        self.deleted.append(name)
-
-    def roll_back(self, name: str) -> None:
-        self.rolled_back.append(name)
-
-    def held_by(self, name: str) -> str:
-        return ""
+    def reservations(self, details: ApplicationDetails) -> list[app.Reservation]:
+        return self.held.get(details.name, [])
 
     def endpoint(self) -> str:
-        return "http://localhost:8000"
-
-    def reservations(self, state: app.ApplicationState) -> tuple[app.Reservation, ...]:
-        return self.held.get(state.name, ())
-
-    def fetch(self, url: str, body: app.Config | None, timeout_s: float) -> app.Response:
-        if url.endswith("/-/routes"):
-            return app.Response(200, json.dumps({f"/{n}": n for n in self.submitted}), 0, 0)
-        return self.answers.get(url, app.Response(200, "{}", 0.1, 0.2))
+        return HTTP
 
     def replica_log(self, actor_id: str) -> str:
+        if isinstance(self.log, Exception):
+            raise self.log
         return self.log
 
-    def alive(self) -> bool:
-        return self.is_alive
+    def last_words(self, actor_id: str) -> str:
+        return self.replica_log(actor_id)
+
+    def fetch(self, url: str, body: app.Config | None, timeout_s: float) -> app.Response:
+        """Stands for `app.fetch`."""
+        routes = app.Response(200, json.dumps({f"/{n}": n for n in self.submitted}), 0, 0)
+        default = routes if url.endswith("/-/routes") else app.Response(200, "{}", 0.1, 0.2)
+        answer = self.answers.get(url.removeprefix(HTTP), default)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "POLL_INTERVAL_S", 0.01)
     monkeypatch.setattr(app, "HEARTBEAT_INTERVAL_S", 0.01)
-    monkeypatch.setattr(app, "LOG_INTERVAL_S", 0.01)
+    monkeypatch.setattr(app, "STOP_GRACE_S", 0.1)
+    monkeypatch.setattr(app, "PROXY_TIMEOUT_S", 0.05)
 
 
-def run(
+def deploy(
     cluster: ScriptedCluster,
-    *names: str,
-    show: Callable[[list[app.Progress]], None] = lambda progress: None,
-    board: app.Board | None = None,
+    *actions: app.Action | str,
+    workers: int = 3,
+    show: Callable[[app.Run], None] = lambda run: None,
     **options: Any,
-) -> list[app.Outcome]:
-    return app.deploy(
-        [app.Action(spec(name), app.Change.CREATE, "1") for name in names],
-        cluster,
-        board or app.Board(),
-        app.Options("config.yaml", **options),
-        show,
-    )
+) -> app.Run:
+    """Carry out actions; a name is that of a new application. `show` sees every change."""
+    run = app.Run(app.Options("config.yaml", **options), cluster)
+    wanted = [create(action) if isinstance(action, str) else action for action in actions]
+    with patch.object(app, "fetch", cluster.fetch):
+        app.deploy(wanted, run, workers, lambda actions: show(run))
+    return run
 
 
-def results(outcomes: Sequence[app.Outcome]) -> dict[str, str]:
-    return {outcome.application.name: outcome.result.value for outcome in outcomes}
+def results(run: app.Run) -> dict[str, str]:
+    return {action.name: action.result.value for action in run.actions if action.result}
 
 
-def test_applications_deploy_at_once_and_outcomes_keep_the_order_of_the_file() -> None:
+def code(run: app.Run) -> int:
+    return app.exit_code(run.actions, run.stop_code)
+
+
+def causes(run: app.Run) -> list[str]:
+    return [action.cause.text for action in run.actions if action.cause]
+
+
+# -- who deploys when ----------------------------------------------------------------------------
+
+
+def test_applications_deploy_at_once_and_stay_in_the_order_of_the_file() -> None:
     cluster = ScriptedCluster()
     cluster.gates = {name: threading.Event() for name in "abc"}
 
-    def open_gates_when_all_build(progress: list[app.Progress]) -> None:
+    def open_gates_when_all_build(run: app.Run) -> None:
         if cluster.building == 3:
-            for gate in cluster.gates.values():
-                gate.set()
+            for name in "cba":
+                cluster.gates[name].set()
 
-    outcomes = run(cluster, "a", "b", "c", show=open_gates_when_all_build, max_workers=3)
+    run = deploy(cluster, "a", "b", "c", show=open_gates_when_all_build)
     assert cluster.most_building == 3
-    assert list(results(outcomes).items()) == [(name, "RUNNING") for name in "abc"]
+    assert list(results(run).items()) == [(name, "RUNNING") for name in "abc"]
+    assert code(run) == 0
 
 
 def test_one_worker_starts_the_next_when_the_one_before_has_settled() -> None:
     deploying = state("a", "DEPLOYING")
     cluster = ScriptedCluster({"a": [deploying, deploying, state("a", "RUNNING")]})
-    seen: list[tuple[str, ...]] = []
-    run(
+    seen: list[list[tuple[str, str]]] = []
+    deploy(
         cluster,
         "a",
         "b",
-        max_workers=1,
-        show=lambda progress: seen.append(tuple(item.words for item in progress)),
+        workers=1,
+        show=lambda run: seen.append([(item.words, item.detail) for item in run.actions]),
     )
     assert cluster.most_building == 1
-    assert all(b == "queued" for a, b in seen if a != "RUNNING")
+    assert {b for a, b in seen if a[0] != "RUNNING"} == {("queued", "behind a")}
 
 
 @pytest.mark.parametrize(
     ("applications", "cores", "wanted", "expected"),
     [
-        pytest.param(10, 4, None, 4, id="as many as cores"),
-        pytest.param(10, 1, None, 2, id="at least two"),
-        pytest.param(1, 8, None, 1, id="no more than applications"),
+        pytest.param(10, 4, 0, 4, id="as many as cores"),
+        pytest.param(10, 1, 0, 2, id="at least two"),
+        pytest.param(1, 8, 0, 1, id="no more than applications"),
         pytest.param(3, 8, 1, 1, id="as wanted"),
-        pytest.param(0, 8, None, 1, id="none at all"),
+        pytest.param(0, 8, 0, 1, id="none at all"),
     ],
 )
-def test_how_many_workers(applications: int, cores: int, wanted: int | None, expected: int) -> None:
+def test_how_many_workers(applications: int, cores: int, wanted: int, expected: int) -> None:
     assert app.worker_count(applications, cores, wanted) == expected
+
+
+def test_deletions_come_first_and_wait_until_nothing_is_held() -> None:
+    cluster = ScriptedCluster({"old": [state("old", "RUNNING"), state("old", "DELETING"), None]})
+    cluster.submitted.append("old")
+    cluster.holds = [("n", "old/D", {"CPU": 1.0}), ("n", "other/D", {"CPU": 9.0})]
+    old = app.deletion(spec("old"), app.Running(state("old", "RUNNING")), "--prune")
+    absent = app.deletion(spec("absent"), None, "--prune")
+    seen: set[str] = set()
+
+    def note(run: app.Run) -> None:
+        seen.update(action.detail for action in run.actions)
+
+    run = deploy(cluster, create("new"), old, absent, show=note)
+    assert results(run) == {"new": "RUNNING", "old": "DELETED", "absent": "DELETED"}
+    assert cluster.done == ["delete old", "submit new 1"]
+    assert not cluster.holds
+    assert "it still holds 1.0 CPUs" in seen
+
+
+# -- what fails alone ----------------------------------------------------------------------------
 
 
 def test_one_that_fails_to_build_or_to_start_leaves_the_others_running() -> None:
@@ -198,300 +286,451 @@ def test_one_that_fails_to_build_or_to_start_leaves_the_others_running() -> None
         {"b": [state("b", "DEPLOYING"), state("b", "DEPLOY_FAILED", "oh no")]}
     )
     cluster.errors["a"] = app.ApplicationError("ModuleNotFoundError: No module named 'x'")
-    outcomes = run(cluster, "a", "b", "c")
-    assert results(outcomes) == {"a": "FAILED", "b": "FAILED", "c": "RUNNING"}
-    causes = [outcome.cause.text for outcome in outcomes if outcome.cause]
-    assert causes == ["ModuleNotFoundError: No module named 'x'", "oh no"]
-    assert app.exit_code(outcomes, 0) == 1
+    run = deploy(cluster, "a", "b", "c")
+    assert results(run) == {"a": "FAILED", "b": "FAILED", "c": "RUNNING"}
+    assert causes(run) == ["ModuleNotFoundError: No module named 'x'", "oh no"]
+    assert code(run) == 1
 
 
 def test_a_defect_met_with_one_application_is_its_failure_alone() -> None:
     cluster = ScriptedCluster()
     cluster.errors["a"] = KeyError("unforeseen")
-    outcomes = run(cluster, "a", "b")
-    assert results(outcomes) == {"a": "FAILED", "b": "RUNNING"}
-    assert "Traceback" in outcomes[0].detail
+    run = deploy(cluster, "a", "b")
+    assert results(run) == {"a": "FAILED", "b": "RUNNING"}
+    assert "Traceback" in run.actions[0].trace
+    assert code(run) == 1
 
 
-def test_time_runs_out_for_one_and_the_others_are_not_held_up() -> None:
-    cluster = ScriptedCluster({"a": [state("a", "DEPLOYING")]})
-    outcomes = run(cluster, "a", "b", timeout_s=0.3)
-    assert results(outcomes) == {"a": "STILL DEPLOYING", "b": "RUNNING"}
-    assert app.exit_code(outcomes, 0) == 4
-
-
-def test_a_builder_that_hangs_runs_out_of_time_too() -> None:
+@pytest.mark.parametrize("error", [app.ApplicationError("oh no"), KeyError("unforeseen")])
+def test_what_can_not_be_built_fails_the_plan_alone(error: Exception) -> None:
     cluster = ScriptedCluster()
-    cluster.gates["a"] = threading.Event()
-    outcomes = run(cluster, "a", "b", timeout_s=0.3)
-    assert results(outcomes) == {"a": "STILL DEPLOYING", "b": "RUNNING"}
-    assert not outcomes[0].submitted
+    cluster.errors["a"] = error
+    run = app.Run(app.Options("config.yaml", timeout=0.3), cluster)
+    run.actions = [create("a"), create("b"), create("hangs")]
+    cluster.gates["hangs"] = threading.Event()
+    app.in_workers(run.actions, partial(app.build_only, run=run), run, 3, lambda actions: None)
+    assert results(run) == {"a": "FAILED", "hangs": "FAILED"}
+    assert run.actions[1].demands == (demand("b"),)
+    assert "the builder did not return in time" in causes(run)[-1]
+    assert code(run) == 1
 
 
-def test_a_stop_ends_every_wait_and_says_what_was_submitted() -> None:
-    cluster = ScriptedCluster({"a": [state("a", "DEPLOYING")]})
-    board = app.Board()
-
-    def stop_when_submitted(progress: list[app.Progress]) -> None:
-        if cluster.submitted:
-            board.stop(130, "SIGINT")
-
-    started = time.monotonic()
-    outcomes = run(cluster, "a", "b", max_workers=1, show=stop_when_submitted, board=board)
-    assert time.monotonic() - started < 5
-    assert results(outcomes) == {"a": "INTERRUPTED", "b": "INTERRUPTED"}
-    assert [outcome.submitted for outcome in outcomes] == [True, False]
-    assert app.exit_code(outcomes, board.stop_code) == 130
+def test_a_failure_that_can_not_be_undone_is_still_that_failure() -> None:
+    cluster = ScriptedCluster({"a": [state("a", "DEPLOY_FAILED", "oh no")]})
+    with patch.object(cluster, "delete", side_effect=OSError("the controller has died")):
+        run = deploy(cluster, "a", "b", on_failure="delete")
+    assert results(run) == {"a": "FAILED", "b": "RUNNING"}
+    assert (causes(run), run.actions[0].deleted) == (["oh no"], False)
 
 
-def test_a_head_node_that_is_gone_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "LOST_AFTER_S", 0.2)
-    cluster = ScriptedCluster({"a": [state("a", "DEPLOYING")]})
-    cluster.is_alive = False
-    board = app.Board()
-    outcomes = run(cluster, "a", board=board)
-    assert results(outcomes) == {"a": "UNKNOWN"}
-    assert app.exit_code(outcomes, board.stop_code) == 3
-    assert "head node" in board.stop_reason
+def test_a_log_that_can_not_be_read_is_no_failure_and_is_said() -> None:
+    message = "The deployment failed to start 3 times in a row.\nValueError: too long"
+    cluster = ScriptedCluster({"a": [state("a", "DEPLOY_FAILED", message, FAILING)]})
+    cluster.log = app.Unreachable("the dashboard does not answer")
+    run = deploy(cluster, "a")
+    assert (results(run), causes(run)) == ({"a": "FAILED"}, ["ValueError: too long"])
+    report = app.Report(run.actions, 1, HTTP, "", 1.0)
+    assert "   No log: the dashboard does not answer" in app.format_summary(report)
 
 
-def test_a_controller_that_is_silent_for_a_while_is_waited_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    cluster = ScriptedCluster()
-    answers = iter([app.ClusterError("restarting"), app.ClusterError("restarting")])
-    real = cluster.states
-
-    def states(timeout_s: float) -> dict[str, app.ApplicationState]:
-        for error in answers:
-            raise error
-        return real(timeout_s)
-
-    monkeypatch.setattr(cluster, "states", states)
-    assert results(run(cluster, "a")) == {"a": "RUNNING"}
-
-
-def test_a_watcher_with_a_defect_does_not_leave_everybody_waiting(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    cluster = ScriptedCluster()
-
-    def states(timeout_s: float) -> dict[str, app.ApplicationState]:
-        raise KeyError("node_ip")
-
-    monkeypatch.setattr(cluster, "states", states)
-    board = app.Board()
-    assert results(run(cluster, "a", board=board)) == {"a": "UNKNOWN"}
-    assert "KeyError: 'node_ip'" in board.stop_reason
+def test_the_log_of_what_failed_tells_more_than_serve() -> None:
+    cluster = ScriptedCluster({"a": [state("a", "DEPLOY_FAILED", "see the logs", FAILING)]})
+    cluster.log = "Traceback (most recent call last):\n  File ...\nValueError: torn weights\n"
+    assert causes(deploy(cluster, "a")) == ["ValueError: torn weights"]
 
 
 def test_an_application_deleted_by_somebody_else_is_not_waited_for() -> None:
-    cluster = ScriptedCluster({"a": [state("a", "DEPLOYING"), None]})
-    (outcome,) = run(cluster, "a")
-    assert outcome.result is app.Result.FAILED
-    assert outcome.cause is not None
-    assert "deleted" in outcome.cause.text
+    for after in (None, state("a", "DELETING")):
+        run = deploy(ScriptedCluster({"a": [state("a", "DEPLOYING"), after]}), "a")
+        assert results(run) == {"a": "FAILED"}
+        assert causes(run) == ["the application was deleted while it was being deployed"]
 
 
 def test_unhealthy_for_a_moment_is_not_a_failure_and_for_long_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     blip = [state("a", "UNHEALTHY"), state("a", "RUNNING")]
-    assert results(run(ScriptedCluster({"a": blip}), "a")) == {"a": "RUNNING"}
+    assert results(deploy(ScriptedCluster({"a": blip}), "a")) == {"a": "RUNNING"}
     monkeypatch.setattr(app, "UNHEALTHY_GRACE_S", 0.1)
-    stays = ScriptedCluster({"a": [state("a", "UNHEALTHY", "check_health raised")]})
-    assert results(run(stays, "a")) == {"a": "FAILED"}
+    stays = deploy(ScriptedCluster({"a": [state("a", "UNHEALTHY", "check_health raised")]}), "a")
+    assert (results(stays), causes(stays)) == ({"a": "FAILED"}, ["check_health raised"])
 
 
-def test_what_can_never_fit_fails_before_it_is_submitted_and_what_waits_is_deployed() -> None:
+# -- what ends a wait ----------------------------------------------------------------------------
+
+
+def test_time_runs_out_for_one_and_the_others_are_not_held_up() -> None:
+    cluster = ScriptedCluster({"a": [state("a", "DEPLOYING", "", FAILING)]})
+    run = deploy(cluster, "a", "b", timeout=0.3)
+    assert results(run) == {"a": "STILL DEPLOYING", "b": "RUNNING"}
+    assert code(run) == 4
+    lines = app.format_summary(app.Report(run.actions, 4, HTTP, "", 1.0))
+    assert "   Last state: starting replicas 0/1" in lines
+    assert "   The cluster goes on deploying it" in lines
+
+
+def test_a_builder_that_hangs_runs_out_of_time_and_nothing_was_submitted() -> None:
     cluster = ScriptedCluster()
-    cluster.demands = {
-        "never": (demand("never", 5),),
-        "first": (demand("first", 3),),
-        "waits": (demand("waits", 2),),
-    }
-    outcomes = run(cluster, "first", "never", "waits", max_workers=1)
-    assert results(outcomes) == {"first": "RUNNING", "never": "FAILED", "waits": "RUNNING"}
-    assert cluster.submitted == ["first", "waits"]
-    assert outcomes[1].cause is not None
-    assert "no node has 5 CPU: the largest has 4" in outcomes[1].cause.text
+    cluster.gates["a"] = threading.Event()
+    run = deploy(cluster, "a", "b", timeout=0.3)
+    assert results(run) == {"a": "STILL DEPLOYING", "b": "RUNNING"}
+    assert causes(run) == ["the builder did not return in time: nothing was submitted"]
+    assert (code(run), cluster.submitted) == (4, ["b"])
 
 
-def test_a_cluster_that_grows_gets_what_no_node_can_hold_yet() -> None:
+def test_a_stop_ends_every_wait_and_says_what_was_submitted() -> None:
+    cluster = ScriptedCluster({"sent": [state("sent", "DEPLOYING")]})
+    cluster.hanging["perhaps"] = threading.Event()
+
+    def stop_once_submitted(run: app.Run) -> None:
+        if [action.sent for action in run.actions] == ["yes", "perhaps", ""]:
+            run.stop(130, "SIGINT")
+            run.stop(3, "the cluster was lost meanwhile")
+
+    started = time.monotonic()
+    run = deploy(cluster, "sent", "perhaps", "queued", workers=2, show=stop_once_submitted)
+    assert time.monotonic() - started < 5
+    assert set(results(run).values()) == {"INTERRUPTED"}
+    assert (code(run), run.stop_reason) == (130, "SIGINT")
+    report = app.Report(run.actions, 130, HTTP, "", 1.0)
+    said = [app.format_unfinished(action, report)[1] for action in run.actions]
+    assert said == [
+        "   It was submitted and goes on deploying; this program no longer watches it",
+        "   It was being handed over: whether Serve has it is not known",
+        "   It was not submitted",
+    ]
+    cluster.hanging["perhaps"].set()
+
+
+def test_a_head_node_that_is_gone_ends_the_run_even_where_a_call_hangs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(app, "CLUSTER_LOST_AFTER_S", 0.2)
+    cluster = ScriptedCluster({"a": [state("a", "DEPLOYING")]})
+    cluster.hanging["b"] = threading.Event()
+    cluster.is_alive = False
+    started = time.monotonic()
+    run = deploy(cluster, "a", "b", "queued", workers=2)
+    assert 0.2 < time.monotonic() - started < 5
+    assert results(run) == {"a": "UNKNOWN", "b": "UNKNOWN", "queued": "INTERRUPTED"}
+    assert (code(run), run.stop_reason) == (3, "the head node has not answered for 0 s")
+    cluster.hanging["b"].set()
+
+
+def test_a_head_node_that_answers_again_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "CLUSTER_LOST_AFTER_S", 0.5)
+    cluster = ScriptedCluster({"a": [state("a", "DEPLOYING")] * 20 + [state("a", "RUNNING")]})
+    answers = iter([False, False, False])
+    with patch.object(cluster, "alive", lambda: next(answers, True)):
+        assert results(deploy(cluster, "a")) == {"a": "RUNNING"}
+
+
+def silent(times: float) -> Callable[[float], dict[str, Any]]:
+    """A controller that does not answer the first polls."""
+    left = [times]
+
+    def states(timeout_s: float) -> dict[str, Any]:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise app.ClusterError("the Serve controller does not answer")
+        return {"a": state("a", "RUNNING")}
+
+    return states
+
+
+def test_a_controller_is_waited_for_and_one_that_never_comes_back_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     cluster = ScriptedCluster()
-    cluster.demands = {"big": (demand("big", 5),)}
-    assert results(run(cluster, "big", allow_pending=True)) == {"big": "RUNNING"}
+    with patch.object(cluster, "states", silent(5)):
+        assert results(deploy(cluster, "a")) == {"a": "RUNNING"}
+    monkeypatch.setattr(app, "CONTROLLER_LOST_AFTER_S", 0.2)
+    with patch.object(cluster, "states", silent(10**9)):
+        run = deploy(cluster, "a")
+    assert (results(run), code(run)) == ({"a": "UNKNOWN"}, 3)
+    assert run.stop_reason == "Serve's controller has not answered for 0 s"
+
+
+def test_a_watcher_with_a_defect_does_not_leave_everybody_waiting() -> None:
+    cluster = ScriptedCluster()
+    with patch.object(cluster, "states", side_effect=KeyError("node_ip")):
+        run = deploy(cluster, "a")
+    assert (results(run), code(run)) == ({"a": "UNKNOWN"}, 3)
+    assert "KeyError('node_ip')" in run.stop_reason
 
 
 @pytest.mark.parametrize(
     ("found", "stop", "code"),
     [
         pytest.param([], 0, 0, id="nothing to do"),
-        pytest.param(["RUNNING"], 0, 0, id="all run"),
+        pytest.param(["RUNNING", "DELETED"], 0, 0, id="all is well"),
         pytest.param(["RUNNING", "STILL DEPLOYING"], 0, 4, id="time ran out"),
         pytest.param(["STILL DEPLOYING", "FAILED"], 0, 1, id="a failure before a timeout"),
         pytest.param(["FAILED", "UNKNOWN"], 0, 3, id="a lost cluster before a failure"),
         pytest.param(["FAILED", "UNKNOWN"], 143, 143, id="a signal before all"),
+        pytest.param(["INTERRUPTED"], 129, 129, id="SIGHUP"),
     ],
 )
 def test_exit_codes_when_mixed(found: list[str], stop: int, code: int) -> None:
-    action = app.Action(spec("a"), app.Change.CREATE, "1")
-    outcomes = [app.Outcome(action, app.Result(word), 0.0) for word in found]
-    assert app.exit_code(outcomes, stop) == code
+    actions = [create("a") for _ in found]
+    for action, word in zip(actions, found, strict=True):
+        action.result = app.Result(word)
+    assert app.exit_code(actions, stop) == code
 
 
-def test_what_failed_or_ran_out_of_time_is_deleted_only_when_asked_and_new() -> None:
-    script = {"a": [state("a", "DEPLOY_FAILED", "oh no")], "b": [state("b", "DEPLOYING")]}
-    kept = ScriptedCluster(script)
-    run(kept, "a", "b", "c", timeout_s=0.3)
-    assert kept.deleted == []
-    cleaned = ScriptedCluster(script)
-    outcomes = run(cleaned, "a", "b", "c", timeout_s=0.3, on_failure="delete")
-    assert sorted(cleaned.deleted) == ["a", "b"]
-    assert [outcome.deleted for outcome in outcomes] == [True, True, False]
-    ran_before = ScriptedCluster(script)
-    action = app.Action(spec("a"), app.Change.RESTART, "1")
-    options = app.Options("config.yaml", on_failure="delete")
-    app.deploy([action], ran_before, app.Board(), options, lambda progress: None)
-    assert ran_before.deleted == []
+# -- what fits -----------------------------------------------------------------------------------
 
 
-def replica(node: str, status: str = "STARTING") -> app.ReplicaState:
-    return app.ReplicaState("r", status, node, 1)
+def test_what_can_never_fit_fails_before_it_is_submitted_and_what_waits_is_deployed() -> None:
+    unplaced = deployment("D", "UPDATING", replica("r", "STARTING", node_id=None))
+    waits = [state("waits", "DEPLOYING", "", unplaced)] * 5
+    cluster = ScriptedCluster({"waits": [*waits, state("waits", "RUNNING")]})
+    cluster.demands = {
+        "first": (demand("first", 3),),
+        "never": (demand("never", 5),),
+        "waits": (demand("waits", 2),),
+    }
+    seen: set[tuple[str, str]] = set()
+
+    def note(run: app.Run) -> None:
+        seen.update((action.words, action.detail) for action in run.actions)
+
+    run = deploy(cluster, "first", "never", "waits", workers=1, show=note)
+    assert results(run) == {"first": "RUNNING", "never": "FAILED", "waits": "RUNNING"}
+    assert cluster.submitted == ["first", "waits"]
+    assert causes(run) == [
+        "never/D: predicted: can never fit; needs 5 CPU; no node has 5 CPU: the largest has 4 "
+        "(node node)"
+    ]
+    waiting = (
+        "waits/D: predicted: does not fit now; needs 2 CPU; the most that one node has free is 1 "
+        "(node node, held by first/D 3)"
+    )
+    assert ("waiting for resources", waiting) in seen
 
 
-def deploying(message: str = "", *replicas: app.ReplicaState) -> app.ApplicationState:
-    deployment = app.DeploymentState("D", "UPDATING", message, 2, replicas)
-    return app.ApplicationState("a", "DEPLOYING", "", "/a", "imperative", (deployment,))
+def test_a_cluster_that_grows_gets_what_no_node_can_hold_yet() -> None:
+    cluster = ScriptedCluster()
+    cluster.demands = {"big": (demand("big", 5),)}
+    assert results(deploy(cluster, "big", allow_pending=True)) == {"big": "RUNNING"}
+    assert cluster.submitted == ["big"]
+
+
+def test_a_builders_name_that_ray_can_not_bear_is_not_submitted() -> None:
+    cluster = ScriptedCluster()
+    cluster.demands = {"a": (app.Demand("a", "Modèle", ({"CPU": 1.0},)),)}
+    run = deploy(cluster, "a")
+    assert (results(run), cluster.submitted) == ({"a": "FAILED"}, [])
+    assert "Ray can't bear the name 'Modèle'" in causes(run)[0]
+
+
+def test_an_engines_phase_is_read_in_its_log() -> None:
+    cluster = ScriptedCluster({"a": [state("a", "DEPLOYING", "", FAILING)] * 20})
+    cluster.log = "INFO [gpu_model_runner.py:1] Starting to load model /m..."
+    seen: set[tuple[str, str]] = set()
+
+    def note(run: app.Run) -> None:
+        seen.update((action.words, action.detail) for action in run.actions)
+
+    deploy(cluster, "a", timeout=0.5, show=note)
+    assert ("starting replicas 0/1", "loading weights") in seen
+
+
+STARTING = replica("r", "STARTING")
 
 
 @pytest.mark.parametrize(
-    ("state", "waits_for", "phase", "expected"),
+    ("row", "waits_for", "expected"),
     [
         pytest.param(
-            deploying("", replica("n", "RUNNING"), replica("n")),
+            deployment("D", "UPDATING", replica("q"), STARTING),
             "",
-            "loading weights",
             ("starting replicas 1/2", "loading weights"),
             id="an engine's phase",
         ),
         pytest.param(
-            deploying("", replica("")),
+            deployment("D", "UPDATING", {**STARTING, "node_id": None}),
             "needs 0.45 GPU; held by x",
-            "",
             ("waiting for resources", "needs 0.45 GPU; held by x"),
             id="what the plan says that it waits for",
         ),
         pytest.param(
-            deploying("", replica("n")),
+            deployment("D", "UPDATING", STARTING),
             "needs 0.45 GPU; held by x",
-            "",
-            ("starting replicas 0/2", ""),
+            ("starting replicas 0/1", "loading weights"),
             id="placed after all",
         ),
         pytest.param(
-            deploying(
-                "A replica failed to start with exception. Retrying. Error:\n"
+            deployment(
+                "D",
+                "UPDATING",
+                STARTING,
+                message="A replica failed to start with exception. Retrying. Error:\n"
                 "Traceback (most recent call last):\nZeroDivisionError: no",
-                replica("n"),
             ),
             "",
-            "",
-            ("starting replicas 0/2", "a replica failed: ZeroDivisionError: no"),
+            ("starting replicas 0/1", "a replica failed: ZeroDivisionError: no"),
             id="the cause from the first attempt on",
         ),
     ],
 )
 def test_what_a_deploying_application_does_in_words(
-    state: app.ApplicationState, waits_for: str, phase: str, expected: tuple[str, str]
+    row: app.Config, waits_for: str, expected: tuple[str, str]
 ) -> None:
-    assert app.describe_state(state, waits_for, phase) == expected
+    details = state("a", "DEPLOYING", "", row)
+    assert app.describe_state(details, waits_for, "loading weights") == expected
 
 
-SHARING = (app.ModelSpec("m", "/m", "m", share=0.45, measures_memory=True),)
+# -- what becomes of one that failed -------------------------------------------------------------
+
+
+def test_what_failed_or_ran_out_of_time_is_deleted_only_when_asked_and_new() -> None:
+    script = {"a": [state("a", "DEPLOY_FAILED", "oh no")], "b": [state("b", "DEPLOYING")]}
+    kept = ScriptedCluster(script)
+    deploy(kept, "a", "b", "c", timeout=0.3)
+    assert kept.deleted == []
+    cleaned = ScriptedCluster(script)
+    cleaned.errors["unbuilt"] = app.ApplicationError("oh no")
+    run = deploy(cleaned, "a", "b", "c", "unbuilt", workers=4, timeout=0.3, on_failure="delete")
+    assert sorted(cleaned.deleted) == ["a", "b"]
+    assert [action.deleted for action in run.actions] == [True, True, False, False]
+    ran_before = ScriptedCluster(script)
+    edit = app.Action(spec("a"), app.Change.RESTART, "1", before=app.Running(state("a", "RUNNING")))
+    assert results(deploy(ran_before, edit, on_failure="delete")) == {"a": "FAILED"}
+    assert ran_before.deleted == []
+
+
+SHARING = app.ModelSpec("m", "/m", "m", measures_memory=True)
 DISTURBED = "AssertionError: Error in memory profiling. Initial free memory 1 GiB"
-
-
-def sharing(name: str) -> app.Action:
-    """The deployment of an application whose engine shares a GPU."""
-    return app.Action(replace(spec(name), models=SHARING), app.Change.CREATE, "1")
+MUTE = {"no_smoke_test": True, "on_failure": "delete"}
 
 
 def test_an_engine_that_was_disturbed_is_tried_again_alone() -> None:
     failed, running = state("a", "DEPLOY_FAILED", DISTURBED), state("a", "RUNNING")
     cluster = ScriptedCluster({"a": [failed], "a #2": [running]})
-    outcomes = app.deploy(
-        [sharing("a"), sharing("b")],
-        cluster,
-        app.Board(),
-        app.Options("c", on_failure="delete", smoke_test=False),
-        lambda progress: None,
-    )
-    assert results(outcomes) == {"a": "RUNNING", "b": "RUNNING"}
-    assert cluster.submitted.count("a") == 2
-    assert (outcomes[0].action.attempt, outcomes[0].action.version) == (2, "1.again")
-    assert cluster.deleted == []
+    slow = [*[state("b", "DEPLOYING")] * 20, state("b", "RUNNING")]
+    cluster.script = {**cluster.script, "b": slow}
+    run = deploy(cluster, create("a", SHARING), create("b", SHARING), **MUTE)
+    assert results(run) == {"a": "RUNNING", "b": "RUNNING"}
+    assert cluster.done[-1] == "submit a 1.2"
+    assert (sorted(cluster.submitted), cluster.deleted) == (["a", "a", "b"], [])
+    lines = app.format_summary(app.Report(run.actions, 0, HTTP, "", 1.0))
+    assert "   Second attempt, alone: other engines on its GPU disturbed the first" in lines
+    assert code(run) == 0
 
 
-def test_it_is_tried_again_once_and_only_when_another_engine_started_with_it() -> None:
-    failed = [state("a", "DEPLOY_FAILED", DISTURBED)]
-    for others, submissions in (([sharing("b")], 2), ([], 1)):
-        cluster = ScriptedCluster({"a": failed})
-        options = app.Options("c", on_failure="delete", smoke_test=False)
-        outcomes = app.deploy(
-            [sharing("a"), *others], cluster, app.Board(), options, lambda progress: None
-        )
-        assert outcomes[0].result is app.Result.FAILED
-        assert cluster.submitted.count("a") == submissions
-        assert cluster.deleted == ["a"]
+@pytest.mark.parametrize(
+    ("others", "message", "submissions"),
+    [
+        pytest.param([create("b", SHARING)], DISTURBED, 2, id="once more"),
+        pytest.param([], DISTURBED, 1, id="alone it was disturbed by somebody else"),
+        pytest.param([create("b")], DISTURBED, 1, id="no other engine started"),
+        pytest.param([create("b", SHARING)], "ValueError: too long", 1, id="another failure"),
+    ],
+)
+def test_it_is_tried_again_once_and_only_when_another_engine_started_with_it(
+    others: list[app.Action], message: str, submissions: int
+) -> None:
+    cluster = ScriptedCluster({"a": [state("a", "DEPLOY_FAILED", message)]})
+    run = deploy(cluster, create("a", SHARING), *others, **MUTE)
+    assert results(run)["a"] == "FAILED"
+    assert cluster.submitted.count("a") == submissions
+    assert cluster.deleted == ["a"]
 
 
-def test_stagger_starts_those_that_share_a_gpu_one_after_the_other() -> None:
-    deploying = [state("x", "DEPLOYING")] * 3
-    names = ("a", "b", "whole")
-    cluster = ScriptedCluster({n: [*deploying, state(n, "RUNNING")] for n in names})
-    seen: list[set[str]] = []
+def test_a_second_attempt_that_runs_out_of_time_is_deleted_as_asked() -> None:
+    failed, stuck = state("a", "DEPLOY_FAILED", DISTURBED), state("a", "DEPLOYING")
+    cluster = ScriptedCluster({"a": [failed], "a #2": [stuck]})
+    run = deploy(cluster, create("a", SHARING), create("b", SHARING), **MUTE, timeout=0.3)
+    assert results(run) == {"a": "STILL DEPLOYING", "b": "RUNNING"}
+    assert cluster.deleted == ["a"]
 
-    def note(progress: list[app.Progress]) -> None:
-        busy = ("submitting", "starting replicas 0/0")
-        seen.append({p.application.name for p in progress if p.words in busy})
 
-    whole = app.Action(spec("whole"), app.Change.CREATE, "1")
-    options = app.Options("c", stagger=True, max_workers=3, smoke_test=False)
-    outcomes = app.deploy([sharing("a"), sharing("b"), whole], cluster, app.Board(), options, note)
-    assert set(results(outcomes).values()) == {"RUNNING"}
-    assert not any({"a", "b"} <= busy for busy in seen)
-    assert any("whole" in busy and busy & {"a", "b"} for busy in seen)
+# -- the proof -----------------------------------------------------------------------------------
 
 
 def test_a_broken_promise_makes_the_exit_code_1_and_leaves_it_running() -> None:
     cluster = ScriptedCluster()
-    cluster.held = {"a": (app.Reservation("D", "r", {"CPU": 2.0}, ("n",)),)}
-    outcomes = run(cluster, "a", "b", smoke_test=False)
-    assert results(outcomes) == {"a": "RUNNING", "b": "RUNNING"}
-    assert outcomes[0].proof
-    assert outcomes[0].proof.mismatches[0].startswith("D: promised 1 CPU, reserved 2")
-    assert app.exit_code(outcomes, 0) == 1
+    cluster.held = {"a": [app.Reservation("D", "r", {"CPU": 2.0}, ("n",))]}
+    run = deploy(cluster, "a", "b", on_failure="delete")
+    assert results(run) == {"a": "RUNNING", "b": "RUNNING"}
+    assert run.actions[0].proof
+    assert run.actions[0].proof.mismatches[0].startswith("D: promised 1 CPU, reserved 2")
+    assert (code(run), cluster.deleted) == (1, [])
 
 
-def test_a_bad_answer_is_undone_as_asked() -> None:
+def test_a_bad_answer_is_a_failure_and_undone_as_asked() -> None:
     cluster = ScriptedCluster()
-    cluster.answers = {"http://localhost:8000/a/health": app.Response(500, "oh no", 0, 0)}
-    outcomes = run(cluster, "a", "b", on_failure="delete")
-    assert results(outcomes) == {"a": "FAILED", "b": "RUNNING"}
-    assert outcomes[0].cause
-    assert outcomes[0].cause.text == "GET http://localhost:8000/a/health: 500 oh no"
+    cluster.answers = {"/a/health": app.Response(500, "oh no", 0, 0)}
+    run = deploy(cluster, "a", "b", on_failure="delete")
+    assert results(run) == {"a": "FAILED", "b": "RUNNING"}
+    assert causes(run) == ["GET http://localhost:8000/a/health: 500 oh no"]
     assert cluster.deleted == ["a"]
 
 
-def test_deletions_come_first_and_wait_until_nothing_is_held() -> None:
-    cluster = ScriptedCluster({"old": [state("old", "RUNNING"), state("old", "DELETING"), None]})
-    cluster.submitted.append("old")
-    before = app.Running(state("old", "RUNNING"))
-    deletion = app.Action(spec("old"), app.Change.DELETE, before=before)
-    create = app.Action(spec("new"), app.Change.CREATE, "1")
-    options = app.Options("c", smoke_test=False)
-    outcomes = app.deploy([deletion, create], cluster, app.Board(), options, lambda progress: None)
-    assert results(outcomes) == {"old": "DELETED", "new": "RUNNING"}
-    assert cluster.deleted == ["old"]
-    assert cluster.submitted == ["old", "new"]
+@pytest.mark.parametrize("path", ["/-/routes", "/a/health"])
+def test_what_could_not_be_reached_has_not_failed_and_is_not_deleted(path: str) -> None:
+    cluster = ScriptedCluster()
+    cluster.answers = {path: app.Unreachable("connection refused")}
+    run = deploy(cluster, "a", on_failure="delete")
+    assert (results(run), code(run), cluster.deleted) == ({"a": "RUNNING"}, 1, [])
+    assert run.actions[0].proof
+    assert run.actions[0].proof.unverified == "connection refused"
+
+
+def test_an_answer_that_the_deadline_cut_short_is_not_held_against_the_application() -> None:
+    """Its replicas came up a moment before its time was over, and it answers in a second."""
+    cluster = ScriptedCluster()
+
+    def fetch(url: str, body: app.Config | None, timeout_s: float) -> app.Response:
+        if url.endswith("/a/health"):
+            time.sleep(timeout_s)
+            raise app.ApplicationError(f"no answer within {timeout_s:.0f} s from {url}")
+        return ScriptedCluster.fetch(cluster, url, body, timeout_s)
+
+    with patch.object(cluster, "fetch", fetch):
+        run = deploy(cluster, "a", timeout=0.5, on_failure="delete")
+    assert (results(run), code(run), cluster.deleted) == ({"a": "RUNNING"}, 1, [])
+    assert run.actions[0].proof
+    assert run.actions[0].proof.unverified == "time ran out"
+
+
+def test_what_runs_unchanged_is_asked_all_the_same() -> None:
+    details, kept = state("a", "RUNNING"), app.Record("1", {}, (demand("a"),))
+    before = app.Running(details, frozenset({"1"}), kept)
+    cluster = ScriptedCluster()
+    cluster.submitted.append("a")
+    cluster.answers = {"/a/health": app.Response(500, "oh no", 0, 0)}
+    run = deploy(cluster, app.Action(spec("a"), app.Change.UNCHANGED, "1", before=before))
+    assert (results(run), cluster.done) == ({"a": "FAILED"}, [])
+
+
+@pytest.mark.parametrize(
+    ("application", "demands", "options", "reason"),
+    [
+        pytest.param(spec("a"), (), {"no_smoke_test": True}, "--no-smoke-test", id="as asked"),
+        pytest.param(
+            app.ApplicationSpec(0, "a", None, {}), (), {}, "it has no HTTP route", id="no route"
+        ),
+        pytest.param(
+            spec("a"),
+            (app.Demand("a", "Asleep", ({"CPU": 1.0},), min_replicas=0, ingress=True),),
+            {},
+            "its ingress has scaled to zero",
+            id="asleep",
+        ),
+    ],
+)
+def test_what_is_not_asked_is_said(
+    application: app.ApplicationSpec,
+    demands: tuple[app.Demand, ...],
+    options: dict[str, Any],
+    reason: str,
+) -> None:
+    asleep = deployment("Asleep", "HEALTHY", target_num_replicas=0)
+    cluster = ScriptedCluster({"a": [state("a", "RUNNING", "", asleep)]})
+    cluster.demands = {"a": demands}
+    run = deploy(cluster, app.Action(application, app.Change.CREATE, "1"), **options)
+    assert run.actions[0].proof
+    assert run.actions[0].proof.notes == (f"not asked over HTTP: {reason}",)
+    assert code(run) == 0

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cluster import RayHead, run_app_v5
+from user import about
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
 
@@ -36,37 +37,27 @@ def application(number: int) -> dict[str, Any]:
     }
 
 
-def test_twelve_are_built_and_deployed_at_once_time_and_again(
-    ray_head: RayHead, tmp_path: Path, http_port: int
+def test_many_are_built_and_deployed_at_once_time_and_again(
+    serve_head: RayHead, tmp_path: Path, http_port: int
 ) -> None:
-    config = tmp_path / "config.yaml"
-    document = {
-        "http_options": {"host": "127.0.0.1", "port": http_port},
-        "applications": [application(number) for number in range(12)],
-    }
-    config.write_text(json.dumps(document))
-    for attempt in range(4):
-        finished = run_app_v5(config, "--max-workers", "12", head=ray_head)
-        assert finished.returncode == 0, (attempt, finished.stdout, finished.stderr)
-        assert "Total applications deployed: 12/12" in finished.stdout
-        assert finished.stdout.count("Resources per replica: 1.0 CPUs, 0.05 GPUs\n") == 12
-        assert finished.stdout.count("its ingress has scaled to zero (--wake asks it)") == 12
-        ray_head.shut_down_serve()
-
-
-def test_a_model_that_has_scaled_to_zero_is_listed_and_not_woken_up(
-    ray_head: RayHead, tmp_path: Path, http_port: int
-) -> None:
-    asleep = application(0)
+    asleep = application(12)
     # Ray's builder would let the ingress scale to zero, too, when all its models do.
     asleep["args"]["ingress_deployment_config"] = {"num_replicas": 1}
     config = tmp_path / "config.yaml"
-    options = {"host": "127.0.0.1", "port": http_port}
-    config.write_text(json.dumps({"http_options": options, "applications": [asleep]}))
-    finished = run_app_v5(config, head=ray_head)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert "✓ GET /v1/models: answered in" in finished.stdout
-    assert "model-0 is scaled to zero: not woken up (--wake asks it)" in finished.stdout
-    deployments = ray_head.serve_details()["applications"]["llm-0"]["deployments"]
-    assert [d["replicas"] for name, d in deployments.items() if name != "OpenAiIngress"] == [[]]
-    ray_head.shut_down_serve()
+    document = {
+        "http_options": {"host": "127.0.0.1", "port": http_port},
+        "applications": [*map(application, range(12)), asleep],
+    }
+    config.write_text(json.dumps(document))
+    for arguments in ([], ["--force"]):
+        finished = run_app_v5(config, *arguments, head=serve_head)
+        assert finished.returncode == 0, (finished.stdout, finished.stderr)
+        assert "Total applications deployed: 13/13" in finished.stdout
+        assert finished.stdout.count("Resources per replica: 1.0 CPUs, 0.05 GPUs\n") == 13
+        assert finished.stdout.count("its ingress has scaled to zero\n") == 12
+        # A model that has scaled to zero is listed, and not woken up.
+        last = about("llm-12", finished.stdout)
+        assert "✓ GET /v1/models: answered in" in last
+        assert "model-12 is scaled to zero: not woken up" in last
+        deployments = serve_head.serve_details()["applications"]["llm-12"]["deployments"]
+        assert [d["replicas"] for name, d in deployments.items() if name != "OpenAiIngress"] == [[]]

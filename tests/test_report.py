@@ -1,147 +1,267 @@
-"""Section 9: outcomes → what people read, line by line."""
+"""Section 11: what was reached → what people and programs read, line by line."""
 
 from __future__ import annotations
 
 import io
+import json
+import os
+import re
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 import app_v5 as app
+from cluster import PYTHON, ROOT
+from test_deploy import deployment, replica, state
 
-MODEL = app.ModelSpec("falcon3-1b-instruct", "tiiuae/Falcon3-1B-Instruct", "falcon3-1b-deployment")
-LLM = app.Demand(
-    "falcon3-app",
-    "LLMServer:falcon3-1b-deployment",
-    ({"CPU": 1.0, "GPU": 0.45},),
-    "PACK",
-    1,
-    3,
-    autoscaling=True,
-)
-INGRESS = app.Demand("falcon3-app", "OpenAiIngress", ({"CPU": 1.0},), "PACK", 1, 1, ingress=True)
-SPEC = app.ApplicationSpec(0, "falcon3-app", "/falcon3-1b", {}, (MODEL,))
-CREATE = app.Action(SPEC, app.Change.CREATE, "1")
-RUNNING = app.Outcome(CREATE, app.Result.RUNNING, 61.0, demands=(LLM, INGRESS), submitted=True)
-DEAD = app.ReplicaState("r", "STOPPED", "10.0.0.1", 7, "abc", 5.0, "/serve/replica_r.log")
-STATE = app.ApplicationState(
-    "falcon3-app",
-    "DEPLOY_FAILED",
-    deployments=(app.DeploymentState("D", "DEPLOY_FAILED", "", 1, (), (DEAD,)),),
-)
-FAILED = app.Outcome(
-    CREATE,
-    app.Result.FAILED,
-    12.4,
-    app.Cause("ValueError: too long", "set max_model_len to 256 or less"),
-    state=STATE,
-    submitted=True,
-)
-DASHBOARD = "http://127.0.0.1:8265"
+HTTP, DASHBOARD = "http://localhost:8000", "http://localhost:8265"
 
 
-def test_a_running_model_reads_as_v5_always_did() -> None:
-    assert app.format_running(RUNNING, "http://localhost:8000") == [
-        "• falcon3-app",
-        "   Model: tiiuae/Falcon3-1B-Instruct",
-        "   Model ID: falcon3-1b-instruct",
-        "   Resources per replica: 1.0 CPUs, 0.45 GPUs",
-        "   Replicas: 1 → 3 (autoscaling)",
-        "   Ingress OpenAiIngress: 1.0 CPUs per replica, replicas 1",
-        "   Base URL: http://localhost:8000/falcon3-1b",
-        "   Endpoints:",
-        "     • POST /falcon3-1b/v1/chat/completions",
-        "     • POST /falcon3-1b/v1/completions",
-        "     • GET  /falcon3-1b/v1/models",
-    ]
+def falcon(name: str, model: str, source: str, most: int) -> app.Action:
+    """One of the two applications of the layout that V5's users know."""
+    route, label = f"/{model.removesuffix('-instruct')}", f"{model}-deployment"
+    share = {"CPU": 1.0, "GPU": 0.45}
+    return app.Action(
+        app.ApplicationSpec(0, name, route, {}, (app.ModelSpec(model, source, label, share),)),
+        app.Change.CREATE,
+        "1",
+        result=app.Result.RUNNING,
+        words="RUNNING",
+        started=0.0,
+        ended=61.0,
+        sent="yes",
+        demands=(
+            app.Demand(name, f"LLMServer:{label}", (share,), max_replicas=most, autoscaling=True),
+            app.Demand(name, "OpenAiIngress", ({"CPU": 1.0},), ingress=True),
+        ),
+    )
+
+
+FALCON3 = ("falcon3-1b-instruct-app", "falcon3-1b-instruct", "tiiuae/Falcon3-1B-Instruct", 3)
+FALCON_H1 = (
+    "falcon-h1-0.5b-instruct-app",
+    "falcon-h1-0.5b-instruct",
+    "tiiuae/falcon-h1-0.5b-instruct",
+    5,
+)
+LAYOUT = f"""\
+{"=" * 80}
+✅ Deployment Summary
+{"=" * 80}
+Total applications deployed: 2/2 in 1 min 15 s
+
+📋 Successfully Deployed Applications:
+{"-" * 80}
+
+• falcon3-1b-instruct-app
+   Model: tiiuae/Falcon3-1B-Instruct
+   Model ID: falcon3-1b-instruct
+   Resources per replica: 1.0 CPUs, 0.45 GPUs
+   Replicas: 1 → 3 (autoscaling)
+   OpenAiIngress (ingress): 1.0 CPUs per replica, replicas 1
+   Base URL: http://localhost:8000/falcon3-1b
+   Endpoints:
+     • POST /falcon3-1b/v1/chat/completions
+     • POST /falcon3-1b/v1/completions
+     • GET  /falcon3-1b/v1/models
+
+• falcon-h1-0.5b-instruct-app
+   Model: tiiuae/falcon-h1-0.5b-instruct
+   Model ID: falcon-h1-0.5b-instruct
+   Resources per replica: 1.0 CPUs, 0.45 GPUs
+   Replicas: 1 → 5 (autoscaling)
+   OpenAiIngress (ingress): 1.0 CPUs per replica, replicas 1
+   Base URL: http://localhost:8000/falcon-h1-0.5b
+   Endpoints:
+     • POST /falcon-h1-0.5b/v1/chat/completions
+     • POST /falcon-h1-0.5b/v1/completions
+     • GET  /falcon-h1-0.5b/v1/models
+
+{"=" * 80}
+🔥 All deployments completed!
+💡 Ray Dashboard: http://localhost:8265
+💡 Check deployment status and resource usage in the dashboard
+{"=" * 80}"""
+"""The layout of V5's own summary, with what there is to say besides: the time it took, and what the
+ingress of each application holds."""
+
+
+def running() -> app.Action:
+    return falcon(*FALCON3)
+
+
+def failed(**keys: Any) -> app.Action:
+    """The same application, which did not come up."""
+    dead = replica("r", "STOPPED", actor_id="abc", log_file_path="/serve/replica_r.log")
+    rows = deployment("D", "DEPLOY_FAILED", recent_dead_replicas=[dead])
+    given = {
+        "result": app.Result.FAILED,
+        "ended": 12.4,
+        "cause": app.Cause("ValueError: too long", "set max_model_len to 256 or less"),
+        "details": state(FALCON3[0], "DEPLOY_FAILED", "", rows),
+        **keys,
+    }
+    return replace(running(), **given)
+
+
+def report(*actions: app.Action, code: int = 0, **keys: Any) -> app.Report:
+    return app.Report(actions, code, keys.pop("base_url", HTTP), DASHBOARD, 75.0, **keys)
+
+
+# -- the summary ---------------------------------------------------------------------------------
+
+
+def test_the_summary_has_the_layout_that_v5_always_had() -> None:
+    both = report(running(), falcon(*FALCON_H1))
+    assert "\n".join(app.format_summary(both)) == LAYOUT
 
 
 def test_a_failure_says_why_what_would_help_and_where_to_look() -> None:
-    assert app.format_unfinished(FAILED, DASHBOARD) == [
-        "• falcon3-app: FAILED after 12 s",
+    lines = app.format_summary(report(running(), failed(), code=1))
+    assert lines[1] == "⚠️  Deployment Summary"
+    assert lines[3] == "Total applications deployed: 1/2 in 1 min 15 s"
+    assert "🔥 All deployments completed!" not in lines
+    start = lines.index("❌ Not Running:")
+    assert lines[start + 1 : -5] == [
+        "-" * 80,
+        "",
+        "• falcon3-1b-instruct-app: FAILED after 12 s",
         "   Cause: ValueError: too long",
         "   Hint: set max_model_len to 256 or less",
         "   Logs: ray logs actor --id abc --tail 400 --err",
         "   Logs: ray logs actor --id abc --tail 400",
         "   Logs: ray logs serve/replica_r.log",
-        "   Dashboard: http://127.0.0.1:8265/#/serve/applications/falcon3-app",
+        "   Dashboard: http://localhost:8265/#/serve/applications/falcon3-1b-instruct-app",
     ]
 
 
 @pytest.mark.parametrize(
-    ("outcome", "line"),
+    ("keys", "line"),
     [
         pytest.param(
-            replace(FAILED, result=app.Result.INTERRUPTED, cause=None),
-            "   It was submitted and goes on deploying; this program no longer watches it",
+            {"result": app.Result.INTERRUPTED},
+            "It was submitted and goes on deploying; this program no longer watches it",
             id="interrupted",
         ),
         pytest.param(
-            replace(FAILED, result=app.Result.INTERRUPTED, cause=None, submitted=False),
-            "   It was not submitted",
+            {"result": app.Result.INTERRUPTED, "sent": "perhaps"},
+            "It was being handed over: whether Serve has it is not known",
+            id="interrupted while it was handed over",
+        ),
+        pytest.param(
+            {"result": app.Result.INTERRUPTED, "sent": ""},
+            "It was not submitted",
             id="interrupted before its turn",
         ),
         pytest.param(
-            replace(FAILED, result=app.Result.STILL_DEPLOYING),
-            "   The cluster goes on deploying it",
+            {"result": app.Result.STILL_DEPLOYING},
+            "The cluster goes on deploying it",
             id="time ran out",
         ),
         pytest.param(
-            replace(FAILED, result=app.Result.UNKNOWN, cause=None),
-            "   The cluster was lost: whether it runs, or ever will, is not known",
+            {"result": app.Result.UNKNOWN},
+            "The cluster was lost: whether it runs, or ever will, is not known",
             id="lost",
         ),
-        pytest.param(
-            replace(FAILED, deleted=True),
-            "   It was deleted again (--on-failure delete)",
-            id="deleted",
-        ),
+        pytest.param({"deleted": True}, "It was deleted again (--on-failure delete)", id="deleted"),
+        pytest.param({"no_log": "no agent"}, "No log: no agent", id="a log that could not be read"),
     ],
 )
-def test_what_became_of_the_others(outcome: app.Outcome, line: str) -> None:
-    assert line in app.format_unfinished(outcome, DASHBOARD)
+def test_what_became_of_the_others(keys: dict[str, Any], line: str) -> None:
+    assert f"   {line}" in app.format_unfinished(failed(**keys), report())
 
 
-def test_the_summary_as_a_whole() -> None:
-    report = app.Report([RUNNING, FAILED], 1, "http://localhost:8000", DASHBOARD, 75.0)
-    lines = app.format_summary(report)
-    assert lines[:6] == [
-        "=" * 80,
-        "⚠️  Deployment Summary",
-        "=" * 80,
-        "Total applications deployed: 1/2 in 1 min 15 s",
-        "",
-        "📋 Successfully Deployed Applications:",
-    ]
-    assert lines[-4:] == [
-        "=" * 80,
-        "💡 Ray Dashboard: http://127.0.0.1:8265",
-        "💡 Check deployment status and resource usage in the dashboard",
-        "=" * 80,
-    ]
-    all_well = app.format_summary(replace(report, outcomes=[RUNNING], code=0))
-    assert "✅ Deployment Summary" in all_well
-    assert "🔥 All deployments completed!" in all_well
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        pytest.param({}, "Still serving from before the edit: 1 of 2 replicas", id="some"),
+        pytest.param(
+            {"details": state("a", "DEPLOY_FAILED")},
+            "Still serving from before the edit: 0 of 2 replicas",
+            id="none",
+        ),
+        pytest.param({"sent": ""}, "What ran before was not touched", id="not touched"),
+    ],
+)
+def test_a_failed_edit_says_what_is_left(keys: dict[str, Any], line: str) -> None:
+    old = state("a", "RUNNING", "", deployment("D", "HEALTHY", replica("r1"), replica("r2")))
+    now = deployment("D", "DEPLOY_FAILED", replica("r1"), replica("new", "STARTING"))
+    given = {"details": state("a", "DEPLOY_FAILED", "", now), "before": app.Running(old), **keys}
+    assert f"   {line}" in app.format_unfinished(failed(**given), report())
 
 
-def test_several_bundles_are_told_apart() -> None:
-    two = replace(LLM, bundles=({"CPU": 1.0, "GPU": 0.45}, {"GPU": 0.45}))
-    assert app.format_bundles(two) == (
-        "1.0 CPUs, 0.9 GPUs in all: [1.0 CPUs, 0.45 GPUs] + [0.45 GPUs], PACK"
+def test_deletions_have_their_own_part() -> None:
+    before = app.Running(state(FALCON3[0], "RUNNING"))
+    gone = replace(failed(), change=app.Change.DELETE, result=app.Result.DELETED, before=before)
+    absent = replace(gone, before=None)
+    lines = app.format_summary(report(gone, absent))
+    assert "Total applications deleted: 2/2 in 1 min 15 s" in lines
+    assert "• falcon3-1b-instruct-app: deleted; what it held is free" in lines
+    assert "• falcon3-1b-instruct-app: it was not there" in lines
+    assert "🔥 All deletions completed!" in lines
+    assert not any("deployed" in line for line in lines)
+    left = replace(gone, result=app.Result.INTERRUPTED, cause=None)
+    assert app.format_unfinished(left, report())[1] == (
+        "   It was submitted and goes on deleting; this program no longer watches it"
     )
 
 
-def test_reasons_of_a_change() -> None:
-    reasons = ("args.x: 1 → 2", "args.y: 3 → 4")
-    assert app.format_action(app.Action(SPEC, app.Change.RESTART, "1", reasons)) == [
-        "   RESTART because args.x: 1 → 2",
-        "      and args.y: 3 → 4",
+def test_what_else_runs_and_a_lost_cluster_are_said() -> None:
+    others = [state("old", "RUNNING"), state("older", "UNHEALTHY")]
+    lines = app.format_summary(report(running(), others=others))
+    said = "Not in the file, left alone: old (RUNNING), older (UNHEALTHY); --prune deletes them"
+    assert f"💡 {said}" in lines
+    lost = app.format_summary(report(running(), base_url=None, code=3, others=others))
+    assert "   It ran when the cluster was last seen" in lost
+    assert not any(said in line or "Base URL" in line for line in lost)
+
+
+def test_other_applications_say_where_they_answer_and_what_they_hold() -> None:
+    demand = app.Demand("a", "D", ({"CPU": 1.0, "GPU": 0.45}, {"GPU": 0.45}), max_replicas=2)
+    plain = replace(running(), demands=(demand,), application=app.ApplicationSpec(0, "a", "/", {}))
+    assert app.format_running(plain, HTTP) == [
+        "• a",
+        "   D: 1.0 CPUs, 0.9 GPUs in all: [1.0 CPUs, 0.45 GPUs] + [0.45 GPUs], PACK per replica, "
+        "replicas 2",
+        "   Base URL: http://localhost:8000/",
+        "   Endpoints:",
+        "     • ANY  /",
     ]
+    mute = replace(plain, application=app.ApplicationSpec(0, "a", None, {}))
+    assert app.format_running(mute, HTTP)[-1] == "   No HTTP route (route_prefix: null)"
 
 
-ENGINE = app.EngineFigures("m", "r", "n", 0.45, 1_024_000, 500.0, 31.25, 1.5, 0.4, 5.25)
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        pytest.param(
+            {"change": app.Change.RESTART, "reasons": ("args.x: 1 → 2", "args.y: 3 → 4")},
+            ["   RESTART because args.x: 1 → 2", "      and args.y: 3 → 4"],
+            id="a restart",
+        ),
+        pytest.param(
+            {"change": app.Change.UNCHANGED},
+            ["   Unchanged: it runs already, and was left alone"],
+            id="nothing",
+        ),
+        pytest.param(
+            {"attempt": 2},
+            ["   Second attempt, alone: other engines on its GPU disturbed the first"],
+            id="a second attempt",
+        ),
+    ],
+)
+def test_what_was_done_with_it_stands_below_its_name(
+    changes: dict[str, Any], expected: list[str]
+) -> None:
+    lines = app.format_running(replace(running(), **changes), HTTP)
+    assert lines[1 : 1 + len(expected)] == expected
+
+
 PROOF = app.Proof(
     reservations=(
         app.Reservation("LLMServer:m", "r", {"CPU": 1.0, "GPU": 0.45}, ("10.0.0.1",), (0,)),
@@ -153,8 +273,8 @@ PROOF = app.Proof(
         app.Answer("GET /v1/models", 0.01),
         app.Answer("POST /v1/chat/completions", 0.31, "m", 0.3),
     ),
-    engines=(ENGINE,),
-    asleep=("n",),
+    notes=("Engine of m says: KV cache 1,024 tokens",),
+    unverified="connection refused",
 )
 
 
@@ -165,121 +285,298 @@ def test_the_proof_reads_as_what_one_would_have_looked_up() -> None:
         "✗ Reserved by OpenAiIngress: 2.0 CPUs, on 10.0.0.2",
         "✓ GET /v1/models: answered in 0.01 s",
         "✓ POST /v1/chat/completions to m: answered in 0.31 s, first token after 0.30 s",
-        "n is scaled to zero: not woken up (--wake asks it)",
-        "Engine of m says: KV cache 1,024,000 tokens, 31.25 GiB, 500 requests of full length at "
-        "once, weights 1.50 GiB, weights loaded in 0.4 s, engine ready 5.2 s later",
+        "Engine of m says: KV cache 1,024 tokens",
+        "✗ Not verified: connection refused",
     ]
-    skipped = app.Proof(skipped="--no-smoke-test")
-    assert app.format_proof(skipped) == ["Not asked over HTTP: --no-smoke-test"]
 
 
-def test_a_broken_promise_is_no_success() -> None:
-    report = app.Report([replace(RUNNING, proof=PROOF)], 1, "http://h:8000", DASHBOARD, 75.0)
-    lines = app.format_summary(report)
-    assert "⚠️  Deployment Summary" in lines
-    assert "🔥 All deployments completed!" not in lines
-    [row] = app.report_json(report)["applications"]
-    assert row["proof"]["mismatches"] == PROOF.mismatches
-    assert row["proof"]["reservations"][0]["gpus"] == (0,)
+# -- the plan, and JSON --------------------------------------------------------------------------
 
 
-def test_a_small_cache_is_warned_about_for_people_and_programs() -> None:
-    small = replace(ENGINE, model_id="small", kv_cache_gib=12.0)
-    proofs = [app.Proof(engines=(engine,)) for engine in (ENGINE, small)]
-    outcomes = [replace(RUNNING, proof=proof) for proof in proofs]
-    report = app.Report(outcomes, 0, "http://h:8000", DASHBOARD, 75.0)
-    [warning] = app.report_json(report)["warnings"]
-    assert warning.startswith("small: its engine got 13.5 GiB")
-    assert f"⚠️  {warning}" in app.format_summary(report)
+def planned() -> app.Report:
+    """Two that would be created, of which one does not fit, and one that runs by other means."""
+    share = app.ModelSpec("m", "/m", "m", {"GPU": 0.45}, measures_memory=True, notes=("so it is",))
+    one, two = (replace(falcon(*row), result=None, sent="") for row in (FALCON3, FALCON_H1))
+    two.application = replace(two.application, models=(share,))
+    node = app.Node("n", {"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 0.5}, (0.5,))
+    plan = app.predict([one.demands[0], two.demands[0]], [node])
+    return report(one, two, code=1, others=[state("old", "RUNNING")], plan=plan)
 
 
-def after_an_edit(**keys: Any) -> app.Outcome:
-    """A failed edit: of two old replicas one still runs."""
-    replicas = tuple(app.ReplicaState(name, "RUNNING", "n", 1) for name in ("r1", "r2"))
-    before = app.DeploymentState("D", "HEALTHY", "", 2, replicas)
-    now = app.DeploymentState("D", "DEPLOY_FAILED", "", 2, replicas[:1])
-    name = "falcon3-app"
-    running = app.Running(app.ApplicationState(name, "RUNNING", deployments=(before,)))
-    action = app.Action(SPEC, app.Change.RESTART, "2", before=running)
-    state = app.ApplicationState(name, "DEPLOY_FAILED", deployments=(now,))
-    return replace(FAILED, action=action, **{"state": state, **keys})
-
-
-@pytest.mark.parametrize(
-    ("keys", "line"),
-    [
-        pytest.param(
-            {}, "Still serving from before the edit: 1 of 2 replicas of D", id="what still serves"
-        ),
-        pytest.param(
-            {"state": app.ApplicationState("falcon3-app", "DEPLOY_FAILED")},
-            "Nothing from before the edit serves any more",
-            id="nothing left",
-        ),
-        pytest.param({"submitted": False}, "What ran before was not touched", id="not touched"),
-        pytest.param(
-            {"rollback": "it was rolled back: ..."},
-            "It was rolled back: ... (--on-failure rollback)",
-            id="rolled back",
-        ),
-    ],
-)
-def test_a_failed_edit_says_what_is_left(keys: dict[str, Any], line: str) -> None:
-    assert app.format_survivors(after_an_edit(**keys)) == [line]
-
-
-def test_deletions_have_their_own_part() -> None:
-    before = app.Running(app.ApplicationState("falcon3-app", "RUNNING"))
-    action = app.Action(SPEC, app.Change.DELETE, before=before)
-    gone = app.Outcome(action, app.Result.DELETED, 3.0, submitted=True)
-    report = app.Report([gone], 0, "http://h:8000", "", 3.0)
-    lines = app.format_summary(report)
-    assert "Total applications deleted: 1/1 in 3 s" in lines
-    assert "• falcon3-app: deleted; what it held is free" in lines
-    assert "🔥 All deletions completed!" in lines
-    left = replace(gone, result=app.Result.INTERRUPTED)
-    assert app.format_unfinished(left, "")[1:] == [
-        "   It was submitted and goes on deleting; this program no longer watches it"
+def test_a_plan_says_what_would_go_where() -> None:
+    lines = app.format_plan(planned())
+    assert lines[:8] == [
+        "=" * 80,
+        "📋 Plan (nothing was changed)",
+        "=" * 80,
+        "",
+        "• falcon3-1b-instruct-app  /falcon3-1b",
+        "   create",
+        "   LLMServer:falcon3-1b-instruct-deployment: 1.0 CPUs, 0.45 GPUs per replica, "
+        "replicas 1 → 3 (autoscaling)",
+        "   OpenAiIngress (ingress): 1.0 CPUs per replica, replicas 1",
+    ]
+    assert "   Note: so it is" in lines
+    assert any(
+        line.startswith("   ⚠️  m shares its GPU and measures at its start") for line in lines
+    )
+    assert "   not in file: it is RUNNING and left alone (--prune deletes it)" in lines
+    one, two = (f"{row[0]}/LLMServer:{row[1]}-deployment" for row in (FALCON3, FALCON_H1))
+    assert lines[-6:] == [
+        "predicted packing at min replicas (Ray decides in the end):",
+        f"node n · GPU 0: {one} 0.45 + already running 0.50 · 0.05 free",
+        "node n · CPU: 1 of 8 used by this plan, 7 free",
+        f"{one}: room for 1 of 3 replicas",
+        f"{two}: predicted: does not fit now; needs 0.45 GPU; the largest free share is 0.05 "
+        f"(node n, GPU 0, held by {one} 0.45)",
+        "=" * 80,
     ]
 
 
 def test_json_has_the_same_facts() -> None:
-    report = app.Report([RUNNING, FAILED], 1, "http://localhost:8000", DASHBOARD, 75.0)
-    document = app.report_json(report)
-    assert (document["version"], document["exit_code"], document["seconds"]) == (1, 1, 75.0)
-    running, failed = document["applications"]
-    assert running["base_url"] == "http://localhost:8000/falcon3-1b"
-    assert running["deployments"][0]["reserved_per_replica"] == {"CPU": 1.0, "GPU": 0.45}
-    assert failed["cause"] == "ValueError: too long"
-    assert failed["logs"][0] == "ray logs actor --id abc --tail 400 --err"
+    done = replace(running(), proof=PROOF)
+    document = json.loads(json.dumps(app.report_json(report(done, failed(), code=1))))
+    heads = ("version", "exit_code", "seconds", "dashboard", "packing", "misfits", "not_in_file")
+    assert [document[key] for key in heads] == [2, 1, 75.0, DASHBOARD, None, None, []]
+    good, bad = document["applications"]
+    assert (good["name"], good["change"], good["result"]) == (FALCON3[0], "create", "RUNNING")
+    assert good["base_url"] == "http://localhost:8000/falcon3-1b"
+    assert good["endpoints"][2] == "GET /falcon3-1b/v1/models"
+    assert good["models"][0]["promised"] == {"CPU": 1.0, "GPU": 0.45}
+    assert good["deployments"][0]["reserved_per_replica"] == {"CPU": 1.0, "GPU": 0.45}
+    assert good["proof"]["mismatches"] == list(PROOF.mismatches)
+    assert good["proof"]["reservations"][0]["gpus"] == [0]
+    assert good["proof"]["unverified"] == "connection refused"
+    assert (bad["result"], bad["seconds"], bad["status"]) == ("FAILED", 12.4, "DEPLOY_FAILED")
+    assert (bad["cause"], bad["hint"]) == (
+        "ValueError: too long",
+        "set max_model_len to 256 or less",
+    )
+    assert bad["logs"][0] == "ray logs actor --id abc --tail 400 --err"
+    assert (bad["submitted"], bad["deleted"], bad["attempts"]) == (True, False, 1)
+    perhaps = app.action_json(failed(sent="perhaps"), None)
+    assert (perhaps["submitted"], perhaps["base_url"]) == (None, None)
 
 
-def terminal(*, live: bool) -> tuple[app.Terminal, io.StringIO]:
-    screen = io.StringIO()
-    made = app.Terminal(lambda: 10.0, live=live)
-    made.console = Console(file=screen, width=100, force_terminal=live, soft_wrap=True)
-    return made, screen
+def test_json_of_a_plan_has_its_packing_and_what_does_not_fit() -> None:
+    document = app.report_json(planned())
+    assert document["packing"] == app.format_prediction(planned().plan)  # type: ignore[arg-type]
+    assert [text.partition(":")[0] for text in document["misfits"]] == [
+        "falcon-h1-0.5b-instruct-app/LLMServer"
+    ]
+    assert document["not_in_file"] == [{"name": "old", "status": "RUNNING"}]
+    assert [row["submitted"] for row in document["applications"]] == [False, False]
 
 
-def test_without_a_terminal_there_is_one_line_a_change() -> None:
-    plain, screen = terminal(live=False)
-    waiting = app.Progress(SPEC, "starting replicas 0/1", "loading weights", started=5.0)
-    for progress in (waiting, waiting, replace(waiting, words="RUNNING", detail="", ended=9.0)):
-        plain.show([progress])
-    lines = [line.split("  ", 1)[1] for line in screen.getvalue().splitlines()]
-    assert lines == [
-        "falcon3-app  starting replicas 0/1  5 s  loading weights",
-        "falcon3-app  RUNNING  4 s",
+# -- while it runs -------------------------------------------------------------------------------
+
+
+def terminal(*, live: bool = False) -> tuple[app.Terminal, io.StringIO, io.StringIO]:
+    """A terminal of 80 columns, or none; its stderr and its stdout."""
+    screen, out = io.StringIO(), io.StringIO()
+    made = app.Terminal(lambda: 10.0, out, screen)
+    made.console = Console(
+        file=screen, width=80, height=30, force_terminal=live, soft_wrap=True, highlight=False
+    )
+    return made, screen, out
+
+
+def queued(row: tuple[str, str, str, int]) -> app.Action:
+    return replace(falcon(*row), result=None, words="queued", started=None, ended=None)
+
+
+def course(shown: app.Terminal) -> None:
+    """Two applications from their turn to their end: one waits for the other, and then fails."""
+    one, two = queued(FALCON3), queued(FALCON_H1)
+    two.detail = "behind falcon3-1b-instruct-app"
+    shown.show([one, two])
+    one.started, one.words = 5.0, "building"
+    shown.show([one, two])
+    shown.show([one, two])
+    one.words, one.detail = "starting replicas 0/1", "loading weights"
+    shown.show([one, two])
+    one.words, one.detail, one.result, one.ended = "RUNNING", "", app.Result.RUNNING, 9.0
+    two.words, two.detail, two.started = "building", "", 9.0
+    shown.show([one, two])
+    shown.say("⚠️  said in between: " + "a long line, " * 9)
+    two.words, two.result, two.cause = "FAILED", app.Result.FAILED, app.Cause("ValueError: no")
+    two.detail, two.ended = "ValueError: no " * 9, 10.0
+    shown.show([one, two])
+    shown.close()
+
+
+BLOCKS = """
+🚀 Deploying: falcon3-1b-instruct-app
+   📦 Model ID: falcon3-1b-instruct
+   🌐 Route: /falcon3-1b
+   📊 Mapped resources to ray_actor_options: {'num_cpus': 1.0, 'num_gpus': 0.45}
+   ✅ Deployed successfully: falcon3-1b-instruct-app
+
+🚀 Deploying: falcon-h1-0.5b-instruct-app
+   📦 Model ID: falcon-h1-0.5b-instruct
+   🌐 Route: /falcon-h1-0.5b
+   📊 Mapped resources to ray_actor_options: {'num_cpus': 1.0, 'num_gpus': 0.45}
+""".splitlines()
+"""What each application always said when its turn came, and at its end."""
+
+
+def test_without_a_terminal_there_are_the_blocks_and_one_line_a_change() -> None:
+    plain, screen, _ = terminal()
+    course(plain)
+    lines = screen.getvalue().splitlines()
+    stamped = [line for line in lines if re.match(r"\d\d:\d\d:\d\d  ", line)]
+    assert [line for line in lines if line not in stamped] == [
+        *BLOCKS,
+        "⚠️  said in between: " + "a long line, " * 9,
+        "   ❌ Failed: falcon-h1-0.5b-instruct-app (ValueError: no)",
+    ]
+    assert [line.partition("  ")[2] for line in stamped] == [
+        "falcon-h1-0.5b-instruct-app  queued  0 s  behind falcon3-1b-instruct-app",
+        "falcon3-1b-instruct-app  building  5 s",
+        "falcon3-1b-instruct-app  starting replicas 0/1  5 s  loading weights",
+        "falcon-h1-0.5b-instruct-app  building  1 s",
     ]
 
 
-def test_on_a_terminal_each_application_has_a_live_line_and_no_secret() -> None:
-    live, screen = terminal(live=True)
-    live.secrets = frozenset({"hf_12345"})
-    live.show([app.Progress(SPEC, "FAILED", "wrong token hf_12345", started=5.0, ended=9.0)])
-    live.close()
-    shown = screen.getvalue()
-    assert "falcon3-app" in shown
-    assert "FAILED" in shown
-    assert "wrong token ***" in shown
-    assert "hf_12345" not in shown
+def what_is_on(screen: str, width: int) -> list[str]:
+    """What a terminal shows after all this: it obeys the few orders that rich gives."""
+    rows, row, column = [""], 0, 0
+    for order, text in re.findall(r"\x1b\[([\d;?]*[A-Za-z])|([^\x1b])", screen):
+        if order.endswith("A"):
+            row = max(0, row - int(order[:-1] or 1))
+        elif order == "2K":
+            rows[row] = ""
+        elif text == "\r":
+            column = 0
+        elif text == "\n":
+            row, column = row + 1, 0
+            rows += [""] * (row == len(rows))
+        elif text:
+            if column == width:
+                row, column = row + 1, 0
+                rows += [""] * (row == len(rows))
+            rows[row] = rows[row].ljust(column)[:column] + text + rows[row][column + 1 :]
+            column += 1
+        else:
+            assert order.endswith(("m", "h", "l")), order
+    return rows
+
+
+def test_on_a_terminal_the_blocks_stand_whole_above_the_live_lines() -> None:
+    live, screen, _ = terminal(live=True)
+    course(live)
+    rows = what_is_on(screen.getvalue(), width=80)
+    whole = "".join(row if len(row) == 80 else f"{row}\n" for row in rows)
+    shown = [line.rstrip() for line in whole.splitlines()]
+    said = [line for line in BLOCKS if line]
+    assert [line for line in shown if line in said] == said
+    assert shown.count("   ❌ Failed: falcon-h1-0.5b-instruct-app (ValueError: no)") == 1
+    assert ("⚠️  said in between: " + "a long line, " * 9).rstrip() in shown
+    last = [row for row in rows if row.strip()][-2:]
+    assert last[0].split()[:2] == ["✅", "falcon3-1b-instruct-app"]
+    assert last[1].split()[:2] == ["❌", "falcon-h1-0.5b-instruct-app"]
+    assert all(len(row) <= 80 for row in rows)
+    assert not any("building" in row or "queued" in row for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "result", "line"),
+    [
+        pytest.param("RESTART", "RUNNING", "   ✅ Deployed successfully: a", id="restarted"),
+        pytest.param("unchanged", "RUNNING", "   ✅ Running, unchanged: a", id="unchanged"),
+        pytest.param("delete", "DELETED", "   ✅ Deleted: a", id="deleted"),
+        pytest.param("create", "STILL DEPLOYING", "   ⚠️  Still deploying: a (why)", id="late"),
+        pytest.param("create", "INTERRUPTED", "   ⚠️  Interrupted: a (why)", id="interrupted"),
+        pytest.param("create", "FAILED", "   ❌ Failed: a (why)", id="failed"),
+    ],
+)
+def test_the_line_at_the_end(change: str, result: str, line: str) -> None:
+    action = app.Action(app.ApplicationSpec(0, "a", "/a", {}), app.Change(change))
+    action.result = app.Result(result)
+    action.cause = None if "✅" in line else app.Cause("why")
+    assert app.format_end(action) == line
+
+
+def test_no_secret_is_written_anywhere() -> None:
+    secret = 'hf_12"345'
+    hidden = frozenset({secret})
+    action = failed(cause=app.Cause(f"wrong token {secret}"), trace=f"Traceback: {secret}")
+    action.words, action.detail, action.started = "FAILED", f"wrong token {secret}", 5.0
+    action.reasons = (f"HF_TOKEN: {secret} → http://me:pw@h/?key=12",)
+    plan = app.predict(action.demands, [])
+    for live, as_json, seen in ((False, False, None), (True, True, None), (False, False, plan)):
+        made, screen, out = terminal(live=live)
+        made.secrets = hidden
+        made.show([action])
+        made.say(f"said {secret}")
+        made.report(report(action, plan=seen), app.Options("c", json=as_json, logs=True))
+        text = screen.getvalue() + out.getvalue()
+        assert "12" not in re.sub(r"12 s|\x1b\[\S+|12\.4|\w+-1b\S*", "", text)
+        assert "me:pw" not in text
+        assert text.count("***") > 3
+
+
+# -- whoever reads it is gone --------------------------------------------------------------------
+
+PROGRAM = """
+import os, sys
+import app_v5 as app
+
+class Cluster:  # nothing runs there
+    dashboard_url = ""
+    def __getattr__(self, name):
+        found = {"check_values": [], "claims": {}, "states": {}, "running": {}, "nodes": [],
+                 "growth": [], "endpoint": "", "alive": True, "connect": None}[name]
+        return lambda *arguments, **keys: found
+
+app.RayCluster = lambda worker_logs: Cluster()
+os._exit(app.main(sys.argv[1:]))
+"""
+
+
+def run_to(out: int, err: int, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """Run the whole program, but for Ray, with these for stdout and stderr."""
+    config = tmp_path / "config.yaml"
+    config.write_text("applications: [{name: a, route_prefix: /a, import_path: 'm:a'}]")
+    return subprocess.run(
+        [PYTHON, "-c", PROGRAM, str(config), "--delete"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=out,
+        stderr=err,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def closed_pipe() -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+def full_disk() -> int:
+    return os.open("/dev/full", os.O_WRONLY)
+
+
+def test_a_report_that_can_not_be_written_is_no_traceback(tmp_path: Path) -> None:
+    whole = run_to(subprocess.PIPE, subprocess.PIPE, tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    assert "• a: it was not there" in whole.stdout
+    for made, message in (
+        (full_disk, "❌ the report can't be written: No space left on device"),
+        (closed_pipe, ""),
+    ):
+        out = made()
+        finished = run_to(out, subprocess.PIPE, tmp_path)
+        os.close(out)
+        assert finished.returncode == 1
+        assert finished.stderr.removeprefix(whole.stderr).strip() == message
+
+
+def test_progress_that_nobody_reads_ends_the_run_with_1(tmp_path: Path) -> None:
+    for made in (full_disk, closed_pipe):
+        err = made()
+        finished = run_to(subprocess.PIPE, err, tmp_path)
+        os.close(err)
+        assert (finished.returncode, finished.stdout) == (1, "")

@@ -30,10 +30,16 @@ def application(*llms: Config, **keys: Any) -> Config:
     }
 
 
+def read(config: Config) -> tuple[app.ApplicationSpec, list[str]]:
+    """An application, normalised, and what was found."""
+    (spec,), found = app.read_applications(app.Document("f", {"applications": [config]}, {}))
+    return spec, [problem.message for problem in found]
+
+
 def normalised(config: Config, **keys: Any) -> tuple[Config, list[str]]:
     """The first LLM of an application that holds `config`, and what was found."""
-    result, findings = app.normalise_application(application(config, **keys), ())
-    return result["args"]["llm_configs"][0], [finding.message for finding in findings]
+    spec, found = read(application(config, **keys))
+    return spec.config["args"]["llm_configs"][0], found
 
 
 @pytest.mark.parametrize(
@@ -61,9 +67,9 @@ def test_short_keys_of_a_deployment_go_into_ray_actor_options(
     given: Config, options: Config | None
 ) -> None:
     config = application(deployments=[{"name": "d", **given}])
-    result, findings = app.normalise_application(config, ())
-    assert findings == []
-    (deployment,) = result["deployments"]
+    spec, found = read(config)
+    assert found == []
+    (deployment,) = spec.config["deployments"]
     assert deployment.get("ray_actor_options") == options
     assert not {"num_cpus", "cpus", "num_gpus", "gpus"} & deployment.keys()
 
@@ -91,9 +97,9 @@ def test_normalising_never_changes_its_input_nor_shares_an_object() -> None:
     one, two = llm(shared), llm(shared)
     config = application(one, two)
     before = copy.deepcopy(config)
-    result, _ = app.normalise_application(config, ())
+    spec, _ = read(config)
     assert config == before
-    first, second = result["args"]["llm_configs"]
+    first, second = spec.config["args"]["llm_configs"]
     assert first == second
     assert first["deployment_config"] is not second["deployment_config"]
     assert first["runtime_env"]["env_vars"] is not second["runtime_env"]["env_vars"]
@@ -213,10 +219,10 @@ def test_the_variable_does_not_hide_environment_variables_from_elsewhere(
     ("engine", "expected"),
     [
         pytest.param({"gpu_memory_utilization": 0.3}, 0.3, id="set by the user"),
-        pytest.param({"kv_cache_memory_bytes": 10**9}, None, id="memory given in bytes"),
+        pytest.param({"kv_cache_memory_bytes": 10**9}, 0.405, id="memory given in bytes"),
     ],
 )
-def test_memory_that_the_user_set_stays(engine: Config, expected: float | None) -> None:
+def test_an_engine_never_demands_more_than_its_share(engine: Config, expected: float) -> None:
     result, found = normalised(llm({"num_gpus": 0.45}, engine_kwargs=engine))
     assert result["engine_kwargs"].get("gpu_memory_utilization") == expected
     assert found == []
@@ -244,12 +250,12 @@ def test_memory_that_the_user_set_stays(engine: Config, expected: float | None) 
         ),
         pytest.param(
             llm({"num_gpus": 2}),
-            "num_gpus: 2 reserves 2 GPUs for each of 1 engine worker(s), and a worker uses one",
+            "num_gpus: 2 over 1 engine worker(s) is 2 GPU a worker, and a worker uses one",
             id="more GPUs than workers",
         ),
         pytest.param(
             llm({"num_gpus": 2}, engine_kwargs={"tensor_parallel_size": 3}),
-            "num_gpus: 2 does not divide evenly over 3 engine workers: "
+            "num_gpus: 2 over 3 engine worker(s) is 0.6666 GPU a worker, cut to four digits: "
             "a replica reserves 1.9998 GPU",
             id="not divisible",
         ),
@@ -272,16 +278,15 @@ def test_what_there_is_to_say_about_a_share(config: Config, message: str) -> Non
 
 
 def test_an_empty_deployment_config_says_nothing() -> None:
-    config = {"name": "a", "args": {"llm_configs": [{**llm({}), "deployment_config": None}]}}
-    result, findings = app.normalise_application(config, ())
-    assert result["args"]["llm_configs"][0]["deployment_config"] == {}
-    assert findings == []
+    result, found = normalised({**llm({}), "deployment_config": None})
+    assert result["deployment_config"] == {}
+    assert found == []
 
 
 def test_prefill_and_decode_are_fitted_each() -> None:
     shared = llm({"num_gpus": 0.5})
-    config = {"name": "pd", "args": {"prefill_config": shared, "decode_config": shared}}
-    result, _ = app.normalise_application(config, ())
+    config = application(args={"prefill_config": shared, "decode_config": shared})
+    result = read(config)[0].config
     for key in ("prefill_config", "decode_config"):
         assert result["args"][key]["placement_group_config"] == {"bundle_per_worker": {"GPU": 0.5}}
     assert result["args"]["prefill_config"] is not result["args"]["decode_config"]
@@ -293,7 +298,7 @@ def test_prefill_and_decode_are_fitted_each() -> None:
         pytest.param({"CPU": 1.0, "GPU": 0.45}, "1.0 CPUs, 0.45 GPUs", id="CPU and GPU"),
         pytest.param(
             {"GPU": 1.0, "memory": 2e9, "accelerator_type:A100": 0.001},
-            "1.0 GPUs, accelerator_type:A100 0.001, memory 2.0 GB",
+            "1.0 GPUs, accelerator_type:A100 0.001, memory 2 GB",
             id="others",
         ),
         pytest.param({}, "nothing", id="nothing"),
@@ -301,3 +306,54 @@ def test_prefill_and_decode_are_fitted_each() -> None:
 )
 def test_resources_read_as_in_the_summary(resources: dict[str, float], text: str) -> None:
     assert app.format_resources(resources) == text
+
+
+@pytest.mark.parametrize(
+    "llm_config",
+    [
+        pytest.param("path/to/llm.yaml", id="a path"),
+        pytest.param({"model": "m", "gpus": "many"}, id="other keys"),
+        pytest.param(
+            {"model_loading_config": {"id": 1}, "deployment_config": {"num_gpus": "auto"}},
+            id="words for numbers",
+        ),
+    ],
+)
+def test_what_a_builder_of_ones_own_takes_stays_as_it_is(llm_config: Any) -> None:
+    spec, found = read(application(llm_config, import_path="my.module:build"))
+    assert found == []
+    assert spec.config["args"]["llm_configs"] == [llm_config]
+
+
+def test_a_fixed_cache_or_a_whole_gpu_measures_nothing_that_others_hold() -> None:
+    for given, measures in (
+        (llm({"num_gpus": 0.45}), True),
+        (llm({"num_gpus": 0.45}, engine_kwargs={"kv_cache_memory_bytes": 10**9}), False),
+        (llm({"num_gpus": 1}), False),
+        (llm({"num_gpus": 0}), False),
+    ):
+        (model,) = read(application(given))[0].models
+        assert model.measures_memory is measures
+
+
+@pytest.mark.parametrize(
+    ("config", "promised"),
+    [
+        pytest.param(llm({"num_cpus": 1, "num_gpus": 0.45}), {"CPU": 1, "GPU": 0.45}, id="share"),
+        pytest.param(
+            llm({"num_gpus": 0.9}, engine_kwargs={"tensor_parallel_size": 2}),
+            {"GPU": 0.9},
+            id="two workers",
+        ),
+        pytest.param(llm({"num_cpus": 2, "num_gpus": 0}), {"CPU": 2, "GPU": 0}, id="CPU engine"),
+        pytest.param(llm({}), {}, id="nothing said"),
+        pytest.param(
+            llm({"ray_actor_options": {"num_cpus": 1, "memory": 2e9, "resources": {"x": 1}}}),
+            {"CPU": 1, "memory": 2e9, "x": 1},
+            id="Ray's own form",
+        ),
+    ],
+)
+def test_what_a_config_promises_is_what_it_says(config: Config, promised: Config) -> None:
+    (model,) = read(application(config))[0].models
+    assert model.promised == promised

@@ -8,13 +8,13 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
 import app_v5 as app
 from cluster import TESTS
-from test_changes import edited
-from test_resources import Config, llm
+from test_resources import Config, application, llm, read
 
 RECORDED = TESTS / "recorded"
 MODEL = app.ModelSpec("m", "/m", "m", promised={"CPU": 1.0, "GPU": 0.45})
@@ -59,30 +59,6 @@ def test_a_broken_promise_is_named_with_its_reason(
     assert list(app.mismatches(SPEC, demands, [held(**reservation)])) == expected
 
 
-@pytest.mark.parametrize(
-    ("config", "promised"),
-    [
-        pytest.param(llm({"num_cpus": 1, "num_gpus": 0.45}), {"CPU": 1, "GPU": 0.45}, id="share"),
-        pytest.param(
-            llm({"num_gpus": 0.9}, engine_kwargs={"tensor_parallel_size": 2}),
-            {"GPU": 0.9},
-            id="two workers",
-        ),
-        pytest.param(llm({"num_cpus": 2, "num_gpus": 0}), {"CPU": 2, "GPU": 0}, id="CPU engine"),
-        pytest.param(llm({}), {}, id="nothing said"),
-        pytest.param(
-            llm({"ray_actor_options": {"num_cpus": 1, "memory": 2e9, "resources": {"x": 1}}}),
-            {"CPU": 1, "memory": 2e9, "x": 1},
-            id="Ray's own form",
-        ),
-    ],
-)
-def test_what_a_config_promises_is_what_it_says(config: Config, promised: Config) -> None:
-    fitted, _ = app.normalise_application({"name": "a", "args": {"llm_configs": [config]}}, ())
-    [(_, model)] = app.llm_configs(fitted)
-    assert app.promised_resources(model) == promised
-
-
 class Server:
     """Answers by path; what it does not know is 404."""
 
@@ -105,9 +81,9 @@ STREAM = response(200, 'data: {"model": "m"}\n\ndata: [DONE]\n')
 
 
 def smoke(answers: Mapping[str, app.Response]) -> tuple[app.Answer, ...]:
-    found, mute = app.smoke_test(SPEC, (), "http://h:8000", Server(answers))
-    assert mute == ()
-    return found
+    found, notes = app.smoke_test(SPEC, (), "http://h:8000", Server(answers))
+    assert notes == []
+    return tuple(found)
 
 
 def test_a_model_is_listed_and_says_one_token() -> None:
@@ -142,8 +118,9 @@ def test_a_model_that_only_embeds_is_asked_for_that() -> None:
 
 def test_a_model_that_does_none_of_what_is_asked_is_no_failure() -> None:
     server = Server({"/a/v1/models": LIST})  # it transcribes, say
-    answers, mute = app.smoke_test(SPEC, (), "http://h:8000", server)
-    assert (len(answers), mute) == (1, ("m",))
+    answers, notes = app.smoke_test(SPEC, (), "http://h:8000", server)
+    assert len(answers) == 1
+    assert notes == ["m neither chats, completes, embeds nor scores: not asked"]
     assert server.asked == ["/a/v1/models", *(f"/a{path}" for path, _ in app.QUESTIONS)]
 
 
@@ -169,8 +146,9 @@ def test_a_bad_answer_is_told_in_the_servers_words(chat: app.Response, message: 
 
 def test_a_model_that_sleeps_is_not_woken_up() -> None:
     server = Server({"/a/v1/models": LIST})
-    app.smoke_test(SPEC, ["m"], "http://h:8000", server)
+    _, notes = app.smoke_test(SPEC, ["m"], "http://h:8000", server)
     assert server.asked == ["/a/v1/models"]
+    assert notes == ["m is scaled to zero: not woken up"]
 
 
 def test_an_application_without_models_has_to_answer_below_500() -> None:
@@ -185,28 +163,41 @@ def test_an_application_without_models_has_to_answer_below_500() -> None:
                 app.smoke_test(plain, (), "http://h:8000", server)
 
 
-def test_somebody_elses_server_is_not_taken_for_serve() -> None:
-    pauses: list[int] = []
-    server = Server({"/-/routes": response(200, {"/other": "b"})})
-    with pytest.raises(app.ApplicationError, match="does not have /a as the route of a"):
-        app.wait_for_route(SPEC, "http://h:8000", server, lambda: pauses.append(1))
-    assert len(pauses) == app.ROUTE_ATTEMPTS - 1
+class Routes:
+    """Answers to /-/routes, one after the other; the last one stays."""
 
+    def __init__(self, *answers: Exception | app.Response) -> None:
+        self.answers = list(answers)
+        self.waits: list[str] = []
 
-def test_a_proxy_that_restarts_is_waited_for() -> None:
-    answers: list[Exception | app.Response] = [
-        app.ApplicationError("connection refused"),
-        response(200, {"/a": "a"}),
-    ]
-
-    def fetch(url: str, body: Config | None) -> app.Response:
-        answer = answers.pop(0)
+    def __call__(self, url: str, body: Config | None) -> app.Response:
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    app.wait_for_route(SPEC, "http://h:8000", fetch, lambda: None)
-    assert answers == []
+
+OURS, THEIRS = response(200, {"/a": "a"}), response(200, {"/other": "b"})
+
+
+def test_a_proxy_that_restarts_is_waited_for_and_that_is_said() -> None:
+    ask = Routes(app.Unreachable("connection refused"), THEIRS, OURS)
+    app.wait_for_route(SPEC, "http://h:8000", ask, ask.waits.append)
+    assert ask.waits[0] == "connection refused"
+    assert ask.waits[1].startswith("http://h:8000/-/routes says: 200")
+
+
+def test_somebody_elses_server_is_not_taken_for_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "PROXY_TIMEOUT_S", 0.1)
+    ask = Routes(THEIRS)
+    with pytest.raises(app.Unreachable, match=r"/-/routes says: 200 .*other"):
+        app.wait_for_route(SPEC, "http://h:8000", ask, lambda said: time.sleep(0.05))
+
+
+def test_a_server_that_shares_the_port_is_noticed() -> None:
+    ask = Routes(OURS, OURS, response(200, "<html>hello</html>"))
+    with pytest.raises(app.Unreachable, match="another server answers at the same address"):
+        app.wait_for_route(SPEC, "http://h:8000", ask, ask.waits.append)
 
 
 class Dripping(BaseHTTPRequestHandler):
@@ -247,10 +238,32 @@ def dripping() -> Iterator[str]:
 def test_an_answer_without_an_end_is_cut_off(
     dripping: str, path: str, status: int, ended: bool
 ) -> None:
-    found = app.RayCluster().fetch(dripping + path, None, timeout_s=1)
+    found = app.fetch(dripping + path, None, timeout_s=1)
     assert (found.status, found.ended) == (status, ended)
-    assert found.text.startswith("begun")
+    assert found.text.startswith("" if path == "/broken" else "begun")
     assert found.first_s <= found.total_s
+
+
+def test_nobody_there_is_no_answer_and_no_failure() -> None:
+    with pytest.raises(app.Unreachable, match="Connection refused"):
+        app.fetch("http://127.0.0.1:1/x", None, timeout_s=1)
+
+
+class Silent(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        time.sleep(1)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+def test_somebody_who_listens_and_says_nothing_fails() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Silent) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/x"
+        with pytest.raises(app.ApplicationError, match=f"no answer within 0 s from {url}"):
+            app.fetch(url, {"a": 1}, timeout_s=0.2)
+        server.shutdown()
 
 
 LOG = """
@@ -264,32 +277,18 @@ INFO [core.py:369] init engine (profile, create kv cache, warmup model) took 5.2
 
 
 def test_an_engine_tells_its_figures() -> None:
-    assert app.engine_figures(LOG) == {
-        "kv_cache_tokens": 1_234_560,
-        "max_concurrency": 602.81,
-        "kv_cache_gib": 30.25,
-        "weights_gib": 1.5,
-        "weights_s": 0.44,
-        "start_s": 5.25,
-    }
-    assert app.engine_figures("nothing of the kind") == {}
+    assert app.engine_figures(SPEC, "LLMServer:m", LOG) == [
+        "Engine of m says: KV cache 1,234,560 tokens, 30.25 GiB, 602.81 requests of full length at "
+        "once, weights 1.5 GiB, weights loaded in 0.44 s, ready 5.25 s later"
+    ]
+    assert app.engine_figures(SPEC, "LLMServer:m", "nothing of the kind") == []
+    assert app.engine_figures(SPEC, "OpenAiIngress", LOG) == []
 
 
 def test_a_real_engines_log_has_its_figures() -> None:
-    figures = app.engine_figures((RECORDED / "start.log.txt").read_text())
-    assert (figures["kv_cache_tokens"], figures["max_concurrency"]) == (2_097_152, 16384.0)
-    assert (figures["weights_s"], figures["start_s"]) == (0.01, 0.59)
-
-
-def engine(model: str, kv_cache_gib: float | None, node: str = "n") -> app.EngineFigures:
-    return app.EngineFigures(model, "r", node, 0.45, kv_cache_gib=kv_cache_gib, weights_gib=1.0)
-
-
-def test_a_cache_far_below_its_neighbours_is_warned_about() -> None:
-    [warning] = app.small_caches([engine("a", 30.0), engine("b", 12.0), engine("c", 29.0)])
-    assert warning.startswith("b: its engine got 13.0 GiB for weights and KV cache, where")
-    assert app.small_caches([engine("a", 30.0), engine("b", 12.0, "another node")]) == []
-    assert app.small_caches([engine("a", 30.0), engine("b", None)]) == []
+    (text,) = app.engine_figures(SPEC, "LLMServer:m", (RECORDED / "start.log.txt").read_text())
+    assert "KV cache 2,097,152 tokens" in text
+    assert "16384.00 requests of full length" in text
 
 
 @pytest.mark.parametrize(
@@ -303,20 +302,23 @@ def test_a_cache_far_below_its_neighbours_is_warned_about() -> None:
     ],
 )
 def test_engines_that_disturb_each_other_are_told_from_others(words: str, disturbed: bool) -> None:
-    config, _ = app.normalise_application(edited().config, ())
-    models = tuple(app.describe_model(model) for _, model in app.llm_configs(config))
-    sharing = app.ApplicationSpec(0, "a", "/", config, models)
-    assert app.shares_gpu(sharing)
-    assert app.was_disturbed(sharing, words) is disturbed
-    assert not app.was_disturbed(app.ApplicationSpec(0, "a", "/", {}), words)
+    sharing = read(application(llm({"num_gpus": 0.45})))[0]
+    assert app.shares_gpu(app.Action(sharing, app.Change.CREATE))
+    assert not app.shares_gpu(app.Action(sharing, app.Change.UNCHANGED))
+    assert bool(app.DISTURBED.search(words)) is disturbed
 
 
-def test_a_fixed_cache_or_a_whole_gpu_measures_nothing_that_others_hold() -> None:
-    for given in (
-        llm({"num_gpus": 0.45}, engine_kwargs={"kv_cache_memory_bytes": 10**9}),
-        llm({"num_gpus": 1}),
-        llm({"num_gpus": 0}),
-    ):
-        config, _ = app.normalise_application({"args": {"llm_configs": [given]}}, ())
-        [(_, model)] = app.llm_configs(config)
-        assert not app.describe_model(model).measures_memory
+@pytest.mark.parametrize(
+    ("host", "proxies", "location", "expected"),
+    [
+        pytest.param("0.0.0.0", ["10.0.0.1"], "EveryNode", "http://localhost:8000", id="here"),
+        pytest.param("0.0.0.0", ["10.0.0.9"], "HeadOnly", "http://10.0.0.9:8000", id="elsewhere"),
+        pytest.param("10.0.0.1", ["10.0.0.1"], "EveryNode", "http://10.0.0.1:8000", id="one host"),
+        pytest.param("0.0.0.0", [], "Disabled", "", id="no proxy"),
+    ],
+)
+def test_the_public_address(host: str, proxies: list[str], location: str, expected: str) -> None:
+    options = SimpleNamespace(host=host, port=8000, ssl_certfile=None)
+    there = {str(index): SimpleNamespace(node_ip=ip) for index, ip in enumerate(proxies)}
+    known = SimpleNamespace(proxy_location=location, http_options=options, proxies=there)
+    assert app.public_address(known, "10.0.0.1") == expected

@@ -6,10 +6,12 @@ import json
 import re
 import subprocess
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster import APP_V5, PYTHON, RayHead, get_json, run_app_v5
+from cluster import APP_V5, PYTHON, RayHead, free_port, get_json, run_app_v5
 
 Config = dict[str, Any]
 
@@ -29,6 +31,7 @@ class User:
 
     def __init__(self, head: RayHead, path: Path, port: int) -> None:
         self.head, self.path, self.port = head, path, port
+        self.started: list[subprocess.Popen[str]] = []
 
     def write(self, *applications: Config, name: str = "config.yaml", **top: Any) -> Path:
         http_options = {"host": "127.0.0.1", "port": self.port}
@@ -44,7 +47,7 @@ class User:
 
     def start(self, config: Path, *arguments: str) -> subprocess.Popen[str]:
         """The program in the background, in a process group of its own."""
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [PYTHON, str(APP_V5), str(config), *arguments],
             env=self.head.env,
             stdout=subprocess.PIPE,
@@ -52,6 +55,8 @@ class User:
             text=True,
             start_new_session=True,
         )
+        self.started.append(process)
+        return process
 
     def deploy(self, *applications: Config, **top: Any) -> subprocess.CompletedProcess[str]:
         return self.run(config=self.write(*applications, **top))
@@ -62,6 +67,27 @@ class User:
     @property
     def base_url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+
+@contextmanager
+def serving(head: RayHead, path: Path) -> Iterator[User]:
+    """A user of one Serve that lasts for all tests of a file, as starting one costs ten seconds.
+
+    What a test leaves there stays, and the next one deploys over it, as in a user's life.
+    """
+    user = User(head, path, free_port())
+    try:
+        yield user
+    finally:
+        for process in user.started:
+            with process:
+                process.kill()  # it has ended, unless its test has failed
+        head.shut_down_serve()
+
+
+def serve_deploy(head: RayHead, config: Path) -> None:
+    """`serve deploy`, which returns before anything runs."""
+    head.run("-m", "ray.serve.scripts", "deploy", str(config), "-a", head.dashboard_url)
 
 
 def about(name: str, summary: str) -> str:
