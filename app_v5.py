@@ -64,7 +64,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -518,9 +518,9 @@ class DocumentLoader:
 
     def load(self, file: str, path: KeyPath) -> Any:
         """A file's data. Raises ConfigError for what makes all of it unusable."""
-        text = read_text(file)
+        text_of_file = read_text(file)
         try:
-            nodes = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
+            nodes = list(yaml.compose_all(text_of_file, Loader=yaml.SafeLoader))
             if len(nodes) > 1:
                 message, hint = "a second document starts here", "keep one document in the file"
                 raise unusable(message, hint, place_of(nodes[1], file))
@@ -531,9 +531,15 @@ class DocumentLoader:
         except yaml.YAMLError as error:
             # The line itself is not quoted, since a secret may stand in it.
             mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-            text = str(getattr(error, "problem", error))
+            text = first_line(str(getattr(error, "problem", error)))
             tabs = " (indent with spaces, not tabs)" if "\\t" in text else ""
             place = (file, mark.line + 1, mark.column + 1) if mark else (file, 0, 0)
+            begun = getattr(error, "context_mark", None)
+            if begun and mark and begun.line != mark.line:
+                tabs = f", {getattr(error, 'context', '')} that begins in line {begun.line + 1}"
+            if isinstance(error, yaml.reader.ReaderError):
+                before = text_of_file[: error.position]
+                place = (file, before.count("\n") + 1, len(before.rpartition("\n")[2]) + 1)
             raise unusable(f"not YAML: {text}{tabs}", "", place) from None
         except RecursionError:
             message = f"nested deeper than {MAX_DEPTH} levels"
@@ -581,6 +587,7 @@ class DocumentLoader:
         except ValueError as error:
             self.problems.append(Problem(path, f"can't be read: {error}", place=place))
             node.tag = TEXT_TAG
+            self.yaml.recursive_objects.pop(node, None)  # PyYAML forgets to
 
     def tag_of(self, text: str) -> str:
         """What YAML takes an unquoted text for."""
@@ -610,15 +617,35 @@ class DocumentLoader:
         for path, llm, holder in llm_places(data):
             if not isinstance(llm, str):
                 continue
-            found = next((f"{folder / llm}" for folder in folders if (folder / llm).exists()), None)
+            found = None
+            with contextlib.suppress(OSError, ValueError):  # no name of a file
+                found = next((f"{d / llm}" for d in folders if (d / llm).exists()), None)
             if found is None:
                 hint = f"looked in {' and in '.join(map(str, folders))}"
                 self.problems.append(Problem(path, f"there is no file {llm!r}", hint))
                 continue
             try:
-                holder[path[-1]] = self.load(found, path)
+                holder[path[-1]] = loaded = self.load(found, path)
+                if not isinstance(loaded, dict):
+                    message = f"{show_value(loaded)} is not a mapping"
+                    raise unusable(message, "expected an LLM's", (found, 1, 1))
             except ConfigError as error:
+                holder[path[-1]] = llm
                 self.problems += error.problems
+
+
+def show_value(value: Any) -> str:
+    """A value in a message, short and in YAML's words."""
+    text = json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+    return shortened(repr(value) if isinstance(value, str) else text, MOST_VALUE_CHARACTERS)
+
+
+def shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
 def place_of(node: yaml.Node, file: str) -> Place:
@@ -689,7 +716,7 @@ SECRET_WORD = re.compile(
 )
 SHORTEST_SECRET, LONG_SECRET = 4, 32
 HIDDEN, FINGERPRINT = "***", "hmac:"
-URL_SECRETS = re.compile(r"(?<=://)[^/?#\s@'\"]+(?=@)|(?<=[?&])([\w.~-]+=)[^&#\s'\"]+")
+URL_SECRETS = re.compile(r"(?<=://)[^/?#\s'\"]+(?=@)|(?<=[?&])([\w.~-]+=)[^&#\s'\"]+")
 """User info, and the values of a query."""
 
 
@@ -715,7 +742,8 @@ def spellings(secrets: frozenset[str]) -> list[str]:
     for secret in secrets:
         plain |= {secret, quote(secret), quote(secret, safe=""), quote_plus(secret)}
         plain |= {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
-    return sorted(plain | {repr(form)[1:-1] for form in plain}, key=len, reverse=True)
+    again = {write(form)[1:-1] for form in plain for write in (repr, json.dumps)}
+    return sorted(plain | again, key=len, reverse=True)
 
 
 def redact(text: str, secrets: frozenset[str]) -> str:
@@ -763,6 +791,7 @@ SCHEMA_SOURCES = (
     ("ray", "llm/_internal/serve/serving_patterns/data_parallel/builder.py"),
     ("ray", "llm/_internal/serve/serving_patterns/prefill_decode/builder.py"),
     ("ray", "llm/_internal/common/placement.py"),
+    ("ray", "llm/_internal/common/utils/cloud_utils.py"),
     ("vllm", "engine/arg_utils.py"),
     ("vllm", "entrypoints/launchers/cli_args.py"),
 )
@@ -791,7 +820,9 @@ ADDED: Mapping[str, Mapping[str, str]] = {
 }
 """Fields that Ray's classes do not have, or whose schema their annotations do not tell."""
 
-FORBIDS_OTHERS = frozenset((LLM, "ModelLoadingConfig", "LoraConfig", "LoggingConfig", ENGINE))
+FORBIDS_OTHERS = frozenset(
+    (LLM, "ModelLoadingConfig", "CloudMirrorConfig", "LoraConfig", "LoggingConfig", ENGINE)
+)
 """Schemas for which Ray refuses an unknown field; the others ignore it without a word."""
 
 Schemas = Mapping[str, Mapping[str, str]]
@@ -838,6 +869,8 @@ UNSUPPORTED = (
     "is only supported by `serve deploy`: Serve does not take it for single applications",
     "leave it out, or deploy this file with `serve deploy`",
 )
+ONE_FOR_ALL = ("Serve has one for all applications", "move it into http_options")
+MISPLACED = {"autoscaling_policy": UNSUPPORTED, "host": ONE_FOR_ALL, "port": ONE_FOR_ALL}
 RETIRED = {
     "max_concurrent_queries": "max_ongoing_requests",
     "target_num_ongoing_requests_per_replica": "target_ongoing_requests",
@@ -848,6 +881,10 @@ MOST_NAME_CHARACTERS = 231
 parts of a replica's name, which, with its application's, becomes a file's (255 bytes)."""
 
 
+Names = list[tuple[str, KeyPath, Any]]
+"""Of each name its kind, its place and the name; each kind has a name once."""
+
+
 def check_document(document: Document, schemas: Schemas) -> Problems:
     """What is wrong with a document's keys, and with the values that this program itself reads; the
     others are Ray's own schemas' to check (`check_values`)."""
@@ -855,49 +892,56 @@ def check_document(document: Document, schemas: Schemas) -> Problems:
     applications = document.data["applications"]
     if document.data.get("target_capacity") is not None:
         problems.append(Problem(("target_capacity",), *UNSUPPORTED))
-    if not applications or not isinstance(applications, list):
-        empty = applications in ([], None)
-        text = "there is no application" if empty else "is not a list of applications"
-        return [*problems, Problem(("applications",), text, warning=empty)]
-    names: list[tuple[str, KeyPath, Any]] = []
-    for index, application in enumerate(applications):
-        path: KeyPath = ("applications", index)
-        if not isinstance(application, dict):
-            continue
-        if application.get("import_path") is None:
-            hint = "for LLMs: import_path: ray.serve.llm:build_openai_app"
-            problems.append(Problem(path, "import_path is missing", hint))
-        if application.get("autoscaling_policy") is not None:
-            problems.append(Problem((*path, "autoscaling_policy"), *UNSUPPORTED))
-        name, route = (*path, "name"), (*path, "route_prefix")
-        names.append(("application", name, application.get("name", DEFAULT_APPLICATION)))
-        names.append(("route", route, application.get("route_prefix", DEFAULT_ROUTE)))
-        for place, override in enumerate(as_list(application.get("deployments"))):
-            where = (*path, "deployments", place, "name")
-            names.append((f"deployment of {index}", where, as_dict(override).get("name")))
-        if is_rays_builder(application):
-            args = as_dict(application.get("args"))
-            problems += check_keys(args, BUILDER, (*path, "args"), schemas)
-            if not any(args.get(key) for key in ("llm_configs", *LLM_ARGS)):
-                hint = "give llm_configs, a list of them"
-                problems.append(Problem((*path, "args"), "there is no LLM", hint))
+    if not applications:
+        problems.append(Problem(("applications",), "there is no application", warning=True))
+    names: Names = []
+    for index, application in enumerate(as_list(applications)):
+        if isinstance(application, dict):
+            found, named = check_application(application, index, schemas)
+            problems, names = problems + found, names + named
     found, models = check_llms(document.data)
     return problems + found + check_names([*names, *models])
 
 
-def check_llms(data: Config) -> tuple[Problems, list[tuple[str, KeyPath, Any]]]:
+def check_application(app: Config, index: int, schemas: Schemas) -> tuple[Problems, Names]:
+    """What is wrong with one application, the LLMs aside; and the names in it."""
+    problems: Problems = []
+    path: KeyPath = ("applications", index)
+    if app.get("import_path") is None:
+        hint = "for LLMs: import_path: ray.serve.llm:build_openai_app"
+        problems.append(Problem(path, "import_path is missing", hint))
+    for key, said in MISPLACED.items():
+        if app.get(key) is not None:
+            problems.append(Problem((*path, key), *said))
+    names: Names = [
+        ("application", (*path, "name"), app.get("name", DEFAULT_APPLICATION)),
+        ("route", (*path, "route_prefix"), app.get("route_prefix", DEFAULT_ROUTE)),
+    ]
+    for place, override in enumerate(as_list(app.get("deployments"))):
+        where = (*path, "deployments", place, "name")
+        names.append((f"deployment of {index}", where, as_dict(override).get("name")))
+    if is_rays_builder(app):
+        args = as_dict(app.get("args"))
+        problems += check_keys(args, BUILDER, (*path, "args"), schemas)
+        if not any(args.get(key) for key in ("llm_configs", *LLM_ARGS)):
+            hint = "give llm_configs, a list of them"
+            problems.append(Problem((*path, "args"), "there is no LLM", hint))
+    return problems, names
+
+
+def check_llms(data: Config) -> tuple[Problems, Names]:
     """What Ray's builders say too late, or too little, about one LLM; and the names in them."""
     problems: Problems = []
-    names: list[tuple[str, KeyPath, Any]] = []
+    names: Names = []
     for path, llm, _ in llm_places(data):
         if not isinstance(llm, dict):
             continue
         options = as_dict(llm.get("deployment_config"))
         model_id = as_dict(llm.get("model_loading_config")).get("model_id")
-        if not isinstance(model_id, str) or not model_id:
-            problems.append(Problem(path, "model_loading_config.model_id is missing, or no text"))
-        group = path[1] if path[-2] == "llm_configs" else path  # prefill and decode share theirs
         where = (*path, "model_loading_config", "model_id")
+        if not isinstance(model_id, str) or not model_id:
+            problems.append(Problem(where, "is missing, or no text"))
+        group = path[1] if path[-2] == "llm_configs" else path  # prefill and decode share theirs
         names.append((f"model id of {group}", where, model_id))
         where = (*path, "deployment_config", "name")
         names.append((f"model's deployment of {group}", where, options.get("name")))
@@ -909,8 +953,8 @@ def check_llms(data: Config) -> tuple[Problems, list[tuple[str, KeyPath, Any]]]:
     return problems, names
 
 
-def check_names(names: Iterable[tuple[str, KeyPath, Any]]) -> Problems:
-    """What is wrong with names of which each kind must be there once: (kind, place, name)."""
+def check_names(names: Names) -> Problems:
+    """What is wrong with names of which each kind must be there once."""
     problems: Problems = []
     first: dict[tuple[str, Any], KeyPath] = {}
     for kind, path, name in names:
@@ -933,7 +977,7 @@ def check_name(name: Any, path: KeyPath) -> Problems:
     """What Ray does not bear in the name of an application or a deployment."""
     if not isinstance(name, str) or (NAME.fullmatch(name) and len(name) <= MOST_NAME_CHARACTERS):
         return []
-    hint = f"printable ASCII without '#', at most {MOST_NAME_CHARACTERS} characters with the other"
+    hint = f"use printable ASCII without '#', and at most {MOST_NAME_CHARACTERS} characters"
     return [Problem(path, f"Ray can't bear the name {show_value(name)}", hint)]
 
 
@@ -949,7 +993,8 @@ def check_keys(value: Config, schema: str, path: KeyPath, schemas: Schemas) -> P
         needed, rule = RULES.get(str(key), ("", None))
         if rule and item is not None and not rule(item):
             problems.append(Problem(here, f"{show_value(item)} is not {needed}"))
-        child, is_list = (fields or {}).get(key), isinstance(item, list)
+            continue
+        child, is_list = (fields or {}).get(key), key in LISTS and isinstance(item, list)
         for index, below in enumerate(item) if is_list else [(0, item)]:
             place = (*here, index) if is_list else here
             if child and isinstance(below, dict):
@@ -997,11 +1042,17 @@ def are_options(llm: Config) -> bool:
     return all(isinstance(part, dict | None) for part in parts) and all(rules)
 
 
+LISTS = ("applications", "deployments", "llm_configs", "deployment_actors")
 RULES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(LISTS, ("a list", lambda value: isinstance(value, list))),
+    "runtime_env": ("a mapping", lambda value: isinstance(value, dict)),
     **dict.fromkeys(SHORT_RESOURCES, ("a number, 0 or more", partial(is_number, least=0))),
     **dict.fromkeys(
         ("tensor_parallel_size", "pipeline_parallel_size"),
-        ("a whole number, 1 or more", lambda value: is_number(value, 1) and float(value) % 1 == 0),
+        (
+            "a whole number, 1 to 9999",
+            lambda value: is_number(value, 1, 9999) and float(value) % 1 == 0,
+        ),
     ),
     **dict.fromkeys(
         ("resources", "bundle_per_worker", "bundles"), ("amounts, 0 or more", are_amounts)
@@ -1050,16 +1101,6 @@ def deployment_options(data: Config) -> Iterator[tuple[KeyPath, Config]]:
             yield (*path, "deployment_config"), as_dict(llm["deployment_config"])
 
 
-def show_value(value: Any) -> str:
-    """A value in a message, short and in YAML's words."""
-    text = json.dumps(value) if value is None or isinstance(value, bool) else str(value)
-    return shortened(repr(value) if isinstance(value, str) else text, MOST_VALUE_CHARACTERS)
-
-
-def shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 3]}..."
-
-
 def located(document: Document, problems: Problems) -> Problems:
     """Problems with the place of the nearest key that stands in a file, in the order of those."""
     found = []
@@ -1091,6 +1132,8 @@ def format_key(path: KeyPath) -> str:
 # ======================================================================================
 
 MOST_SHARE_FOR_TWO = 0.5
+STEPS = 10_000
+"""Ray counts resources in steps of 1/10000."""
 
 
 def read_applications(document: Document) -> tuple[tuple[ApplicationSpec, ...], Problems]:
@@ -1273,7 +1316,9 @@ def share_memory(llm: Config, path: KeyPath, application_env: Config) -> Problem
         return []
     engine = llm["engine_kwargs"] = dict(llm.get("engine_kwargs") or {})
     fitting = round(WHOLE_GPU_MEMORY_FRACTION * share, 4)
-    asked = engine.setdefault("gpu_memory_utilization", fitting)
+    if engine.get("gpu_memory_utilization") is None:
+        engine["gpu_memory_utilization"] = fitting
+    asked = engine["gpu_memory_utilization"]
     if float(asked) <= share:
         return []
     message = (
@@ -1295,7 +1340,7 @@ def describe_model(llm: Config) -> ModelSpec:
     shares = 0 < share < 1 and accelerator_kind(llm) not in ("cpu", "tpu")
     promised: dict[str, float] = dict(options.get("resources") or {})
     for option, resource in (("num_cpus", "CPU"), ("num_gpus", "GPU"), ("memory", "memory")):
-        held = sum(float(bundle.get(resource) or 0) for bundle in workers)
+        held = round(sum(float(bundle.get(resource) or 0) for bundle in workers), 4)
         if options.get(option) is not None or held:
             promised[resource] = float(options.get(option) or 0) + held
     notes = []
@@ -1346,9 +1391,6 @@ def format_resources(resources: Resources) -> str:
 # GPU comes from one GPU), and may refuse, upon which GCS tries others (ray-project/ray#52133). Here
 # a node counts only if its devices do. Where Ray would first pick one whose devices don't, its
 # answer may come late, which the plan says. Compared with raylets in test_plan_against_ray.py.
-
-STEPS = 10_000
-"""Ray counts resources in steps of 1/10000, and so do all amounts in this section."""
 
 PER_DEVICE = frozenset(
     ("GPU", "TPU", "neuron_cores", "NPU", "HPU", "RBLN", "FURIOSA", "TTNPU", "MBLT")
@@ -1549,6 +1591,8 @@ class Placer:
                 if slot is not None:
                     slots[index] = slot
                     waiting.remove(index)
+                else:
+                    self.slow |= self.seems_free(node, bundles[index], selectors[index])
         return tuple(slots[index] for index in range(len(bundles)))
 
     def grant(self, node: int, bundle: Mapping[str, int], selector: Any) -> Slot | None:
@@ -1568,6 +1612,12 @@ class Placer:
     def devices(self, node: int, resource: str) -> Devices:
         default = (STEPS,) if resource.startswith(IMPLICIT) else (0,)
         return self.free[node].get(resource) or default
+
+    def seems_free(self, node: int, bundle: Mapping[str, int], selector: Any) -> bool:
+        """What GCS believes of a node, of which it knows the sums alone: if a GPU refuses, it tries
+        the same again, for seconds."""
+        enough = all(sum(self.devices(node, r)) >= need for r, need in bundle.items())
+        return enough and matches(self.nodes[node], selector)
 
     def best(
         self, wanted: Sequence[tuple[dict[str, int], Any]], nodes: Iterable[int]
@@ -1622,16 +1672,16 @@ def predict(demands: Sequence[Demand], nodes: Sequence[Node]) -> Plan:
     placer = Placer(nodes, [stock(node, node.free, node.free_gpus) for node in nodes])
     plan = Plan(nodes, (), placer.free)
     for demand in demands:
-        placer.slow = False
+        placer.slow, before = False, plan.fits
         found = [placer.place(demand) for _ in range(demand.min_replicas)]
         # What scales from zero must be able to have one replica.
         empty = Placer(nodes, [stock(node, node.total) for node in nodes])
         never = not all(empty.place(demand) for _ in range(max(1, demand.min_replicas)))
-        plan, reason = replace(plan, free=placer.free), ""
+        fit = Fit(demand, tuple(slots for slots in found if slots), "", never, placer.slow)
+        plan = Plan(nodes, (*before, fit), placer.free)
         if never or not all(found):
-            reason = shortage(plan, demand, empty if never else placer)
-        slots = tuple(slots for slots in found if slots)
-        plan = replace(plan, fits=(*plan.fits, Fit(demand, slots, reason, never, placer.slow)))
+            fit = replace(fit, reason=shortage(plan, demand, empty if never else placer))
+            plan = replace(plan, fits=(*before, fit))
     return plan
 
 
@@ -1655,7 +1705,9 @@ def shortage(plan: Plan, demand: Demand, placer: Placer) -> str:
             if resource in PER_DEVICE and not share:
                 whole = {n: placer.devices(n, resource).count(STEPS) * STEPS for n in nodes}
                 free = {(n, 0): amount for n, amount in whole.items()}
-            (node, device), most = max(free.items(), key=lambda item: item[1])
+            (node, device), most = max(
+                free.items(), key=lambda item: (item[1], not plan.nodes[item[0][0]].new)
+            )
             amount = format_amount(resource, need / STEPS)
             total = max(plan.nodes[n].total.get(resource, 0.0) for n in nodes)
             where = f"node {plan.nodes[node].name}"
@@ -2193,10 +2245,6 @@ def plain_cause(message: str) -> str:
 POINTERS = ("Failed to update the deployments", "This may be caused by", "ActorDiedError()")
 
 
-def first_line(text: str) -> str:
-    return next((line.strip() for line in text.splitlines() if line.strip()), "")
-
-
 @functools.cache
 def hints() -> list[tuple[str, str]]:
     """`HINTS` as pairs of a pattern and what would help."""
@@ -2551,8 +2599,11 @@ class RayCluster:
             where = ("applications", app.index, "route_prefix")
             if isinstance(app.route_prefix, str):
                 found += schema_problems(validate_route_prefix, where, app.route_prefix)
-        # Of a union pydantic says for each part why it is not that.
-        return list({problem.path: problem for problem in reversed(found)}.values())
+        # Of a union pydantic says for each part why it is not that; and what the applications have
+        # from the top is said there.
+        once = {problem.path: problem for problem in reversed(found)}
+        mine = [p for p in once if p[2:3] != ("logging_config",) or p[:3] in document.places]
+        return [once[path] for path in mine]
 
     # -- Serve --------------------------------------------------------------------------
 
@@ -2621,11 +2672,11 @@ class RayCluster:
         details = self.serve_details(timeout_s)
         return details.applications if details else {}
 
-    def endpoint(self) -> str:
+    def endpoint(self, timeout_s: float = CONTROLLER_TIMEOUT_S) -> str:
         """The public HTTP address of Serve, as `public_address` gives it."""
         import ray
 
-        details = self.serve_details()
+        details = self.serve_details(timeout_s)
         return public_address(details, ray.util.get_node_ip_address()) if details else ""
 
     def submit(self, action: Action) -> None:
@@ -2667,12 +2718,13 @@ class RayCluster:
 
     # -- what this program keeps in the cluster ---------------------------------------------
 
-    def fingerprint_key(self) -> bytes:
-        """The random key of this cluster's fingerprints; the first run makes it."""
+    def fingerprint_key(self, *, make: bool) -> bytes:
+        """The random key of this cluster's fingerprints; the first run that may makes it."""
         from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
-        _internal_kv_put("key", os.urandom(32), overwrite=False, namespace=KEYS)
-        return bytes(_internal_kv_get("key", namespace=KEYS))
+        if make:
+            _internal_kv_put("key", os.urandom(32), overwrite=False, namespace=KEYS)
+        return _internal_kv_get("key", namespace=KEYS) or b""
 
     def running(self, found: Iterable[ApplicationDetails]) -> dict[str, Running]:
         """What this program knows about some applications of the cluster, by name."""
@@ -3196,6 +3248,7 @@ class Run:
         self.nodes: Sequence[Node] = ()
         self.growth: Sequence[Node] = ()
         self.admitted: list[Demand] = []
+        self.crowded = False  # several engines start that measure what is free on a card
         self.done = False
         self.stop_code = 0
         self.stop_reason = ""
@@ -3263,7 +3316,7 @@ def deploy(actions: list[Action], run: Run, workers: int, show: Show) -> None:
     threading.Thread(target=watch, args=(run,), daemon=True, name="watch").start()
     deletions = [action for action in actions if action.change is Change.DELETE]
     others = [action for action in actions if action.change is not Change.DELETE]
-    crowded = sum(map(shares_gpu, others)) > 1
+    run.crowded = sum(map(shares_gpu, others)) > 1
     try:
         for stage in filter(None, (deletions, others)):
             for action in stage[workers:]:
@@ -3271,11 +3324,12 @@ def deploy(actions: list[Action], run: Run, workers: int, show: Show) -> None:
             nodes = run.cluster.nodes(giving_way(stage))
             run.nodes, run.admitted = [*nodes, *run.growth], []
             in_workers(stage, partial(carry_out, run=run), run, workers, show)
-        for action in [action for action in others if action.disturbed and crowded]:
+        for action in [action for action in others if action.disturbed]:
             if not run.stop_code:
                 run.admitted = []
                 again = replace(action, version=f"{action.version}.2", attempt=2, words="queued")
                 again.result = again.started = again.ended = again.cause = None
+                again.disturbed = False
                 actions[actions.index(action)] = again
                 in_workers([again], partial(carry_out, run=run), run, 1, show)
     except ClusterError as error:
@@ -3302,6 +3356,7 @@ def in_workers(
     while not all(future.done() for future in futures) and not run.stop_code:
         with run.changed:
             run.changed.wait(POLL_INTERVAL_S)
+        end_defects(actions, futures, run)
         show(run.actions)
         if run.clock() - looked_at > HEARTBEAT_INTERVAL_S:
             looked_at = run.clock()
@@ -3311,6 +3366,16 @@ def in_workers(
                 run.stop(EXIT_CLUSTER, f"the head node has not answered for {seconds}")
     pool.shutdown(wait=False, cancel_futures=True)
     wait_for_futures(futures, timeout=STOP_GRACE_S if run.stop_code else None)
+    end_defects(actions, futures, run)
+
+
+def end_defects(actions: Sequence[Action], futures: Sequence[Future[None]], run: Run) -> None:
+    """Isolation: a defect that one application meets is its failure, and nobody else's."""
+    for action, future in zip(actions, futures, strict=True):
+        error = future.exception() if future.done() and not future.cancelled() else None
+        if error is not None and action.result is None:
+            action.trace = "".join(traceback.format_exception(error))
+            run.end(action, Result.FAILED, root_cause(repr(error)))
 
 
 def watch(run: Run) -> None:
@@ -3350,7 +3415,7 @@ def replicas_of(details: ApplicationDetails | None) -> list[ReplicaDetails]:
 
 
 def carry_out(action: Action, run: Run) -> None:
-    """Take one application to its result. Runs in a worker thread; never raises."""
+    """Take one application to its result, in a worker thread."""
     run.give_time(action)
     try:
         if action.refusal:
@@ -3365,7 +3430,7 @@ def carry_out(action: Action, run: Run) -> None:
         logs = failure_logs(action, run.cluster)
         action.trace, action.cause = str(error), action.refusal or root_cause(str(error), logs)
         said = "\n".join([action.trace, action.cause.text, *logs])
-        again = action.attempt == 1 and shares_gpu(action)
+        again = run.crowded and action.attempt == 1 and shares_gpu(action)
         action.disturbed = again and bool(DISTURBED.search(said))
         undo(action, run)
         run.end(action, Result.FAILED)
@@ -3381,10 +3446,6 @@ def carry_out(action: Action, run: Run) -> None:
         run.end(action, Result.UNKNOWN if lost else Result.INTERRUPTED)
     except ClusterError as error:
         run.end(action, Result.UNKNOWN, Cause(str(error), error.hint))
-    except Exception as error:  # noqa: BLE001
-        # Isolation: a defect that one application meets must not hide what became of the others.
-        action.trace = traceback.format_exc()
-        run.end(action, Result.FAILED, root_cause(repr(error)))
 
 
 def bring_up(action: Action, run: Run) -> None:
@@ -3506,7 +3567,11 @@ def prove(action: Action, run: Run) -> None:
 
     def ask(url: str, body: Config | None) -> Response:
         run.check(action)
-        return fetch(url, body, min(SMOKE_TIMEOUT_S, action.deadline - run.clock()))
+        try:
+            return fetch(url, body, min(SMOKE_TIMEOUT_S, action.deadline - run.clock()))
+        except ApplicationError:
+            run.check(action)  # it was the deadline that cut it short
+            raise
 
     try:
         held = run.cluster.reservations(details)
@@ -3562,9 +3627,14 @@ def undo(action: Action, run: Run) -> None:
     """Delete a new application that did not come up, where --on-failure asks for it."""
     new = action.change is Change.CREATE and action.sent and not action.disturbed
     if new and run.options.on_failure == "delete":
-        with contextlib.suppress(ClusterError):
+        try:
             run.cluster.delete(action.name)
             action.deleted = True
+        except Exception as error:  # noqa: BLE001
+            # Whatever Ray raises here: the failure that is to be undone is what has to be told.
+            said = [action.cause.text] if action.cause else []
+            said.append(f"--on-failure delete did not work: {first_line(str(error))}")
+            action.cause = Cause("\n".join(said), action.cause.hint if action.cause else "")
 
 
 def build_only(action: Action, run: Run) -> None:
@@ -3890,6 +3960,7 @@ def action_json(action: Action, base_url: str | None) -> Config:
         "seconds": round(action.seconds(), 1),
         "attempts": action.attempt,
         "submitted": {"yes": True, "": False}.get(action.sent),
+        "no_log": action.no_log or None,
         "deleted": action.deleted or action.result is Result.DELETED,
         "proof": dataclasses.asdict(action.proof) if action.proof else None,
         "status": action.details.status.value if action.details else None,
@@ -4023,7 +4094,9 @@ def check_config(
 ) -> tuple[tuple[ApplicationSpec, ...], Problems]:
     """The applications of a loaded document, and what is wrong with it: first its keys, and once
     those are in order the values, which takes Ray's schemas."""
-    problems = problems + check_document(document, known_schemas())
+    said = {problem.path for problem in problems}
+    found = check_document(document, known_schemas())
+    problems = problems + [problem for problem in found if problem.path not in said]
     applications: tuple[ApplicationSpec, ...] = ()
     if all(problem.warning for problem in problems):
         applications, found = read_applications(document)
@@ -4146,7 +4219,7 @@ class Session:
             staying = {name: d for name, d in states.items() if d not in pruned}
             if problems := taken_routes(applications, staying):
                 raise ConfigError(located(document, problems))
-            key = cluster.fingerprint_key()
+            key = cluster.fingerprint_key(make=not options.plan)
             for item in applications:
                 before = running.get(item.name)
                 actions.append(decide(item, before, options, document.secrets, key))
@@ -4208,14 +4281,18 @@ class Session:
 
     def report(self, plan: Plan | None = None) -> int:
         """Print how the run ended. Returns the exit code."""
+        base_url: str | None = None
+        if self.run.stop_code != EXIT_CLUSTER:
+            with contextlib.suppress(ClusterError):
+                base_url = self.cluster.endpoint(POLL_TIMEOUT_S)
+        return self.print_report(base_url, plan)
+
+    def print_report(self, base_url: str | None, plan: Plan | None = None) -> int:
+        """The same without a call of Ray, which may hang."""
         run, actions = self.run, self.run.actions
         code = exit_code(actions, run.stop_code)
         if plan and plan.misfits and not code:
             code = EXIT_FAILED
-        base_url: str | None = None
-        if run.stop_code != EXIT_CLUSTER:
-            with contextlib.suppress(ClusterError):
-                base_url = self.cluster.endpoint()
         self.terminal.close()
         if run.stop_code:
             self.terminal.say(f"🛑 Stopped: {run.stop_reason}")
@@ -4243,6 +4320,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Whenever one comes, what was reached is printed, and the exit code is the signal's.
     """
+    sys.stdout = sys.stdout or io.StringIO()  # as `>&-` and `2>&-` leave them
+    sys.stderr = sys.stderr or io.StringIO()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without emoji shows question marks
@@ -4266,9 +4345,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     thread.start()
     while thread.is_alive() and not run.stop_code:
         thread.join(0.1)
-    thread.join(2 * STOP_GRACE_S + CONTROLLER_TIMEOUT_S if run.actions else STOP_GRACE_S)
-    if session.code is None:
-        terminal.say(f"🛑 {run.stop_reason}: stopped while connecting; nothing was deployed")
+    thread.join(2 * STOP_GRACE_S + POLL_TIMEOUT_S if run.actions else STOP_GRACE_S)
+    if session.code is None and run.actions:
+        session.print_report(None)
+    elif session.code is None:
+        terminal.say(f"🛑 {run.stop_reason}: nothing was deployed")
     return run.stop_code or session.code or EXIT_OK
 
 

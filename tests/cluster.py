@@ -379,6 +379,77 @@ class RayHead:
         return sum(node["state"] == "ALIVE" for node in nodes["data"]["result"]["result"])
 
 
+class ScalingHead(RayHead):
+    """A head of 4 CPUs with an autoscaler, which starts GPU nodes on this machine when one is
+    asked for (Ray's fake node provider)."""
+
+    def __init__(self, version: int) -> None:
+        port = free_port()
+        env = {
+            "RAY_FAKE_CLUSTER": "1",
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            "RAY_enable_autoscaler_v2": str(version - 1),
+        }
+        if version == 2:
+            env |= {
+                "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_ID,
+                "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_ID,
+                "RAY_NODE_TYPE_NAME": "head",
+            }
+        super().__init__(num_cpus=4, num_gpus=0, port=port, env=env)
+        config = self.temp_dir / "autoscaler.json"
+        config.write_text(json.dumps(_autoscaler_config(f"{HOST}:{port}")))
+        self._resources.append(f"--autoscaling-config={config}")
+
+
+FAKE_HEAD_ID: Final = "f" * 51 + "00000"
+
+
+def _autoscaler_config(gcs_address: str) -> dict[str, Any]:
+    """All keys are needed, the empty ones, too (ray/autoscaler/_private/util.py)."""
+    empty: dict[str, Any] = {name: {} for name in ("docker", "auth", "file_mounts")}
+    for kind in (
+        "cluster_synced_files",
+        "rsync_exclude",
+        "rsync_filter",
+        "initialization_commands",
+    ):
+        empty[kind] = []
+    for kind in ("", "head_", "worker_"):
+        empty[f"{kind}setup_commands"] = []
+    for kind in ("head", "worker"):
+        empty[f"{kind}_start_ray_commands"] = []
+    gpu_node = {"CPU": 4, "GPU": 1, "object_store_memory": 100_000_000}
+    return {
+        **empty,
+        "cluster_name": "fake",
+        "max_workers": 4,
+        "idle_timeout_minutes": 60,
+        "upscaling_speed": 1.0,
+        "file_mounts_sync_continuously": False,
+        "provider": {
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+            "launch_multiple": True,
+            "head_node_id": FAKE_HEAD_ID,
+            "gcs_address": gcs_address,
+        },
+        "head_node_type": "head",
+        "available_node_types": {
+            "head": {"resources": {"CPU": 4}, "node_config": {}, "max_workers": 0},
+            "gpu_node": {
+                "resources": gpu_node,
+                "node_config": {},
+                "min_workers": 0,
+                "max_workers": 2,
+            },
+        },
+    }
+
+
 def _base_environment(logical_gpus: bool, extra: Mapping[str, str]) -> dict[str, str]:
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith(FOREIGN_PREFIXES)

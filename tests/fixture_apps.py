@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -256,3 +258,74 @@ def dies(args: dict[str, Any]) -> serve.Application:
 def hangs(args: dict[str, Any]) -> serve.Application:
     time.sleep(3600)
     return Good.bind()
+
+
+@serve.deployment(ray_actor_options=LITTLE)
+class Talker:
+    """Prints a variable of its environment in several ways, and fails with it where told to."""
+
+    def __init__(self, variable: str, fails: bool) -> None:
+        value = os.environ[variable]
+        for stream in (sys.stdout, sys.stderr):
+            print(f"planted: {value}", repr(value), json.dumps(value), file=stream, flush=True)
+        if fails:
+            raise RuntimeError(f"can't log in with {value!r}")
+
+    def __call__(self, request: Any) -> str:
+        return "said"
+
+
+@serve.deployment(ray_actor_options=LITTLE, num_replicas=2)
+class OneAlone:
+    """The first of its replicas runs, the others never come up."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            Path(path).mkdir()
+        except FileExistsError:
+            raise RuntimeError("one of us is enough") from None
+
+
+@serve.deployment(ray_actor_options=LITTLE)
+class Transient:
+    """Comes up at the second try."""
+
+    def __init__(self, path: str) -> None:
+        if not Path(path).exists():
+            Path(path).touch()
+            raise RuntimeError("not at the first try")
+
+
+class Unpicklable(Exception):
+    """Can be pickled, and not be loaded again."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(one + two)
+        self.lock = threading.Lock()
+
+
+def talker(args: dict[str, Any]) -> serve.Application:
+    return Talker.bind(args["variable"], args.get("fails", False))
+
+
+def one_alone(args: dict[str, Any]) -> serve.Application:
+    return OneAlone.bind(args["path"])
+
+
+def transient(args: dict[str, Any]) -> serve.Application:
+    return Transient.bind(args["path"])
+
+
+def unpicklable(args: dict[str, Any]) -> serve.Application:
+    raise Unpicklable("an exception ", "with a lock in it")
+
+
+def named_cafe(args: dict[str, Any]) -> serve.Application:
+    return Good.options(name="café").bind()
+
+
+def wants(args: dict[str, Any]) -> serve.Application:
+    """What each replica reserves is in `args`: `actor`, or `bundles`."""
+    actor = {"ray_actor_options": args["actor"]} if "actor" in args else {}
+    bundles = {"placement_group_bundles": args["bundles"]} if "bundles" in args else {}
+    return Good.options(**actor, **bundles).bind()

@@ -1,4 +1,4 @@
-"""Section 7: recorded messages and logs → the cause in one line, and what would help.
+"""The section Causes: recorded messages and logs → the cause in one line, and what would help.
 
 `recorded/` holds what Serve and the engine really said (Ray 2.60, vLLM 0.29 on the CPU), with paths
 and addresses neutralised. What needs a GPU or a network is put together from the format strings of
@@ -472,12 +472,3 @@ def test_the_phases_of_a_recorded_start(lines: int | None, phase: str) -> None:
 )
 def test_the_phase_of_an_engine_on_a_gpu(log: str, phase: str) -> None:
     assert app.engine_phase(f"INFO Starting to load model /m...\n{log}" if phase else log) == phase
-
-
-def said(required: str, available: str) -> str:
-    """What Serve says of a replica that is not placed (deployment_state.py)."""
-    return (
-        "Deployment 'D' in application 'a' has 1 replicas that have taken more than 30s to be "
-        f"scheduled. Resources required for each replica: {required}, total resources available: "
-        f"{available}. Use `ray status` for more details."
-    )

@@ -1,4 +1,4 @@
-"""Section 6: what an edit needs, and what it means for those who send requests."""
+"""The section Changes: what an edit needs, and what it means for those who send requests."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_an_edit_of_one_deployments_resources_restarts_that_one_alone(
         assert action.change is app.Change.UNCHANGED
     else:
         assert action.change is app.Change.RESTART
-        assert action.restarting == restarting
+        assert action.restarting == frozenset(restarting)
         assert app.gap(action).startswith("rolling")
 
 

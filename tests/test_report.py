@@ -498,11 +498,11 @@ def test_the_line_at_the_end(change: str, result: str, line: str) -> None:
 
 
 def test_no_secret_is_written_anywhere() -> None:
-    secret = 'hf_12"345'
+    secret = 'hf_secret"word'
     hidden = frozenset({secret})
     action = failed(cause=app.Cause(f"wrong token {secret}"), trace=f"Traceback: {secret}")
     action.words, action.detail, action.started = "FAILED", f"wrong token {secret}", 5.0
-    action.reasons = (f"HF_TOKEN: {secret} → http://me:pw@h/?key=12",)
+    action.reasons = (f"HF_TOKEN: {secret} → http://me:pw@h/?key=12345",)
     plan = app.predict(action.demands, [])
     for live, as_json, seen in ((False, False, None), (True, True, None), (False, False, plan)):
         made, screen, out = terminal(live=live)
@@ -511,8 +511,7 @@ def test_no_secret_is_written_anywhere() -> None:
         made.say(f"said {secret}")
         made.report(report(action, plan=seen), app.Options("c", json=as_json, logs=True))
         text = screen.getvalue() + out.getvalue()
-        assert "12" not in re.sub(r"12 s|\x1b\[\S+|12\.4|\w+-1b\S*", "", text)
-        assert "me:pw" not in text
+        assert not re.search("hf_secret|word|me:pw|12345", text)
         assert text.count("***") > 3
 
 

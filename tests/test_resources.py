@@ -1,4 +1,4 @@
-"""Section 4: short keys, the engine's share, and what may need a restart."""
+"""The section Resources: short keys, the engine's share, and what may need a restart."""
 
 from __future__ import annotations
 

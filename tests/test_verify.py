@@ -8,27 +8,24 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import app_v5 as app
-from cluster import TESTS
-from test_resources import Config, application, llm, read
+from cluster import TESTS, free_port
 
-RECORDED = TESTS / "recorded"
+HTTP = "http://h:8000"
 MODEL = app.ModelSpec("m", "/m", "m", promised={"CPU": 1.0, "GPU": 0.45})
-SPEC = app.ApplicationSpec(
-    0, "a", "/a", {"import_path": "ray.serve.llm:build_openai_app"}, (MODEL,)
-)
+LLM = {"import_path": "ray.serve.llm:build_openai_app"}
+SPEC = app.ApplicationSpec(0, "a", "/a", LLM, (MODEL,))
 
 
-def held(**resources: float) -> app.Reservation:
-    return app.Reservation("LLMServer:m", "r", resources, ("10.0.0.1",), (0,))
+# -- promises ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("demand", "reservation", "expected"),
+    ("demand", "held", "expected"),
     [
         pytest.param({"CPU": 1, "GPU": 0.45}, {"CPU": 1, "GPU": 0.45}, [], id="as promised"),
         pytest.param(
@@ -50,13 +47,30 @@ def held(**resources: float) -> app.Reservation:
             id="something else",
         ),
         pytest.param({"CPU": 1, "GPU": 0.45}, {"CPU": 1, "GPU": 0.45000001}, [], id="float noise"),
+        pytest.param(
+            {"CPU": 1, "GPU": 0.45, "node:10.0.0.1": 0.01},
+            {"CPU": 1, "GPU": 0.45},
+            [],
+            id="where it is to run is nothing that it holds",
+        ),
     ],
 )
-def test_a_broken_promise_is_named_with_its_reason(
-    demand: dict[str, float], reservation: dict[str, float], expected: list[str]
+def test_a_broken_promise_is_named_once_with_its_reason(
+    demand: dict[str, float], held: dict[str, float], expected: list[str]
 ) -> None:
-    demands = [app.Demand("a", "LLMServer:m", (demand,), "PACK", 1, 1)]
-    assert list(app.mismatches(SPEC, demands, [held(**reservation)])) == expected
+    demands = [app.Demand("a", "LLMServer:m", (demand,))]
+    two = [app.Reservation("LLMServer:m", replica, held, ("10.0.0.1",)) for replica in "rs"]
+    assert list(app.mismatches(SPEC, demands, two)) == expected
+
+
+def test_a_deployment_without_a_model_is_held_to_what_its_builder_asks_for() -> None:
+    demands = [app.Demand("a", "Ingress", ({"CPU": 1.0}, {"CPU": 1.0}))]
+    for cpus, expected in ((2.0, 0), (1.0, 1)):
+        held = [app.Reservation("Ingress", "r", {"CPU": cpus}, ("10.0.0.1",))]
+        assert len(app.mismatches(SPEC, demands, held)) == expected
+
+
+# -- questions -----------------------------------------------------------------------------------
 
 
 class Server:
@@ -66,32 +80,33 @@ class Server:
         self.answers = answers
         self.asked: list[str] = []
 
-    def __call__(self, url: str, body: Config | None) -> app.Response:
-        path = url.removeprefix("http://h:8000")
+    def __call__(self, url: str, body: app.Config | None) -> app.Response:
+        path = url.removeprefix(HTTP)
         self.asked.append(path)
+        assert body is None or body.get("model") == "m"
         return self.answers.get(path, response(404, {"detail": "Not Found"}))
 
 
-def response(status: int, body: Config | str) -> app.Response:
+def response(status: int, body: app.Config | str) -> app.Response:
     return app.Response(status, body if isinstance(body, str) else json.dumps(body), 0.25, 0.5)
 
 
 LIST = response(200, {"data": [{"id": "m"}]})
 STREAM = response(200, 'data: {"model": "m"}\n\ndata: [DONE]\n')
+CANNOT = response(400, {"error": {"message": "The model does not support this"}})
 
 
-def smoke(answers: Mapping[str, app.Response]) -> tuple[app.Answer, ...]:
-    found, notes = app.smoke_test(SPEC, (), "http://h:8000", Server(answers))
+def smoke(answers: Mapping[str, app.Response]) -> list[app.Answer]:
+    found, notes = app.smoke_test(SPEC, (), HTTP, Server(answers))
     assert notes == []
-    return tuple(found)
+    return found
 
 
 def test_a_model_is_listed_and_says_one_token() -> None:
-    answers = smoke({"/a/v1/models": LIST, "/a/v1/chat/completions": STREAM})
-    assert answers == (
+    assert smoke({"/a/v1/models": LIST, "/a/v1/chat/completions": STREAM}) == [
         app.Answer("GET /v1/models", 0.5),
         app.Answer("POST /v1/chat/completions", 0.5, "m", 0.25),
-    )
+    ]
 
 
 @pytest.mark.parametrize(
@@ -100,26 +115,26 @@ def test_a_model_is_listed_and_says_one_token() -> None:
         pytest.param(400, {"error": {"message": "no chat template"}}, id="no chat template"),
         pytest.param(404, {"detail": "Not Found"}, id="no such route"),
         pytest.param(200, 'data: {"error": {"message": "no chat template"}}', id="in a stream"),
+        pytest.param(500, {"error": "does not support chat"}, id="as an error of the server"),
     ],
 )
-def test_a_model_that_does_not_chat_completes(status: int, body: Config | str) -> None:
+def test_a_model_that_does_not_chat_completes(status: int, body: app.Config | str) -> None:
     chat = response(status, body)
     paths = {"/a/v1/models": LIST, "/a/v1/chat/completions": chat, "/a/v1/completions": STREAM}
     assert smoke(paths)[-1].request == "POST /v1/completions"
 
 
-def test_a_model_that_only_embeds_is_asked_for_that() -> None:
-    cannot = response(400, {"error": {"message": "The model does not support this"}})
-    embedding = response(200, {"model": "m", "data": []})
-    paths = {"/a/v1/chat/completions": cannot, "/a/v1/completions": cannot}
-    answers = smoke({"/a/v1/models": LIST, **paths, "/a/v1/embeddings": embedding})
-    assert answers[-1] == app.Answer("POST /v1/embeddings", 0.5, "m", None)
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/score"])
+def test_a_model_that_only_embeds_or_scores_is_asked_for_that(path: str) -> None:
+    answers = {f"/a{other}": CANNOT for other, _ in app.QUESTIONS}
+    answers |= {"/a/v1/models": LIST, f"/a{path}": response(200, {"model": "m", "data": []})}
+    assert smoke(answers)[-1] == app.Answer(f"POST {path}", 0.5, "m", None)
 
 
 def test_a_model_that_does_none_of_what_is_asked_is_no_failure() -> None:
     server = Server({"/a/v1/models": LIST})  # it transcribes, say
-    answers, notes = app.smoke_test(SPEC, (), "http://h:8000", server)
-    assert len(answers) == 1
+    answers, notes = app.smoke_test(SPEC, (), HTTP, server)
+    assert [answer.request for answer in answers] == ["GET /v1/models"]
     assert notes == ["m neither chats, completes, embeds nor scores: not asked"]
     assert server.asked == ["/a/v1/models", *(f"/a{path}" for path, _ in app.QUESTIONS)]
 
@@ -144,75 +159,136 @@ def test_a_bad_answer_is_told_in_the_servers_words(chat: app.Response, message: 
         smoke({"/a/v1/models": LIST, "/a/v1/chat/completions": chat})
 
 
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        pytest.param(
+            response(200, {"data": [{"id": "x"}]}), "/v1/models lists x, not m", id="another"
+        ),
+        pytest.param(response(503, "no replica"), "/v1/models: 503 no replica", id="refused"),
+        pytest.param(response(404, ""), "/v1/models: 404 no body", id="not there"),
+    ],
+)
+def test_a_model_that_is_not_listed_has_failed(listed: app.Response, message: str) -> None:
+    with pytest.raises(app.ApplicationError, match=message):
+        smoke({"/a/v1/models": listed})
+
+
 def test_a_model_that_sleeps_is_not_woken_up() -> None:
     server = Server({"/a/v1/models": LIST})
-    _, notes = app.smoke_test(SPEC, ["m"], "http://h:8000", server)
+    _, notes = app.smoke_test(SPEC, ["m"], HTTP, server)
     assert server.asked == ["/a/v1/models"]
     assert notes == ["m is scaled to zero: not woken up"]
 
 
-def test_an_application_without_models_has_to_answer_below_500() -> None:
-    plain = app.ApplicationSpec(0, "a", "/a", {"import_path": "m:a"})
-    for status, good in ((405, True), (404, True), (500, False)):
-        server = Server({"/a/": response(status, "oh no")})
-        if good:
-            [answer], _ = app.smoke_test(plain, (), "http://h:8000", server)
-            assert answer.request == "GET /"
-        else:
-            with pytest.raises(app.ApplicationError, match="GET http://h:8000/a/: 500 oh no"):
-                app.smoke_test(plain, (), "http://h:8000", server)
+@pytest.mark.parametrize("models", [(), (MODEL,)])
+def test_an_application_of_ones_own_has_to_answer_below_500(
+    models: tuple[app.ModelSpec, ...],
+) -> None:
+    """Also when it takes what looks like an LLM, and serves it as it likes."""
+    plain = app.ApplicationSpec(0, "a", "/a b/", {"import_path": "m:a"}, models)
+    for status in (405, 404):
+        answers, _ = app.smoke_test(plain, (), HTTP, Server({"/a%20b/": response(status, "")}))
+        assert [answer.request for answer in answers] == ["GET /"]
+    healthy = Server({"/a%20b/health": response(200, "")})
+    assert app.smoke_test(plain, (), HTTP, healthy)[0][0].request == "GET /health"
+    with pytest.raises(app.ApplicationError, match=r"GET http://h:8000/a%20b/: 500 oh no"):
+        app.smoke_test(plain, (), HTTP, Server({"/a%20b/": response(500, "oh no")}))
 
 
-class Routes:
-    """Answers to /-/routes, one after the other; the last one stays."""
+# -- whose route it is ---------------------------------------------------------------------------
 
-    def __init__(self, *answers: Exception | app.Response) -> None:
-        self.answers = list(answers)
-        self.waits: list[str] = []
+MINE, OTHERS = response(200, {"/a": "a"}), response(200, {"/a": "someone else"})
+REFUSED = app.Unreachable("http://h:8000/-/routes: Connection refused")
 
-    def __call__(self, url: str, body: Config | None) -> app.Response:
-        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+
+def wait_for_route(monkeypatch: pytest.MonkeyPatch, *answers: app.Response | Exception) -> Any:
+    """Wait with these answers, of which the last one stays; what the pauses were told."""
+    monkeypatch.setattr(app, "PROXY_TIMEOUT_S", 0.05)
+    left, pauses = list(answers), list[str]()
+
+    def ask(url: str, body: app.Config | None) -> app.Response:
+        assert (url, body) == ("http://h:8000/-/routes", None)
+        answer = left.pop(0) if len(left) > 1 else left[0]
         if isinstance(answer, Exception):
             raise answer
         return answer
 
+    def pause(said: str) -> None:
+        pauses.append(said)
+        time.sleep(0.01)
 
-OURS, THEIRS = response(200, {"/a": "a"}), response(200, {"/other": "b"})
-
-
-def test_a_proxy_that_restarts_is_waited_for_and_that_is_said() -> None:
-    ask = Routes(app.Unreachable("connection refused"), THEIRS, OURS)
-    app.wait_for_route(SPEC, "http://h:8000", ask, ask.waits.append)
-    assert ask.waits[0] == "connection refused"
-    assert ask.waits[1].startswith("http://h:8000/-/routes says: 200")
+    app.wait_for_route(SPEC, HTTP, ask, pause)
+    return pauses
 
 
-def test_somebody_elses_server_is_not_taken_for_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "PROXY_TIMEOUT_S", 0.1)
-    ask = Routes(THEIRS)
-    with pytest.raises(app.Unreachable, match=r"/-/routes says: 200 .*other"):
-        app.wait_for_route(SPEC, "http://h:8000", ask, lambda said: time.sleep(0.05))
+def test_a_proxy_that_restarts_or_has_not_heard_of_the_route_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    late = response(200, {"/other": "b"})
+    assert wait_for_route(monkeypatch, REFUSED, late, MINE) == [
+        "http://h:8000/-/routes: Connection refused",
+        'http://h:8000/-/routes says: 200 {"/other": "b"}',
+    ]
 
 
-def test_a_server_that_shares_the_port_is_noticed() -> None:
-    ask = Routes(OURS, OURS, response(200, "<html>hello</html>"))
-    with pytest.raises(app.Unreachable, match="another server answers at the same address"):
-        app.wait_for_route(SPEC, "http://h:8000", ask, ask.waits.append)
+def test_a_proxy_that_restarts_between_two_questions_is_asked_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for lost in (REFUSED, app.ApplicationError("no answer within 60 s")):
+        few = [MINE] * (app.ROUTE_QUESTIONS - 1)
+        assert wait_for_route(monkeypatch, *few, lost, OTHERS, MINE) == [
+            str(lost),
+            'http://h:8000/-/routes says: 200 {"/a": "someone else"}',
+        ]
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        pytest.param([REFUSED], "Connection refused", id="nobody"),
+        pytest.param([OTHERS], 'says: 200 {"/a": "someone else"}', id="another Serve"),
+        pytest.param([response(404, "<html>")], "says: 404 <html>", id="another server"),
+        pytest.param(
+            [*[MINE] * (app.ROUTE_QUESTIONS - 1), OTHERS],
+            "another server answers at the same address: .* says: 200",
+            id="another one that shares the port, and gets one question of all",
+        ),
+    ],
+)
+def test_somebody_elses_server_is_not_taken_for_serve(
+    monkeypatch: pytest.MonkeyPatch, answers: list[app.Response | Exception], message: str
+) -> None:
+    with pytest.raises(app.Unreachable, match=message):
+        wait_for_route(monkeypatch, *answers)
+
+
+# -- over a real connection ----------------------------------------------------------------------
 
 
 class Dripping(BaseHTTPRequestHandler):
-    """Answers whole, breaks off, or never comes to an end."""
+    """Answers whole, breaks off, hangs, or never comes to an end."""
 
     def do_GET(self) -> None:
+        if self.path == "/hangs":
+            time.sleep(1.5)
         self.send_response(500 if self.path == "/error" else 200)
-        if self.path != "/endless":
+        if self.path not in ("/endless", "/large", "/mute"):
             self.send_header("Content-Length", "9" if self.path == "/broken" else "5")
         self.end_headers()
         with contextlib.suppress(OSError):
-            self.wfile.write(b"begun")
-            while self.path == "/endless":
+            if self.path == "/mute":
+                time.sleep(1.5)
+            self.wfile.write(b"begun" + b"x" * 2 * app.MOST_BODY_BYTES * (self.path == "/large"))
+            while self.path in ("/endless", "/large"):
                 time.sleep(0.05)
                 self.wfile.write(b".")
+
+    def do_POST(self) -> None:
+        asked = self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(asked)
 
     def log_message(self, format: str, *arguments: object) -> None:
         pass
@@ -233,38 +309,45 @@ def dripping() -> Iterator[str]:
         pytest.param("/error", 500, True, id="an error"),
         pytest.param("/broken", 200, False, id="broken off"),
         pytest.param("/endless", 200, False, id="endless"),
+        pytest.param("/large", 200, False, id="too large"),
     ],
 )
 def test_an_answer_without_an_end_is_cut_off(
     dripping: str, path: str, status: int, ended: bool
 ) -> None:
-    found = app.fetch(dripping + path, None, timeout_s=1)
+    started = time.monotonic()
+    found = app.fetch(dripping + path, None, timeout_s=0.5)
     assert (found.status, found.ended) == (status, ended)
-    assert found.text.startswith("" if path == "/broken" else "begun")
-    assert found.first_s <= found.total_s
+    assert found.text.startswith("begun")
+    assert 0 < found.first_s <= found.total_s <= time.monotonic() - started < 1.5
 
 
-def test_nobody_there_is_no_answer_and_no_failure() -> None:
-    with pytest.raises(app.Unreachable, match="Connection refused"):
-        app.fetch("http://127.0.0.1:1/x", None, timeout_s=1)
+def test_a_question_is_sent_as_json(dripping: str) -> None:
+    assert json.loads(app.fetch(dripping, {"model": "m"}, 5).text) == {"model": "m"}
 
 
-class Silent(BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
-        time.sleep(1)
+def test_who_listens_and_does_not_answer_has_failed(dripping: str) -> None:
+    with pytest.raises(app.ApplicationError, match="no answer within 1 s from http://127"):
+        app.fetch(f"{dripping}/hangs", None, timeout_s=0.6)
+    silent = app.fetch(f"{dripping}/mute", None, timeout_s=0.3)
+    assert (silent.status, silent.text, silent.ended) == (200, "", False)
 
-    def log_message(self, format: str, *arguments: object) -> None:
-        pass
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        pytest.param(f"http://127.0.0.1:{free_port()}/x", "Connection refused", id="refused"),
+        pytest.param(
+            "http://name.invalid/x", "Name or service|Temporary failure", id="no such host"
+        ),
+    ],
+)
+def test_who_can_not_be_reached_has_not_failed(url: str, reason: str) -> None:
+    with pytest.raises(app.Unreachable, match=f"^{url}: .*({reason})"):
+        app.fetch(url, None, timeout_s=2)
 
 
-def test_somebody_who_listens_and_says_nothing_fails() -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Silent) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/x"
-        with pytest.raises(app.ApplicationError, match=f"no answer within 0 s from {url}"):
-            app.fetch(url, {"a": 1}, timeout_s=0.2)
-        server.shutdown()
-
+# -- engines -------------------------------------------------------------------------------------
 
 LOG = """
 INFO [gpu_model_runner.py:5472] Model loading took 1.5 GiB memory and 3.210000 seconds
@@ -276,49 +359,60 @@ INFO [core.py:369] init engine (profile, create kv cache, warmup model) took 5.2
 """
 
 
-def test_an_engine_tells_its_figures() -> None:
-    assert app.engine_figures(SPEC, "LLMServer:m", LOG) == [
-        "Engine of m says: KV cache 1,234,560 tokens, 30.25 GiB, 602.81 requests of full length at "
-        "once, weights 1.5 GiB, weights loaded in 0.44 s, ready 5.25 s later"
-    ]
-    assert app.engine_figures(SPEC, "LLMServer:m", "nothing of the kind") == []
-    assert app.engine_figures(SPEC, "OpenAiIngress", LOG) == []
-
-
-def test_a_real_engines_log_has_its_figures() -> None:
-    (text,) = app.engine_figures(SPEC, "LLMServer:m", (RECORDED / "start.log.txt").read_text())
-    assert "KV cache 2,097,152 tokens" in text
-    assert "16384.00 requests of full length" in text
+@pytest.mark.parametrize(
+    ("deployment", "log", "figures"),
+    [
+        pytest.param(
+            "LLMServer:m",
+            LOG,
+            "KV cache 1,234,560 tokens, 30.25 GiB, 602.81 requests of full length at once, "
+            "weights 1.5 GiB, weights loaded in 0.44 s, ready 5.25 s later",
+            id="on a GPU",
+        ),
+        pytest.param(
+            "LLMServer:m",
+            (TESTS / "recorded" / "start.log.txt").read_text(),
+            "KV cache 2,097,152 tokens, 16384.00 requests of full length at once, weights loaded "
+            "in 0.01 s, ready 0.59 s later",
+            id="a real one",
+        ),
+        pytest.param("LLMServer:m", "nothing of the kind", None, id="nothing said"),
+        pytest.param("OpenAiIngress", LOG, None, id="no engine"),
+    ],
+)
+def test_an_engine_tells_its_figures(deployment: str, log: str, figures: str | None) -> None:
+    expected = [] if figures is None else [f"Engine of m says: {figures}"]
+    assert app.engine_figures(SPEC, deployment, log) == expected
 
 
 @pytest.mark.parametrize(
     ("words", "disturbed"),
     [
-        pytest.param(
-            "ValueError: No available memory for the cache blocks. Try", True, id="blocks"
-        ),
+        pytest.param("ValueError: No available memory for the cache blocks. Try", True, id="no"),
         pytest.param("AssertionError: Error in memory profiling. Initial", True, id="profiling"),
+        pytest.param(
+            "ValueError: Free memory on device cuda:0 (1/80 GiB) on startup is less than desired",
+            True,
+            id="not free",
+        ),
         pytest.param("ValueError: max seq len (9) is larger than", False, id="another failure"),
     ],
 )
 def test_engines_that_disturb_each_other_are_told_from_others(words: str, disturbed: bool) -> None:
-    sharing = read(application(llm({"num_gpus": 0.45})))[0]
-    assert app.shares_gpu(app.Action(sharing, app.Change.CREATE))
-    assert not app.shares_gpu(app.Action(sharing, app.Change.UNCHANGED))
     assert bool(app.DISTURBED.search(words)) is disturbed
 
 
 @pytest.mark.parametrize(
-    ("host", "proxies", "location", "expected"),
+    ("change", "sharing", "expected"),
     [
-        pytest.param("0.0.0.0", ["10.0.0.1"], "EveryNode", "http://localhost:8000", id="here"),
-        pytest.param("0.0.0.0", ["10.0.0.9"], "HeadOnly", "http://10.0.0.9:8000", id="elsewhere"),
-        pytest.param("10.0.0.1", ["10.0.0.1"], "EveryNode", "http://10.0.0.1:8000", id="one host"),
-        pytest.param("0.0.0.0", [], "Disabled", "", id="no proxy"),
+        pytest.param(app.Change.CREATE, True, True, id="a new one"),
+        pytest.param(app.Change.UNCHANGED, True, False, id="it started long ago"),
+        pytest.param(app.Change.RESTART, False, False, id="with a card of its own"),
     ],
 )
-def test_the_public_address(host: str, proxies: list[str], location: str, expected: str) -> None:
-    options = SimpleNamespace(host=host, port=8000, ssl_certfile=None)
-    there = {str(index): SimpleNamespace(node_ip=ip) for index, ip in enumerate(proxies)}
-    known = SimpleNamespace(proxy_location=location, http_options=options, proxies=there)
-    assert app.public_address(known, "10.0.0.1") == expected
+def test_engines_that_may_disturb_each_other(
+    change: app.Change, sharing: bool, expected: bool
+) -> None:
+    model = app.ModelSpec("m", "/m", "m", measures_memory=sharing)
+    action = app.Action(app.ApplicationSpec(0, "a", "/a", LLM, (model,)), change)
+    assert app.shares_gpu(action) is expected
