@@ -89,7 +89,7 @@ if TYPE_CHECKING:
 POLL_INTERVAL_S = 1.0
 HEARTBEAT_INTERVAL_S = 5.0
 CONNECT_TIMEOUT_S = 10.0
-BUILD_PATIENCE_S = 8.0  # with another's builder, before an application is built in its own process
+BUILD_PATIENCE_S = 8.0  # with another's builder, before those behind it get a process of their own
 POLL_TIMEOUT_S = 5.0
 LOG_TIMEOUT_S = 5
 CONTROLLER_TIMEOUT_S = 30.0  # Serve's controller may restart in that time
@@ -1672,7 +1672,9 @@ def predict(demands: Sequence[Demand], nodes: Sequence[Node]) -> Plan:
     placer = Placer(nodes, [stock(node, node.free, node.free_gpus) for node in nodes])
     plan = Plan(nodes, (), placer.free)
     for demand in demands:
-        placer.slow, before = False, plan.fits
+        before = plan.fits
+        # GCS tries a misfit that sums allow again and again, and what comes after waits with it.
+        placer.slow = any(fit.reason and fit.slow for fit in before)
         found = [placer.place(demand) for _ in range(demand.min_replicas)]
         # What scales from zero must be able to have one replica.
         empty = Placer(nodes, [stock(node, node.total) for node in nodes])
@@ -1722,7 +1724,14 @@ def shortage(plan: Plan, demand: Demand, placer: Placer) -> str:
             return f"needs {amount} {name}; the {kind} is {found} ({where})"
     amounts = " + ".join(f"{format_amount(r, a)} {r}" for r, a in sorted(demand.reserved.items()))
     where = "on one node" if len(demand.bundles) == 1 else f"in {len(demand.bundles)} bundles"
-    return f"needs {amounts} {where} ({demand.strategy})"
+    totals: Counter[str] = Counter()
+    for each in plan.nodes:
+        totals.update(each.total)
+    have = [
+        f"{format_amount(r, totals[r])} {r}" for r, a in demand.reserved.items() if totals[r] < a
+    ]
+    where += f" ({demand.strategy})"
+    return f"needs {amounts} {where}" + (f"; all nodes have {' + '.join(have)}" if have else "")
 
 
 def holders_of(plan: Plan, node: int, resource: str, device: int | None) -> list[str]:
@@ -2169,7 +2178,7 @@ have taken more than \d+s to be scheduled
 have taken more than \d+s to initialize
     the constructor is still at work, or hangs: see the replica's logs
 ray::Builder\.build\(\)
-    import_path's builder raised it: check args
+    the import, or the builder with these args, raised it
 validation errors? for \w+Config .*Input should be
     check that value in engine_kwargs
 See root cause above
@@ -2783,13 +2792,14 @@ class RayCluster:
         for application in applications:
             self.process_of(application)
 
-    def process_of(self, application: ApplicationSpec, *, alone: bool = False) -> BuildProcess:
-        """Where an application is built, together with those of one module and runtime_env."""
+    def process_of(self, application: ApplicationSpec, room: int | str = 0) -> BuildProcess:
+        """Where an application is built, together with those of one module, runtime_env and room:
+        the number of builders that have hung, or for one that shares with nobody its name."""
         import ray
 
         runtime_env = application.config.get("runtime_env") or {}
         module = import_module_of(application.config["import_path"])
-        key = json.dumps([application.name if alone else "", module, runtime_env], sort_keys=True)
+        key = json.dumps([room, module, runtime_env], sort_keys=True)
         with self.lock:
             if key not in self.builders:
                 actor = ray.remote(num_cpus=0)(Builder)
@@ -2798,20 +2808,20 @@ class RayCluster:
             return self.builders[key]
 
     def build(
-        self, application: ApplicationSpec, check: Callable[[], None], *, alone: bool = False
+        self, application: ApplicationSpec, check: Callable[[], None], room: int | str = 0
     ) -> tuple[Demand, ...]:
         """Ray's own build of one application: what each of its deployments reserves. `check` ends
         the wait; raises ApplicationError when the import, the builder or an override fails."""
         import ray
 
         try:
-            rows = self.rows_of(application, check, alone)
+            rows = self.rows_of(application, check, room)
         except ray.exceptions.RuntimeEnvSetupError as error:
             raise ApplicationError(f"the runtime_env could not be set up: {error}") from error
         except ray.exceptions.ActorDiedError as error:
             # Another application of the same module may have killed the shared process.
-            if not alone:
-                return self.build(application, check, alone=True)
+            if room != application.name:
+                return self.build(application, check, application.name)
             message = f"the process that builds the application died: {error}"
             raise ApplicationError(message) from error
         except ray.exceptions.RayError as error:
@@ -2826,17 +2836,17 @@ class RayCluster:
         return tuple(read_demand({**fields, "application": application.name}) for fields, _ in rows)
 
     def rows_of(
-        self, application: ApplicationSpec, check: Callable[[], None], alone: bool
+        self, application: ApplicationSpec, check: Callable[[], None], room: int | str
     ) -> list[tuple[Config, bytes]]:
-        """What `Builder.build` returns, once it is this application's turn in its process; in one
-        of its own when another's builder hangs there."""
+        """What `Builder.build` returns, once it is this application's turn in its process; when
+        another's builder hangs there, those behind it move on to a new one together."""
         import ray
 
-        process = self.process_of(application, alone=alone)
+        process = self.process_of(application, room)
         while not process.turn.acquire(timeout=0.2):
             check()
-            if time.monotonic() - process.began > BUILD_PATIENCE_S:
-                return self.rows_of(application, check, alone=True)
+            if time.monotonic() - process.began > BUILD_PATIENCE_S and isinstance(room, int):
+                return self.rows_of(application, check, room + 1)
         try:
             call = process.actor.build.remote(application.config)
             for reference in (process.warm, call):
