@@ -109,7 +109,7 @@ WHAT_WAS_RECORDED = [
     pytest.param(
         "accelerator-type",
         "ValidationError: 1 validation error for LLMServingArgs llm_configs.accelerator_type Value error, Unsupported accelerator type: NOSUCH",
-        "import_path's builder raised it: check args",
+        "the import, or the builder with these args, raised it",
         id="LLMConfig refuses a value",
     ),
     pytest.param(
@@ -127,13 +127,13 @@ WHAT_WAS_RECORDED = [
     pytest.param(
         "builder-raises",
         "LookupError: the builder found nothing",
-        "import_path's builder raised it: check args",
+        "the import, or the builder with these args, raised it",
         id="builder raises",
     ),
     pytest.param(
         "builder-returns-nothing",
         "TypeError: Application builder functions must return an `Application` returned `from `Deployment.bind()`, but got: <class 'NoneType'>.",
-        "import_path's builder raised it: check args",
+        "the import, or the builder with these args, raised it",
         id="builder returns None",
     ),
     pytest.param(
