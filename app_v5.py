@@ -739,7 +739,10 @@ def secrets_in(value: Any, key: str = "") -> set[str]:
 def spellings(secrets: frozenset[str]) -> list[str]:
     """Secrets as they are, and as Python, JSON and URLs write them; the longest first."""
     plain: set[str] = set()
-    for secret in secrets:
+    # What prints a text of several lines may put something before each.
+    lines = {line for secret in secrets for line in secret.splitlines()}
+    lines = {line for line in lines if len(line) > SHORTEST_SECRET}
+    for secret in secrets | lines:
         plain |= {secret, quote(secret), quote(secret, safe=""), quote_plus(secret)}
         plain |= {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
     again = {write(form)[1:-1] for form in plain for write in (repr, json.dumps)}
@@ -2490,6 +2493,24 @@ def reading_logs() -> Iterator[None]:
         raise Unreachable(first_line(str(error)) or repr(error)) from error
 
 
+def read_log(**where: Any) -> str:
+    """The end of a log file. Ray's own `get_log` tells its timeout to the server only, and waits
+    for ever for a dashboard that hangs (ray/util/state/api.py)."""
+    import requests
+    from ray._private.authentication import http_token_authentication
+    from ray.dashboard.utils import ray_address_to_api_server_url
+
+    answer = requests.get(
+        f"{ray_address_to_api_server_url(None)}/api/v0/logs/file",
+        {"media_type": "file", "timeout": LOG_TIMEOUT_S, **where},
+        headers=http_token_authentication.get_auth_headers_if_auth_enabled({}),
+        timeout=LOG_TIMEOUT_S,
+    )
+    if not answer.ok:
+        raise Unreachable(answer.text)
+    return answer.content.decode(errors="replace")
+
+
 def schema_problems(
     validate: Callable[[Any], object], path: KeyPath, config: Any
 ) -> Iterator[Problem]:
@@ -2910,15 +2931,12 @@ class RayCluster:
         """Nodes that an autoscaler may add; none without one, and None when there is one that does
         not tell. Only the head's monitor.log tells, with v1 and v2 (tried on Ray 2.60)."""
         import ray
-        from ray.util.state import get_log
 
         rows = [row for row in ray.nodes() if row["Alive"]]
         heads = [row["NodeID"] for row in rows if "node:__internal_head__" in row["Resources"]]
         try:
             with reading_logs():
-                where = {"filename": "monitor.log", "node_id": heads[0], "tail": -1}
-                log = get_log(**where, timeout=LOG_TIMEOUT_S, errors="replace")
-                return new_nodes(next(log, ""))
+                return new_nodes(read_log(filename="monitor.log", node_id=heads[0], lines=-1))
         except Unreachable:
             grouped = any("ray.io/node-group" in (row.get("Labels") or {}) for row in rows)
             return None if grouped else []
@@ -2946,14 +2964,9 @@ class RayCluster:
     def replica_log(self, actor_id: str) -> str:
         """The ends of one actor's two logs; an engine's processes write into its replica's, too.
         Raises Unreachable."""
-        from ray.util.state import get_log
-
         with reading_logs():
-            parts = []
-            for suffix in ("err", "out"):
-                where = {"actor_id": actor_id, "suffix": suffix, "tail": LOG_LINES}
-                parts += get_log(**where, timeout=LOG_TIMEOUT_S, errors="replace")
-            return "\n".join(parts)
+            files = ("err", "out")
+            return "\n".join(read_log(actor_id=actor_id, suffix=s, lines=LOG_LINES) for s in files)
 
     def last_words(self, actor_id: str) -> str:
         """The ends of a replica's logs and how its process ended, then the same of its engine's
@@ -3579,8 +3592,11 @@ def prove(action: Action, run: Run) -> None:
         run.check(action)
         try:
             return fetch(url, body, min(SMOKE_TIMEOUT_S, action.deadline - run.clock()))
-        except ApplicationError:
-            run.check(action)  # it was the deadline that cut it short
+        except ApplicationError as error:
+            try:
+                run.check(action)
+            except DeadlinePassed:  # it was the deadline that cut it short
+                raise DeadlinePassed(f"time ran out: {error}") from None
             raise
 
     try:
@@ -3610,10 +3626,11 @@ def prove(action: Action, run: Run) -> None:
         action.proof = replace(proof, answers=tuple(answers), notes=(*notes, *said))
     except (Unreachable, ClusterError) as error:
         action.proof = replace(proof, unverified=str(error))
-    except (DeadlinePassed, Stopped):
+    except (DeadlinePassed, Stopped) as error:
         if run.stop_code == EXIT_CLUSTER:
             raise
-        action.proof = replace(proof, unverified=run.stop_reason or "time ran out")
+        text = run.stop_reason or str(error) or "time ran out"
+        action.proof = replace(proof, unverified=text)
 
 
 def delete_application(action: Action, run: Run) -> None:

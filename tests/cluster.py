@@ -394,7 +394,7 @@ class ScalingHead(RayHead):
             env |= {
                 "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_ID,
                 "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_ID,
-                "RAY_NODE_TYPE_NAME": "head",
+                "RAY_NODE_TYPE_NAME": FAKE_HEAD_TYPE,
             }
         super().__init__(num_cpus=4, num_gpus=0, port=port, env=env)
         config = self.temp_dir / "autoscaler.json"
@@ -403,6 +403,7 @@ class ScalingHead(RayHead):
 
 
 FAKE_HEAD_ID: Final = "f" * 51 + "00000"
+FAKE_HEAD_TYPE: Final = "ray.head.default"  # as the provider has it
 
 
 def _autoscaler_config(gcs_address: str) -> dict[str, Any]:
@@ -437,9 +438,9 @@ def _autoscaler_config(gcs_address: str) -> dict[str, Any]:
             "head_node_id": FAKE_HEAD_ID,
             "gcs_address": gcs_address,
         },
-        "head_node_type": "head",
+        "head_node_type": FAKE_HEAD_TYPE,
         "available_node_types": {
-            "head": {"resources": {"CPU": 4}, "node_config": {}, "max_workers": 0},
+            FAKE_HEAD_TYPE: {"resources": {"CPU": 4}, "node_config": {}, "max_workers": 0},
             "gpu_node": {
                 "resources": gpu_node,
                 "node_config": {},

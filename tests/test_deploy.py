@@ -709,7 +709,9 @@ def test_an_answer_that_the_deadline_cut_short_is_not_held_against_the_applicati
         run = deploy(cluster, "a", timeout=0.5, on_failure="delete")
     assert (results(run), code(run), cluster.deleted) == ({"a": "RUNNING"}, 1, [])
     assert run.actions[0].proof
-    assert run.actions[0].proof.unverified == "time ran out"
+    assert run.actions[0].proof.unverified == (
+        "time ran out: no answer within 0 s from http://localhost:8000/a/health"
+    )
 
 
 def test_what_runs_unchanged_is_asked_all_the_same() -> None:
