@@ -295,6 +295,9 @@ class Transient:
             Path(path).touch()
             raise RuntimeError("not at the first try")
 
+    def __call__(self, request: Any) -> str:
+        return "at the second try"
+
 
 class Unpicklable(Exception):
     """Can be pickled, and not be loaded again."""
