@@ -417,7 +417,10 @@ class Options:
     config: str
     plan: bool = option(False, "show what would go where, change nothing; exit 1 for a misfit")
     only: Sequence[str] | None = option(
-        None, "only the applications of this name, or pattern, such as 'falcon*'", action="append"
+        None,
+        "only the applications of this name, or pattern, such as 'falcon*'",
+        action="append",
+        metavar="NAME",
     )
     force: bool = option(False, "deploy again what runs unchanged, too")
     prune: bool = option(False, "first delete what runs and the file does not name")
@@ -433,12 +436,18 @@ class Options:
         "applications that deploy at once (default: min(applications, max(2, CPU cores of the "
         "cluster))); 1 deploys one after the other, as V4 did",
         type=int,
+        metavar="N",
     )
     timeout: float = option(
-        30 * 60.0, "seconds to wait for each application (1800; 0: for ever)", type=float
+        30 * 60.0,
+        "seconds to wait for each application (1800; 0: for ever)",
+        type=float,
+        metavar="SECONDS",
     )
     no_smoke_test: bool = option(False, "do not ask the applications anything over HTTP")
-    address: str = option("", "HOST:PORT of the cluster (default: RAY_ADDRESS, or this machine's)")
+    address: str = option(
+        "", "the cluster (default: RAY_ADDRESS, or this machine's)", metavar="HOST:PORT"
+    )
     json: bool = option(False, "print one JSON document to stdout, all else to stderr")
     logs: bool = option(False, "show the workers' logs and tracebacks")
 
@@ -1730,11 +1739,10 @@ def shortage(plan: Plan, demand: Demand, placer: Placer) -> str:
     totals: Counter[str] = Counter()
     for each in plan.nodes:
         totals.update(each.total)
-    have = [
-        f"{format_amount(r, totals[r])} {r}" for r, a in demand.reserved.items() if totals[r] < a
-    ]
-    where += f" ({demand.strategy})"
-    return f"needs {amounts} {where}" + (f"; all nodes have {' + '.join(have)}" if have else "")
+    short_of = [r for r, amount in demand.reserved.items() if totals[r] < amount]
+    have = " + ".join(f"{format_amount(r, totals[r])} {r}" for r in short_of)
+    lack = f"; all nodes have {have}" if have else ""
+    return f"needs {amounts} {where} ({demand.strategy}){lack}"
 
 
 def holders_of(plan: Plan, node: int, resource: str, device: int | None) -> list[str]:
@@ -2589,9 +2597,10 @@ class RayCluster:
             )
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             where = "" if wanted == "auto" else f" at {wanted}"
-            message = f"no Ray cluster{where}: {first_line(str(error))}"
-            hint = "" if "InvalidAuthToken" in str(error) else START_HINT
-            raise ClusterError(message, hint) from error
+            text = first_line(str(error))
+            if "InvalidAuthToken" in text:  # Ray's text says where it looks for one
+                raise ClusterError(f"the Ray cluster{where} refuses: {text}") from error
+            raise ClusterError(f"no Ray cluster{where}: {text}", START_HINT) from error
         self.address = ray.get_runtime_context().gcs_address
         # Ray's state API would ask another cluster that these name.
         os.environ["RAY_ADDRESS"] = self.address

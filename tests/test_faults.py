@@ -28,10 +28,11 @@ from rich.table import Table
 
 import app_v5
 from cluster import APP_V5, HOST, PYTHON, RayHead, ScalingHead, free_port, run_python, wait_until
+from test_config import ALIAS_BOMB, LLM
 from traffic import Flow, Traffic
 from user import Config, User, about, app, get_text, serving
 
-pytestmark = pytest.mark.skipif(
+on_request = pytest.mark.skipif(
     not os.environ.get("FAULTS"), reason="takes a quarter of an hour: FAULTS=1 runs it"
 )
 
@@ -72,16 +73,6 @@ def order(fault: str) -> tuple[str, int]:
 
 # -- A: the file, and nothing is sent --------------------------------------------------------------
 
-LLM = """applications:
-- import_path: ray.serve.llm:build_openai_app
-  args:
-    llm_configs:
-    - model_loading_config: {model_id: m}
-"""
-BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
-    f"{name}: &{name} [{','.join(['*' + before] * 9)}]\n"
-    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
-)
 ONE = "applications:\n- {name: a, import_path: 'm:a'"
 CONNECTED = "it would have connected now"
 FILES: dict[str, tuple[str | bytes, int, list[str]]] = {
@@ -96,7 +87,7 @@ FILES: dict[str, tuple[str | bytes, int, list[str]]] = {
     "A4 BOM, CRLF, comments": (f"\ufeff{ONE}}} # café\n".replace("\n", "\r\n"), 3, [CONNECTED]),
     "A5 50 MB": (b"a: b # \n" * (50 * 2**17), 2, ["52428800 bytes", "limit of 2097152"]),
     "A6 10,000 levels": ("[" * 10_000, 2, ["nested deeper than 100 levels"]),
-    "A7 alias bomb": (BOMB, 2, ["excessive aliasing"]),
+    "A7 alias bomb": (ALIAS_BOMB, 2, ["excessive aliasing"]),
     "A8 aliases": (
         f"x-e: &e {{env_vars: {{A: b}}}}\n{ONE}, runtime_env: *e}}\n- {{name: b, "
         "route_prefix: /b, import_path: 'm:b', runtime_env: *e}\n",
@@ -290,6 +281,7 @@ FAILURES: dict[str, tuple[Config, list[str]]] = {
 
 
 @pytest.mark.serve
+@on_request
 def test_each_failing_application_fails_alone(
     user: User, keep: Flow, matrix: Matrix, tmp_path: Path
 ) -> None:
@@ -327,6 +319,7 @@ def there(user: User) -> dict[str, str]:
 
 
 @pytest.mark.serve
+@on_request
 def test_time_runs_out_for_what_hangs_alone(
     user: User, keep: Flow, matrix: Matrix, tmp_path: Path
 ) -> None:
@@ -356,6 +349,7 @@ def test_time_runs_out_for_what_hangs_alone(
 
 
 @pytest.mark.serve
+@on_request
 def test_a_controller_that_is_killed_meanwhile(user: User, keep: Flow, matrix: Matrix) -> None:
     process = user.start(user.write(app("slow-c1", "slow", args={"seconds": 6})))
     wait_until(lambda: "slow-c1" in there(user), 60, "the application")
@@ -365,6 +359,7 @@ def test_a_controller_that_is_killed_meanwhile(user: User, keep: Flow, matrix: M
 
 
 @pytest.mark.serve
+@on_request
 def test_a_proxy_that_is_killed_is_waited_for(user: User, traffic: Flow, matrix: Matrix) -> None:
     before = get_text(user, "/keep")
     process_of(user.head, "ray::ProxyActor").kill()
@@ -376,6 +371,7 @@ def test_a_proxy_that_is_killed_is_waited_for(user: User, traffic: Flow, matrix:
 
 
 @pytest.mark.serve
+@on_request
 def test_no_cluster(matrix: Matrix, tmp_path: Path, user: User) -> None:
     config = user.write(app("a"))
     wrong = f"{HOST}:{free_port()}"
@@ -448,6 +444,7 @@ SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
 @pytest.mark.serve
+@on_request
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_signal_at_any_moment(user: User, keep: Flow, matrix: Matrix, moment: str) -> None:
     comes, texts = MOMENTS[moment]
@@ -474,6 +471,7 @@ def test_a_signal_at_any_moment(user: User, keep: Flow, matrix: Matrix, moment: 
 
 
 @pytest.mark.serve
+@on_request
 def test_output_that_nobody_takes(user: User, keep: Flow, matrix: Matrix) -> None:
     program = shlex.join([PYTHON, str(APP_V5), str(user.write(app("keep")))])
     full, head = (
@@ -491,6 +489,7 @@ def run_bash(user: User, line: str) -> CompletedProcess[str]:
 
 
 @pytest.mark.serve
+@on_request
 def test_several_runs_and_one_that_was_killed(user: User, keep: Flow, matrix: Matrix) -> None:
     shared = user.write(app("shared", "slow", args={"seconds": 2}), name="shared.yaml")
     other = user.write(app("other"), name="other.yaml")
@@ -520,6 +519,7 @@ def versioned(name: str, version: str, replicas: int = 2, text: str = "") -> Con
 
 
 @pytest.mark.serve
+@on_request
 def test_edits(user: User, keep: Flow, matrix: Matrix) -> None:
     good, bad = versioned("e3", "one"), versioned("e3", "broken")
     assert user.deploy(good).returncode == 0
@@ -551,6 +551,7 @@ NO_WAY = dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), "http://127.0.
 
 
 @pytest.mark.serve
+@on_request
 def test_a_company_s_proxy_is_not_asked(user: User, keep: Flow, matrix: Matrix) -> None:
     config = user.write(app("proxied"), app("failing", "failing"))
     finished = run(user, config, "--on-failure", "delete", **NO_WAY)
@@ -571,6 +572,7 @@ def test_a_company_s_proxy_is_not_asked(user: User, keep: Flow, matrix: Matrix) 
 
 
 @pytest.mark.serve
+@on_request
 def test_logs_that_can_not_be_read_hide_nothing(user: User, keep: Flow, matrix: Matrix) -> None:
     config = user.write(app("logless"), app("failing-1", "failing"))
     dashboard = next(
@@ -602,6 +604,7 @@ def test_a_name_that_ray_can_not_bear(matrix: Matrix, tmp_path: Path) -> None:
 
 
 @pytest.mark.serve
+@on_request
 def test_a_secret_is_shown_in_no_form(user: User, keep: Flow, matrix: Matrix) -> None:
     secret = "pl\"ant'ed\\\nse\tcond-é-line"
     env = {"env_vars": {"PLANTED_TOKEN": secret}}
@@ -640,6 +643,7 @@ print(sorted(key.decode() for name in namespaces for key in _internal_kv_list(""
 
 
 @pytest.mark.serve
+@on_request
 def test_an_address_holds_for_all_that_asks_ray(
     user: User, other: User, keep: Flow, matrix: Matrix
 ) -> None:
@@ -688,6 +692,7 @@ def foreign_servers(port: int) -> Iterator[None]:
 
 
 @pytest.mark.serve
+@on_request
 def test_a_port_that_another_has(other: User, matrix: Matrix) -> None:
     config = other.write(app("ported"))
     with socket.socket() as listener:
@@ -707,6 +712,7 @@ def test_a_port_that_another_has(other: User, matrix: Matrix) -> None:
 
 
 @pytest.mark.serve
+@on_request
 def test_a_raylet_that_dies_while_its_head_answers(other: User, matrix: Matrix) -> None:
     started = Started(other, other.write(app("ported"), app("long", "slow", args={"seconds": 900})))
     wait_until(lambda: started.said("long  starting"), 60, "the deployment")
@@ -720,6 +726,7 @@ def test_a_raylet_that_dies_while_its_head_answers(other: User, matrix: Matrix) 
 
 
 @pytest.mark.serve
+@on_request
 def test_a_token(matrix: Matrix, tmp_path: Path) -> None:
     token = tmp_path / "home" / ".ray" / "auth_token"
     token.parent.mkdir(parents=True)
@@ -740,6 +747,7 @@ def test_a_token(matrix: Matrix, tmp_path: Path) -> None:
 
 
 @pytest.mark.serve
+@on_request
 @pytest.mark.parametrize("version", [1, 2])
 def test_an_autoscaler_brings_the_node(version: int, matrix: Matrix, tmp_path: Path) -> None:
     with ScalingHead(version) as head:
@@ -775,6 +783,7 @@ def left(user: User) -> list[str]:
 
 
 @pytest.mark.serve
+@on_request
 def test_many_rounds_lose_nothing_and_leave_nothing(user: User, keep: Flow, matrix: Matrix) -> None:
     """In each round one run deploys an application, edits another one, breaks a third one, and
     deletes a fourth one; and one of four that have requests is edited in place."""

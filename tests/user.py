@@ -48,7 +48,8 @@ class User:
     def start(self, config: Path, *arguments: str) -> subprocess.Popen[str]:
         """The program in the background, in a process group of its own."""
         process = subprocess.Popen(
-            [PYTHON, str(APP_V5), str(config), *arguments],
+            # Under `nohup` the tests, and so the program, would ignore a SIGHUP.
+            ["env", "--default-signal=HUP", PYTHON, str(APP_V5), str(config), *arguments],
             env=self.head.env,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
