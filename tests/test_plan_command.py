@@ -33,14 +33,19 @@ def llm_app(name: str, *llms: Config) -> Config:
     }
 
 
+def named_actors(head: RayHead) -> set[str]:
+    """The living actors with a name; an earlier LLM leaves `llm_serve_telemetry` for good."""
+    actors = get_json(f"{head.dashboard_url}/api/v0/actors?detail=true&limit=10000")
+    rows = actors["data"]["result"]["result"]
+    return {actor["name"] for actor in rows if actor["name"] and actor["state"] != "DEAD"}
+
+
 def plan(head: RayHead, path: Path, *applications: Config, **top: Any) -> CompletedProcess[str]:
     config = path / "config.yaml"
     config.write_text(json.dumps({"applications": applications, **top}))
+    before = named_actors(head)
     finished = run_app_v5(config, "--plan", head=head)
-    actors = get_json(f"{head.dashboard_url}/api/v0/actors?detail=true&limit=10000")
-    rows = actors["data"]["result"]["result"]
-    there = [actor["name"] for actor in rows if actor["name"] and actor["state"] != "DEAD"]
-    assert there == [], "a plan must not start Serve"
+    assert named_actors(head) == before, "a plan must not start Serve"
     assert "Traceback" not in finished.stderr
     return finished
 
