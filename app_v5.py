@@ -89,7 +89,7 @@ if TYPE_CHECKING:
 POLL_INTERVAL_S = 1.0
 HEARTBEAT_INTERVAL_S = 5.0
 CONNECT_TIMEOUT_S = 10.0
-BUILD_PATIENCE_S = 8.0  # with another's builder, before those behind it get a process of their own
+BUILD_PATIENCE_S = 40.0  # with another's builder; its imports take 10 s, and more on a busy node
 POLL_TIMEOUT_S = 5.0
 LOG_TIMEOUT_S = 5
 CONTROLLER_TIMEOUT_S = 30.0  # Serve's controller may restart in that time
@@ -417,10 +417,7 @@ class Options:
     config: str
     plan: bool = option(False, "show what would go where, change nothing; exit 1 for a misfit")
     only: Sequence[str] | None = option(
-        None,
-        "only the applications of this name, or pattern, such as 'falcon*'",
-        action="append",
-        metavar="NAME",
+        None, "only the applications of this name, or pattern: 'falcon*'", action="append"
     )
     force: bool = option(False, "deploy again what runs unchanged, too")
     prune: bool = option(False, "first delete what runs and the file does not name")
@@ -429,25 +426,16 @@ class Options:
     allow_pending: bool = option(False, "deploy what no node can hold, too: the cluster will grow")
     no_downtime: bool = option(False, "start new replicas before the old ones stop")
     on_failure: str = option(
-        "keep", "what becomes of a new application that fails", choices=("keep", "delete")
+        "keep", "what becomes of a new one that fails", choices=("keep", "delete")
     )
     max_workers: int = option(
-        0,
-        "applications that deploy at once (default: min(applications, max(2, CPU cores of the "
-        "cluster))); 1 deploys one after the other, as V4 did",
-        type=int,
-        metavar="N",
+        0, "how many deploy at once (min(applications, max(2, CPU cores)); 1: as V4 did)", type=int
     )
     timeout: float = option(
-        30 * 60.0,
-        "seconds to wait for each application (1800; 0: for ever)",
-        type=float,
-        metavar="SECONDS",
+        30 * 60.0, "seconds for each application (1800; 0: for ever)", type=float
     )
     no_smoke_test: bool = option(False, "do not ask the applications anything over HTTP")
-    address: str = option(
-        "", "the cluster (default: RAY_ADDRESS, or this machine's)", metavar="HOST:PORT"
-    )
+    address: str = option("", "HOST:PORT of the cluster (RAY_ADDRESS, or this machine's)")
     json: bool = option(False, "print one JSON document to stdout, all else to stderr")
     logs: bool = option(False, "show the workers' logs and tracebacks")
 
@@ -2396,18 +2384,17 @@ RECORDS, KEYS, CLAIMS = "app_v5/records", "app_v5", "app_v5/claims"
 application, and the key of their fingerprints; with its Ray job, what a run works on."""
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+WORKER = "RayWorkerProc"  # vllm/v1/executor/ray_executor_v2.py
 DEATHS = {"oom_context": "OutOfMemoryError", "runtime_env_failed_context": "RuntimeEnvSetupError"}
 """What Ray calls the causes of an actor's death (ActorDeathCause in common.proto)."""
 
 
 class Builder:
-    """Imports and builds applications, inside one Ray actor.
+    """Imports and builds applications, inside one Ray actor in the application's own `runtime_env`,
+    as the build task of `serve deploy` does.
 
-    It runs in the application's own `runtime_env`, as the build task of `serve deploy` does, so a
-    builder that lives in a remote `working_dir` is found, and one that calls `os._exit` or hangs
-    takes this process with it and not the program. An actor runs one call at a time, which is the
-    one lock that `RequestRouterConfig` needs (it edits a process-global pickling table,
-    measured on Ray 2.60), and keeps what it imported.
+    An actor keeps what it imported, and runs one call at a time, which is the one lock that
+    `RequestRouterConfig` needs (it edits a process-global pickling table, measured on Ray 2.60).
     """
 
     def warm_up(self, module: str) -> None:
@@ -2472,7 +2459,6 @@ class BuildProcess:
     """An actor that builds one application at a time; `began` is when the one at its turn did."""
 
     actor: Any
-    warm: Any
     turn: threading.Lock = field(default_factory=threading.Lock)
     began: float = math.inf
 
@@ -2658,9 +2644,8 @@ class RayCluster:
         schema = ServeDeploySchema.model_validate({**config, "applications": []})
         names = ("proxy_location", "logging_config", "tracing_config", "controller_options")
         options = {name: getattr(schema, name) for name in names}
-        http_options = options["http_options"] = schema.http_options.model_dump()
+        wanted = options["http_options"] = schema.http_options.model_dump()
         options["grpc_options"] = schema.grpc_options.model_dump()
-        running = self.serve_details()
         try:
             try:
                 serve.start(**options)
@@ -2668,11 +2653,9 @@ class RayCluster:
                 serve.start(**options)
         except Exception as error:
             raise serve_failure(str(error), schema.http_options.port) from error
-        now = (
-            running.http_options.model_dump() if running and running.http_options else http_options
-        )
-        given = (config.get("http_options") or {}).keys()
-        return tuple(sorted(key for key in given if now.get(key) != http_options.get(key)))
+        found = self.serve_details().http_options.model_dump()
+        given = config.get("http_options") or {}
+        return tuple(sorted(key for key in given if found.get(key) != wanted.get(key)))
 
     def ask_controller(
         self, method: str, *arguments: Any, timeout_s: float = CONTROLLER_TIMEOUT_S
@@ -2822,75 +2805,62 @@ class RayCluster:
         for application in applications:
             self.process_of(application)
 
-    def process_of(self, application: ApplicationSpec, room: int | str = 0) -> BuildProcess:
-        """Where an application is built, together with those of one module, runtime_env and room:
-        the number of builders that have hung, or for one that shares with nobody its name."""
+    def process_of(self, application: ApplicationSpec, alone: bool = False) -> BuildProcess:
+        """Where an application is built: alone, or with those of its module and runtime_env."""
         import ray
 
         runtime_env = application.config.get("runtime_env") or {}
         module = import_module_of(application.config["import_path"])
-        key = json.dumps([room, module, runtime_env], sort_keys=True)
+        key = json.dumps([alone and application.name, module, runtime_env], sort_keys=True)
         with self.lock:
             if key not in self.builders:
                 actor = ray.remote(num_cpus=0)(Builder)
                 actor = actor.options(runtime_env=runtime_env or None).remote()
-                self.builders[key] = BuildProcess(actor, actor.warm_up.remote(module))
+                actor.warm_up.remote(module)
+                self.builders[key] = BuildProcess(actor)
             return self.builders[key]
 
     def build(
-        self, application: ApplicationSpec, check: Callable[[], None], room: int | str = 0
+        self, application: ApplicationSpec, check: Callable[[], None], alone: bool = False
     ) -> tuple[Demand, ...]:
-        """Ray's own build of one application: what each of its deployments reserves. `check` ends
-        the wait; raises ApplicationError when the import, the builder or an override fails."""
+        """Ray's own build of one application: what each of its deployments reserves.
+
+        `check` ends the wait. Raises ApplicationError when the import, the builder or an override
+        fails. Where another's builder hangs, or has killed the process that it shares with this
+        one, this one gets a process of its own.
+        """
         import ray
 
-        try:
-            rows = self.rows_of(application, check, room)
-        except ray.exceptions.RuntimeEnvSetupError as error:
-            raise ApplicationError(f"the runtime_env could not be set up: {error}") from error
-        except ray.exceptions.ActorDiedError as error:
-            # Another application of the same module may have killed the shared process.
-            if room != application.name:
-                return self.build(application, check, application.name)
-            message = f"the process that builds the application died: {error}"
-            raise ApplicationError(message) from error
-        except ray.exceptions.RayError as error:
-            # If its node has gone, perhaps the cluster has, which shows by then.
-            lost_at = time.monotonic() + CLUSTER_LOST_AFTER_S + 2 * HEARTBEAT_INTERVAL_S
-            gone = isinstance(error, ray.exceptions.ActorUnavailableError)
-            while gone and time.monotonic() < lost_at:
-                check()
-                time.sleep(POLL_INTERVAL_S)
-            raise ApplicationError(str(error)) from error
-        self.built[application.name] = [row for _, row in rows]
-        return tuple(read_demand({**fields, "application": application.name}) for fields, _ in rows)
-
-    def rows_of(
-        self, application: ApplicationSpec, check: Callable[[], None], room: int | str
-    ) -> list[tuple[Config, bytes]]:
-        """What `Builder.build` returns, once it is this application's turn in its process; when
-        another's builder hangs there, those behind it move on to a new one together."""
-        import ray
-
-        process = self.process_of(application, room)
+        process = self.process_of(application, alone)
         while not process.turn.acquire(timeout=0.2):
             check()
-            if time.monotonic() - process.began > BUILD_PATIENCE_S and isinstance(room, int):
-                return self.rows_of(application, check, room + 1)
+            if time.monotonic() - process.began > BUILD_PATIENCE_S:
+                process, alone = self.process_of(application, alone=True), True
         try:
+            process.began = time.monotonic()
             call = process.actor.build.remote(application.config)
-            for reference in (process.warm, call):
-                while not ray.wait([reference], timeout=0.2)[0]:
-                    check()
-                process.began = time.monotonic()
-            rows: list[tuple[Config, bytes]] = ray.get(call)
-            return rows
+            while not ray.wait([call], timeout=0.2)[0]:
+                check()
+            rows = ray.get(call)
         except DeadlinePassed:
             ray.kill(process.actor)
             raise
+        except ray.exceptions.RuntimeEnvSetupError as error:
+            raise ApplicationError(f"the runtime_env could not be set up: {error}") from error
+        except ray.exceptions.ActorDiedError as error:
+            if not alone:
+                return self.build(application, check, alone=True)
+            message = f"the process that builds the application died: {error}"
+            raise ApplicationError(message) from error
+        except ray.exceptions.ActorUnavailableError as error:
+            raise ClusterError(f"the node that builds it has gone: {error}") from error
+        except ray.exceptions.RayError as error:
+            raise ApplicationError(str(error)) from error
         finally:
             process.began = math.inf
             process.turn.release()
+        self.built[application.name] = [row for _, row in rows]
+        return tuple(read_demand({**fields, "application": application.name}) for fields, _ in rows)
 
     # -- resources -----------------------------------------------------------------------------
 
@@ -2919,21 +2889,18 @@ class RayCluster:
         """
         import ray
 
-        rows: list[tuple[str, str, Resources]] = []
-        grouped = set()
+        held: list[tuple[str, str, Resources]] = []
         for group in ray.util.placement_group_table().values():
-            name = group["name"]
-            if group["state"] != "REMOVED" and name.startswith(REPLICA_PREFIX):
-                grouped.add(name)
-                label = "/".join(name.removeprefix(REPLICA_PREFIX).split("#")[:2])
-                where = group["bundles_to_node_id"]
-                rows += [(where.get(i, ""), label, b) for i, b in group["bundles"].items()]
-        for app in self.states().values():
-            for deployment in app.deployments.values():
-                held, label = deployment.required_resources or {}, f"{app.name}/{deployment.name}"
-                for replica in deployment.replicas:
-                    if replica.node_id and replica.actor_name not in grouped:
-                        rows.append((replica.node_id, label, held))
+            where = group["bundles_to_node_id"] if group["state"] != "REMOVED" else {}
+            held += [(group["name"], node, group["bundles"][i]) for i, node in where.items()]
+        for actor in self.actors("ALIVE"):
+            if not actor.placement_group_id:
+                held.append((actor.name, actor.node_id.hex(), dict(actor.required_resources)))
+        rows = []
+        for name, node, amounts in held:
+            application, *rest = name.removeprefix(REPLICA_PREFIX).split("#")
+            if name.startswith(REPLICA_PREFIX):
+                rows.append((node, f"{application}/{rest[0]}", amounts))
         return rows
 
     def growth(self) -> list[Node] | None:
@@ -2950,15 +2917,20 @@ class RayCluster:
             grouped = any("ray.io/node-group" in (row.get("Labels") or {}) for row in rows)
             return None if grouped else []
 
-    def reservations(self, details: ApplicationDetails) -> list[Reservation]:
-        """What each running replica of an application holds, from GCS's own tables."""
-        import ray
+    def actors(self, state: str) -> list[Any]:
+        """The actors in a state, "ALIVE" or "DEAD", as GCS tells of them (`ActorTableData`)."""
         from ray._private.state import state as gcs
         from ray.core.generated.gcs_pb2 import ActorTableData
 
+        rows = gcs._connect_and_get_accessor().get_actor_table(None, state)
+        return list(map(ActorTableData.FromString, rows))
+
+    def reservations(self, details: ApplicationDetails) -> list[Reservation]:
+        """What each running replica of an application holds, from GCS's own tables."""
+        import ray
+
         groups = {group["name"]: group for group in ray.util.placement_group_table().values()}
-        rows = gcs._connect_and_get_accessor().get_actor_table(None, "ALIVE")
-        actors = [ActorTableData.FromString(row) for row in rows]
+        actors = self.actors("ALIVE")
         names = {row["NodeID"]: row["NodeManagerAddress"] for row in ray.nodes()}
         found = []
         for replica in itertools.chain(*map(running_replicas, details.deployments.values())):
@@ -2983,22 +2955,16 @@ class RayCluster:
 
         Raises Unreachable.
         """
-        from ray.util.state import get_actor, list_actors
-
-        with reading_logs():
-            replica = get_actor(actor_id, timeout=LOG_TIMEOUT_S)
-            actors = [replica] if replica else []
-            if group := replica and replica.placement_group_id:
-                ended = [("class_name", "=", "RayWorkerProc"), ("state", "=", "DEAD")]
-                ask = {"filters": ended, "detail": True, "limit": 1000, "timeout": LOG_TIMEOUT_S}
-                workers = [w for w in list_actors(**ask) if w.placement_group_id == group]
-                actors += workers[:MOST_LOGS]
-        parts = []
-        for actor in actors:
-            parts.append(self.replica_log(actor.actor_id))
-            for kind, context in (actor.death_cause or {}).items():
-                name = DEATHS.get(kind, "ActorDiedError")
-                parts.append(f"{name}: {(context or {}).get('error_message') or ''}")
+        dead = self.actors("DEAD")
+        found = [actor for actor in dead if actor.actor_id.hex() == actor_id]
+        groups = {actor.placement_group_id for actor in found} - {b""}
+        workers = [a for a in dead if a.class_name == WORKER and a.placement_group_id in groups]
+        parts = [self.replica_log(actor_id)]
+        parts += [self.replica_log(worker.actor_id.hex()) for worker in workers[:MOST_LOGS]]
+        for actor in [*found, *workers[:MOST_LOGS]]:
+            if kind := actor.death_cause.WhichOneof("context"):
+                said = getattr(getattr(actor.death_cause, kind), "error_message", "")
+                parts.append(f"{DEATHS.get(kind, 'ActorDiedError')}: {said}")
         return "\n".join(filter(None, parts))
 
 
@@ -3599,14 +3565,7 @@ def prove(action: Action, run: Run) -> None:
 
     def ask(url: str, body: Config | None) -> Response:
         run.check(action)
-        try:
-            return fetch(url, body, min(SMOKE_TIMEOUT_S, action.deadline - run.clock()))
-        except ApplicationError as error:
-            try:
-                run.check(action)
-            except DeadlinePassed:  # it was the deadline that cut it short
-                raise DeadlinePassed(f"time ran out: {error}") from None
-            raise
+        return fetch(url, body, min(SMOKE_TIMEOUT_S, action.deadline - run.clock()))
 
     try:
         held = run.cluster.reservations(details)
@@ -3635,11 +3594,14 @@ def prove(action: Action, run: Run) -> None:
         action.proof = replace(proof, answers=tuple(answers), notes=(*notes, *said))
     except (Unreachable, ClusterError) as error:
         action.proof = replace(proof, unverified=str(error))
-    except (DeadlinePassed, Stopped) as error:
+    except ApplicationError as error:
+        if run.clock() < action.deadline:  # else it was the deadline that cut it short
+            raise
+        action.proof = replace(proof, unverified=f"time ran out: {error}")
+    except (DeadlinePassed, Stopped):
         if run.stop_code == EXIT_CLUSTER:
             raise
-        text = run.stop_reason or str(error) or "time ran out"
-        action.proof = replace(proof, unverified=text)
+        action.proof = replace(proof, unverified=run.stop_reason or "time ran out")
 
 
 def delete_application(action: Action, run: Run) -> None:
