@@ -89,7 +89,7 @@ if TYPE_CHECKING:
 POLL_INTERVAL_S = 1.0
 HEARTBEAT_INTERVAL_S = 5.0
 CONNECT_TIMEOUT_S = 10.0
-BUILD_PATIENCE_S = 40.0  # with another's builder; its imports take 10 s, and more on a busy node
+BUILD_PATIENCE_S = 8.0  # with another's builder, once its module is imported
 POLL_TIMEOUT_S = 5.0
 LOG_TIMEOUT_S = 5
 CONTROLLER_TIMEOUT_S = 30.0  # Serve's controller may restart in that time
@@ -358,6 +358,7 @@ class Action:
     deadline: float = math.inf
     demands: tuple[Demand, ...] = ()
     waits_for: str = ""
+    phase: str = ""
     sent: str = ""
     details: ApplicationDetails | None = None
     proof: Proof | None = None
@@ -2459,6 +2460,7 @@ class BuildProcess:
     """An actor that builds one application at a time; `began` is when the one at its turn did."""
 
     actor: Any
+    imports: Any
     turn: threading.Lock = field(default_factory=threading.Lock)
     began: float = math.inf
 
@@ -2477,31 +2479,25 @@ def silence() -> Iterator[None]:
             os.close(saved)
 
 
-@contextlib.contextmanager
-def reading_logs() -> Iterator[None]:
-    """Raise Unreachable for whatever goes wrong: a log is a help, and never a condition. Ray lets
-    errors of its own through, and those of `requests` and of asking a node's agent."""
-    try:
-        yield
-    except Exception as error:
-        raise Unreachable(first_line(str(error)) or repr(error)) from error
-
-
 def read_log(**where: Any) -> str:
-    """The end of a log file. Ray's own `get_log` tells its timeout to the server only, and waits
-    for ever for a dashboard that hangs (ray/util/state/api.py)."""
+    """The end of a log file. Raises Unreachable for whatever goes wrong: a log is a help, and never
+    a condition. Ray's own `get_log` tells its timeout to the server only, and waits for ever for a
+    dashboard that hangs (ray/util/state/api.py)."""
     import requests
     from ray._private.authentication import http_token_authentication
     from ray.dashboard.utils import ray_address_to_api_server_url
 
-    answer = requests.get(
-        f"{ray_address_to_api_server_url(None)}/api/v0/logs/file",
-        {"media_type": "file", "timeout": LOG_TIMEOUT_S, **where},
-        headers=http_token_authentication.get_auth_headers_if_auth_enabled({}),
-        timeout=LOG_TIMEOUT_S,
-    )
+    try:
+        answer = requests.get(
+            f"{ray_address_to_api_server_url(None)}/api/v0/logs/file",
+            {"media_type": "file", "timeout": LOG_TIMEOUT_S, **where},
+            headers=http_token_authentication.get_auth_headers_if_auth_enabled({}),
+            timeout=LOG_TIMEOUT_S,
+        )
+    except Exception as error:
+        raise Unreachable(first_line(str(error)) or repr(error)) from error
     if not answer.ok:
-        raise Unreachable(answer.text)
+        raise Unreachable(first_line(answer.text))
     return answer.content.decode(errors="replace")
 
 
@@ -2664,7 +2660,7 @@ class RayCluster:
 
         Ray itself repeats a call when the controller restarts during it (`max_task_retries` in
         ray/serve/_private/default_impl.py). Raises ClusterError when there is no answer in time,
-        and RayTaskError for what the method itself raises.
+        and ApplicationError for what the method itself raises.
         """
         import ray
 
@@ -2674,18 +2670,19 @@ class RayCluster:
             return None
         try:
             return ray.get(getattr(controller, method).remote(*arguments), timeout=timeout_s)
+        except ray.exceptions.RayTaskError as error:
+            raise ApplicationError(str(error)) from error
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
             raise ClusterError(f"the Serve controller does not answer: {error}") from error
 
     def serve_details(self, timeout_s: float = CONTROLLER_TIMEOUT_S) -> Any:
         """Ray's `ServeInstanceDetails`; None when Serve is not running. 1 ms of CPU;
         `serve.status()` costs 57 (measured on Ray 2.60). Raises ClusterError."""
-        import ray
         from ray.serve.schema import ServeInstanceDetails
 
         try:
             details = self.ask_controller("get_serve_instance_details", timeout_s=timeout_s)
-        except ray.exceptions.RayTaskError as error:
+        except ApplicationError as error:
             raise ClusterError(f"the Serve controller can't tell its state: {error}") from error
         return details and ServeInstanceDetails.model_validate(details)
 
@@ -2727,9 +2724,9 @@ class RayCluster:
         self.remember(name, Record(action.version, action.kept, action.demands))
         try:
             self.ask_controller("deploy_applications", {name: rows}, {name: scaler})
-        except ray.exceptions.RayTaskError as error:
+        except ApplicationError:
             self.remember(name, action.before.record if action.before else None)
-            raise ApplicationError(str(error)) from error
+            raise
 
     def delete(self, name: str) -> None:
         """Have Serve remove an application; it is gone some seconds later."""
@@ -2750,7 +2747,6 @@ class RayCluster:
 
     def running(self, found: Iterable[ApplicationDetails]) -> dict[str, Running]:
         """What this program knows about some applications of the cluster, by name."""
-        import ray
         from ray.experimental.internal_kv import _internal_kv_get
         from ray.serve.generated.serve_pb2 import DeploymentRoute
 
@@ -2758,7 +2754,7 @@ class RayCluster:
         for details in found:
             text, versions = _internal_kv_get(details.name, namespace=RECORDS), set()
             for name in details.deployments:
-                with contextlib.suppress(ray.exceptions.RayTaskError):  # it may have gone meanwhile
+                with contextlib.suppress(ApplicationError):  # it may have gone meanwhile
                     answer = self.ask_controller("get_deployment_info", name, details.name)
                     versions.add(DeploymentRoute.FromString(answer).deployment_info.version)
             record = read_record(json.loads(text)) if text else None
@@ -2816,8 +2812,7 @@ class RayCluster:
             if key not in self.builders:
                 actor = ray.remote(num_cpus=0)(Builder)
                 actor = actor.options(runtime_env=runtime_env or None).remote()
-                actor.warm_up.remote(module)
-                self.builders[key] = BuildProcess(actor)
+                self.builders[key] = BuildProcess(actor, actor.warm_up.remote(module))
             return self.builders[key]
 
     def build(
@@ -2837,10 +2832,11 @@ class RayCluster:
             if time.monotonic() - process.began > BUILD_PATIENCE_S:
                 process, alone = self.process_of(application, alone=True), True
         try:
-            process.began = time.monotonic()
             call = process.actor.build.remote(application.config)
-            while not ray.wait([call], timeout=0.2)[0]:
-                check()
+            for reference in (process.imports, call):
+                while not ray.wait([reference], timeout=0.2)[0]:
+                    check()
+                process.began = time.monotonic()
             rows = ray.get(call)
         except DeadlinePassed:
             ray.kill(process.actor)
@@ -2911,9 +2907,8 @@ class RayCluster:
         rows = [row for row in ray.nodes() if row["Alive"]]
         heads = [row["NodeID"] for row in rows if "node:__internal_head__" in row["Resources"]]
         try:
-            with reading_logs():
-                return new_nodes(read_log(filename="monitor.log", node_id=heads[0], lines=-1))
-        except Unreachable:
+            return new_nodes(read_log(filename="monitor.log", node_id=heads[0], lines=-1))
+        except (Unreachable, yaml.YAMLError):
             grouped = any("ray.io/node-group" in (row.get("Labels") or {}) for row in rows)
             return None if grouped else []
 
@@ -2945,9 +2940,8 @@ class RayCluster:
     def replica_log(self, actor_id: str) -> str:
         """The ends of one actor's two logs; an engine's processes write into its replica's, too.
         Raises Unreachable."""
-        with reading_logs():
-            files = ("err", "out")
-            return "\n".join(read_log(actor_id=actor_id, suffix=s, lines=LOG_LINES) for s in files)
+        files = ("err", "out")
+        return "\n".join(read_log(actor_id=actor_id, suffix=s, lines=LOG_LINES) for s in files)
 
     def last_words(self, actor_id: str) -> str:
         """The ends of a replica's logs and how its process ended, then the same of its engine's
@@ -3242,7 +3236,6 @@ class Run:
         self.actions: list[Action] = []
         self.states: dict[str, ApplicationDetails] = {}
         self.polled_at = -math.inf
-        self.phases: dict[str, str] = {}
         self.nodes: Sequence[Node] = ()
         self.growth: Sequence[Node] = ()
         self.admitted: list[Demand] = []
@@ -3403,7 +3396,7 @@ def watch(run: Run) -> None:
             placed = [r for r in replicas_of(action.details) if r.state == "STARTING" and r.node_id]
             with contextlib.suppress(Unreachable):
                 logs = [run.cluster.replica_log(r.actor_id or "") for r in placed[:MOST_LOGS]]
-                run.phases[action.name] = engine_phase("".join(logs))
+                action.phase = engine_phase("".join(logs))
         time.sleep(POLL_INTERVAL_S)
 
 
@@ -3500,9 +3493,7 @@ def settle(action: Action, run: Run) -> None:
         late = run.clock() - healthy_at > UNHEALTHY_GRACE_S
         if details.status == "DEPLOY_FAILED" or late:
             raise ApplicationError(failure_message(details) or f"it is {details.status.value}")
-        run.enter(
-            action, *describe_state(details, action.waits_for, run.phases.get(action.name, ""))
-        )
+        run.enter(action, *describe_state(details, action.waits_for, action.phase))
 
 
 def failure_message(details: ApplicationDetails | None) -> str:
