@@ -2815,22 +2815,26 @@ class RayCluster:
                 self.builders[key] = BuildProcess(actor, actor.warm_up.remote(module))
             return self.builders[key]
 
-    def build(
-        self, application: ApplicationSpec, check: Callable[[], None], alone: bool = False
-    ) -> tuple[Demand, ...]:
-        """Ray's own build of one application: what each of its deployments reserves.
-
-        `check` ends the wait. Raises ApplicationError when the import, the builder or an override
-        fails. Where another's builder hangs, or has killed the process that it shares with this
-        one, this one gets a process of its own.
-        """
-        import ray
-
+    def take_turn(
+        self, application: ApplicationSpec, check: Callable[[], None], alone: bool
+    ) -> BuildProcess:
+        """Wait for an application's turn in its process; where another's builder hangs in that, it
+        gets one of its own."""
         process = self.process_of(application, alone)
         while not process.turn.acquire(timeout=0.2):
             check()
             if time.monotonic() - process.began > BUILD_PATIENCE_S:
-                process, alone = self.process_of(application, alone=True), True
+                process = self.process_of(application, alone=True)
+        return process
+
+    def build(
+        self, application: ApplicationSpec, check: Callable[[], None], alone: bool = False
+    ) -> tuple[Demand, ...]:
+        """Ray's own build of one application: what each of its deployments reserves. `check` ends
+        the wait; raises ApplicationError when the import, the builder or an override fails."""
+        import ray
+
+        process = self.take_turn(application, check, alone)
         try:
             call = process.actor.build.remote(application.config)
             for reference in (process.imports, call):
@@ -2844,7 +2848,7 @@ class RayCluster:
         except ray.exceptions.RuntimeEnvSetupError as error:
             raise ApplicationError(f"the runtime_env could not be set up: {error}") from error
         except ray.exceptions.ActorDiedError as error:
-            if not alone:
+            if not alone:  # another application may have killed the process that they share
                 return self.build(application, check, alone=True)
             message = f"the process that builds the application died: {error}"
             raise ApplicationError(message) from error
