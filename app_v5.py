@@ -58,7 +58,6 @@ import math
 import re
 import socket
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -2469,14 +2468,14 @@ class BuildProcess:
 def silence() -> Iterator[None]:
     """Keep what Ray's C++ writes off the screen."""
     sys.stderr.flush()
-    with tempfile.TemporaryFile() as sink:
-        saved = os.dup(2)
-        os.dup2(sink.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
 
 
 def read_log(**where: Any) -> str:
@@ -3415,7 +3414,9 @@ def carry_out(action: Action, run: Run) -> None:
     try:
         if action.refusal:
             raise ApplicationError(action.refusal.text)
-        if action.change is Change.DELETE:
+        if run.options.plan:
+            build(action, run)
+        elif action.change is Change.DELETE:
             delete_application(action, run)
             run.end(action, Result.DELETED)
         else:
@@ -3443,11 +3444,16 @@ def carry_out(action: Action, run: Run) -> None:
         run.end(action, Result.UNKNOWN, Cause(str(error), error.hint))
 
 
+def build(action: Action, run: Run) -> None:
+    run.enter(action, "building")
+    action.demands = run.cluster.build(action.application, partial(run.check, action))
+    run.enter(action, "built")
+
+
 def bring_up(action: Action, run: Run) -> None:
     """Build, admit, submit, wait, prove. Raises ApplicationError, DeadlinePassed and Stopped."""
     if action.submits:
-        run.enter(action, "building")
-        action.demands = run.cluster.build(action.application, partial(run.check, action))
+        build(action, run)
         admit(action, run)
         run.give_time(action)
         run.check(action)
@@ -3628,18 +3634,6 @@ def undo(action: Action, run: Run) -> None:
             said = [action.cause.text] if action.cause else []
             said.append(f"--on-failure delete did not work: {first_line(str(error))}")
             action.cause = Cause("\n".join(said), action.cause.hint if action.cause else "")
-
-
-def build_only(action: Action, run: Run) -> None:
-    """Build one application for the plan, which deploys none."""
-    run.give_time(action)
-    run.enter(action, "building")
-    try:
-        action.demands = run.cluster.build(action.application, partial(run.check, action))
-        run.enter(action, "built")
-    except (ApplicationError, DeadlinePassed, Stopped) as error:
-        text = str(error) or "the builder did not return in time; raise --timeout"
-        run.end(action, Result.FAILED, root_cause(text))
 
 
 def exit_code(actions: Sequence[Action], stop_code: int) -> int:
@@ -4262,8 +4256,7 @@ class Session:
         changing = [action for action in actions if action.submits]
         run.actions, self.terminal.plans = actions, True
         cluster.prepare(action.application for action in changing)
-        build = partial(build_only, run=run)
-        in_workers(changing, build, run, len(changing), self.terminal.show)
+        in_workers(changing, partial(carry_out, run=run), run, len(changing), self.terminal.show)
         if run.stop_code:
             raise Stopped
         for action in actions:

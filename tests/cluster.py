@@ -216,6 +216,7 @@ class RayHead:
         env: Mapping[str, str] | None = None,
         port: int | None = None,
         dashboard_port: int | None = None,
+        has_dashboard: bool = True,
     ) -> None:
         self.nodes: list[RayNode] = []
         self._shared_memory: set[Path] = set()
@@ -223,7 +224,7 @@ class RayHead:
         self.temp_dir = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))
         self._base_env = _base_environment(logical_gpus, env or {})
         self._resources = _resource_arguments(num_cpus, num_gpus, resources)
-        self._wanted_ports = (port, dashboard_port)
+        self._wanted_ports, self._has_dashboard = (port, dashboard_port), has_dashboard
         self.address = self.dashboard_url = ""
 
     @property
@@ -261,9 +262,12 @@ class RayHead:
             f"--dashboard-port={dashboard_port}",
             f"--ray-client-server-port={free_port()}",
             f"--temp-dir={self.temp_dir}",
+            f"--include-dashboard={str(self._has_dashboard).lower()}",
             *self._resources,
         )
-        wait_until(self._dashboard_answers, START_TIMEOUT_S, f"the dashboard {self.dashboard_url}")
+        if self._has_dashboard:
+            what = f"the dashboard {self.dashboard_url}"
+            wait_until(self._dashboard_answers, START_TIMEOUT_S, what)
 
     def _start_node(self, *arguments: str) -> RayNode:
         node = RayNode(

@@ -328,7 +328,10 @@ def named_cafe(args: dict[str, Any]) -> serve.Application:
 
 
 def wants(args: dict[str, Any]) -> serve.Application:
-    """What each replica reserves is in `args`: `actor`, or `bundles`."""
+    """What each replica reserves is in `args`: `actor`, or `bundles`; and how long it starts."""
     actor = {"ray_actor_options": args["actor"]} if "actor" in args else {}
     bundles = {"placement_group_bundles": args["bundles"]} if "bundles" in args else {}
-    return Good.options(**actor, **bundles).bind()
+    slow = Slow.options(**actor, **bundles)
+    return (
+        slow.bind(args["seconds"]) if "seconds" in args else Good.options(**actor, **bundles).bind()
+    )

@@ -305,11 +305,12 @@ def test_a_defect_met_with_one_application_is_its_failure_alone() -> None:
 def test_what_can_not_be_built_fails_the_plan_alone(error: Exception) -> None:
     cluster = ScriptedCluster()
     cluster.errors["a"] = error
-    run = app.Run(app.Options("config.yaml", timeout=0.3), cluster)
+    run = app.Run(app.Options("config.yaml", timeout=0.3, plan=True), cluster)
     run.actions = [create("a"), create("b"), create("hangs")]
     cluster.gates["hangs"] = threading.Event()
-    app.in_workers(run.actions, partial(app.build_only, run=run), run, 3, lambda actions: None)
-    assert results(run) == {"a": "FAILED", "hangs": "FAILED"}
+    app.in_workers(run.actions, partial(app.carry_out, run=run), run, 3, lambda actions: None)
+    assert results(run) == {"a": "FAILED", "hangs": "STILL DEPLOYING"}
+    assert cluster.submitted == []
     assert run.actions[1].demands == (demand("b"),)
     assert "the builder did not return in time" in causes(run)[-1]
     assert code(run) == 1

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from subprocess import CompletedProcess, Popen
@@ -179,6 +180,19 @@ def test_a_wrong_file_is_refused_before_anything_is_sent(
     matrix.row(fault, code, session.code, out.getvalue() + err.getvalue(), *said)
 
 
+@pytest.mark.parametrize("fault", ["A5 50 MB", "A7 alias bomb"])
+def test_a_bomb_does_not_go_off(fault: str, matrix: Matrix, tmp_path: Path) -> None:
+    text, code, texts = FILES[fault]
+    config, err = tmp_path / "config.yaml", tmp_path / "stderr"
+    config.write_bytes(text.encode() if isinstance(text, str) else text)
+    with err.open("wb") as stream:
+        process = Popen([PYTHON, str(APP_V5), str(config)], stdout=stream, stderr=stream)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    matrix.row(f"{fault}, 300 MB", code, process.returncode, err.read_text(), *texts)
+    assert usage.ru_maxrss < 300 * 1024  # KiB
+
+
 # -- the rows on one cluster ---------------------------------------------------------------------
 
 
@@ -268,6 +282,10 @@ FAILURES: dict[str, tuple[Config, list[str]]] = {
         app("c", "wants", args={"actor": {"resources": {"quantum": 1}}}),
         ["no node has 1 quantum"],
     ),
+    "B8 no such card": (
+        app("g", "wants", args={"actor": {"num_gpus": 1, "accelerator_type": "A10G"}}),
+        ["accelerator_type:A10G", "can never fit"],
+    ),
     "B8 bundles over 2 GPUs": (
         app("d", "wants", args={"bundles": [{"CPU": 1, "GPU": 2}, {"CPU": 1, "GPU": 1}]}),
         ["can never fit; needs 2 CPU + 3 GPU in 2 bundles (PACK); all nodes have 2 GPU"],
@@ -319,6 +337,10 @@ def there(user: User) -> dict[str, str]:
     return {name: row["status"] for name, row in applications.items()}
 
 
+def is_there(user: User, name: str) -> bool:
+    return name in there(user)
+
+
 @pytest.mark.serve
 @on_request
 def test_time_runs_out_for_what_hangs_alone(
@@ -352,11 +374,15 @@ def test_time_runs_out_for_what_hangs_alone(
 @pytest.mark.serve
 @on_request
 def test_a_controller_that_is_killed_meanwhile(user: User, keep: Flow, matrix: Matrix) -> None:
-    process = user.start(user.write(app("slow-c1", "slow", args={"seconds": 6})))
-    wait_until(lambda: "slow-c1" in there(user), 60, "the application")
-    process_of(user.head, "ray::ServeController").kill()
-    out, err = process.communicate(timeout=120)
-    matrix.row("C1 controller killed", 0, process.returncode, out + err, "✓ GET /health")
+    for part in (0, 3, 5.5):
+        name = f"slow-c1-{part}".replace(".", "-")
+        process = user.start(user.write(app(name, "slow", args={"seconds": 6})))
+        wait_until(partial(is_there, user, name), 60, "the application")
+        time.sleep(part)
+        process_of(user.head, "ray::ServeController").kill()
+        out, err = process.communicate(timeout=120)
+        fault = f"C1 controller killed {part} s after"
+        matrix.row(fault, 0, process.returncode, out + err, "✓ GET /health")
 
 
 @pytest.mark.serve
@@ -381,6 +407,10 @@ def test_no_cluster(matrix: Matrix, tmp_path: Path, user: User) -> None:
         finished = run(user, config, RAY_ADDRESS=address)
         assert time.monotonic() - started < 30
         matrix.row(fault, 3, finished.returncode, said(finished), address.rpartition(":")[2])
+    other_ray = f"import ray, app_v5; ray.__version__ = '2.0.0'; app_v5.main([{str(config)!r}])"
+    finished = run_python("-c", f"{other_ray} == 3 or 1 / 0", env=user.head.env, timeout_s=60)
+    texts = ["ersion mismatch", "2.0.0"]
+    matrix.row("C7 another Ray", 0, finished.returncode, said(finished), *texts)
 
 
 # -- D: signals, and several runs ----------------------------------------------------------------
@@ -503,6 +533,14 @@ def test_several_runs_and_one_that_was_killed(user: User, keep: Flow, matrix: Ma
         matrix.row("D4 the same file, two", 1, *rest[0], "another run of this program works on it")
     else:
         matrix.row("D4 the same file, two", 0, *rest[0], "Unchanged")
+    contents = [
+        user.write(versioned("d6", text, 1), name=f"{text}.yaml") for text in ("one", "two")
+    ]
+    both = [Started(user, config).end for config in contents]
+    (code, output), (refused, why) = sorted(end() for end in both)
+    matrix.row("D6 two contents, one", 0, code, output, "1/1")
+    matrix.row("D6 two contents, two", 1, refused, why, "another run of this program works on it")
+    assert len({get_text(user, "/d6").split()[0] for _ in range(10)}) == 1
     killed = Started(user, user.write(app("killed", "slow", args={"seconds": 3})))
     wait_until(lambda: "killed" in there(user), 60, "the run that is killed")
     killed.process.kill()
@@ -714,6 +752,23 @@ def test_a_port_that_another_has(other: User, matrix: Matrix) -> None:
 
 @pytest.mark.serve
 @on_request
+def test_a_node_that_goes_with_its_replica(other: User, matrix: Matrix) -> None:
+    nodes = [other.head.add_node(num_cpus=1, resources={"side": 1}) for _ in range(2)]
+    aside = {"actor": {"num_cpus": 0.1, "resources": {"side": 0.5}}, "seconds": 8}
+    config = other.write(app("ported"), app("aside", "wants", args=aside))
+    started = Started(other, config)
+    wait_until(lambda: started.said("aside  starting"), 60, "the deployment")
+    holder = [n for n in nodes if any("Slow" in " ".join(p.cmdline()) for p in n.processes())]
+    other.head.remove_node((holder or nodes)[0])
+    code, output = started.end()
+    matrix.row("C3 its node is killed, another is there", 0, code, output, "2/2")
+    for node in [node for node in nodes if node in other.head.nodes]:
+        other.head.remove_node(node)
+    assert other.run("--delete", "--only", "aside", config=config).returncode == 0
+
+
+@pytest.mark.serve
+@on_request
 def test_a_raylet_that_dies_while_its_head_answers(other: User, matrix: Matrix) -> None:
     started = Started(other, other.write(app("ported"), app("long", "slow", args={"seconds": 900})))
     wait_until(lambda: started.said("long  starting"), 60, "the deployment")
@@ -753,6 +808,16 @@ def test_a_token(matrix: Matrix, tmp_path: Path) -> None:
     )
     for result in (mine, refused):
         assert not re.search(r"\.cc:\d+", said(result)), said(result)
+
+
+@pytest.mark.serve
+@on_request
+def test_a_head_without_a_dashboard(matrix: Matrix, tmp_path: Path) -> None:
+    with RayHead(num_cpus=3, num_gpus=0, has_dashboard=False) as head:
+        user = User(head, tmp_path, free_port())
+        finished = user.deploy(app("good"), app("failing", "failing"))
+    texts = ["✓ GET /health", "this constructor always fails", "No log", "1/2"]
+    matrix.row("C8 no dashboard", 1, finished.returncode, said(finished), *texts)
 
 
 @pytest.mark.serve
@@ -829,3 +894,5 @@ def test_many_rounds_lose_nothing_and_leave_nothing(user: User, keep: Flow, matr
     gone = user.run(*only, config=user.write(app("keep")))
     matrix.row(f"E2 {rounds} rounds", 0, gone.returncode, said(gone), "deleted")
     wait_until(lambda: left(user) == before, 60, f"no more than {before}")
+    mine = [p for p in psutil.process_iter(["cmdline"]) if str(APP_V5) in (p.info["cmdline"] or ())]
+    assert mine == []
