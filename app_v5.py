@@ -1826,31 +1826,14 @@ LIGHTWEIGHT_OPTIONS = frozenset(
 """Deployment options that Serve changes in place, without a new replica."""
 
 DEPLOYMENT_CONFIGS = ("deployment_config", "ingress_deployment_config")
+NOT_GIVEN = object()
 PRUNED = "the file does not name it (--prune)"
-COMES_BACK = (
-    "what `serve deploy` brought comes back when Serve's controller restarts, until `serve deploy` "
-    "runs with a file without it"
+BY_SERVE_DEPLOY = (
+    "it was deployed by `serve deploy`: it comes back when Serve's controller restarts, until "
+    "`serve deploy` runs with a file without it"
 )
 """The controller applies its checkpoint of the declarative config again (seen on Ray 2.60;
 ray/serve/_private/controller.py `_recover_state_from_checkpoint`)."""
-
-
-def version_of(config: Config, key: bytes) -> str:
-    """A fingerprint of what needs new replicas when it changes; Serve compares it for itself.
-
-    `deployments` overrides are not in it: Serve compares those itself, deployment by deployment.
-    """
-
-    def heavy(value: Any, parent: str = "") -> Any:
-        if isinstance(value, list):
-            return [heavy(item) for item in value]
-        if not isinstance(value, dict):
-            return value
-        light = LIGHTWEIGHT_OPTIONS if parent in DEPLOYMENT_CONFIGS else ()
-        return {name: heavy(item, str(name)) for name, item in value.items() if name not in light}
-
-    kept = {name: heavy(config.get(name)) for name in ("import_path", "runtime_env", "args")}
-    return fingerprint(json.dumps(kept, sort_keys=True, default=str), key)
 
 
 def decide(
@@ -1862,88 +1845,75 @@ def decide(
 ) -> Action:
     """What has to happen to an application, and why; `running` is what runs under its name.
 
-    A version is a fingerprint, and after a dot the time where equal fingerprints have to restart:
-    Serve takes an application with the version of a failed one for the failed one.
+    Serve replaces all replicas when the version is another one. It compares the options of single
+    deployments for itself, and takes the version of a failed application for the failed one.
     """
 
     def hide(text: str) -> str:
         return text if redact(text, secrets) == text else FINGERPRINT + fingerprint(text, key)
 
-    version = version_of(application.config, key)
-    config: Config = map_texts(application.config, hide)
-    action = Action(application, Change.CREATE, version, before=running, kept=config)
+    # As JSON gives it back: a key that is a number is a text then.
+    kept = json.loads(json.dumps(map_texts(application.config, hide), default=str))
+    kept["deployments"] = {entry.pop("name"): entry for entry in as_list(kept.get("deployments"))}
+    action = Action(application, Change.CREATE, f"{time.time_ns():x}", before=running, kept=kept)
     if running is None:
         return action
-    details, record = running.details, running.record
-    reasons: tuple[str, ...] = ()
-    if options.force:
-        reasons = ("--force",)
-    elif details.source == "declarative":
-        reasons = ("it was deployed by `serve deploy`: there is nothing to compare with",)
-    elif record is None or running.versions != {record.version}:
-        reasons = ("it was deployed by other means: there is nothing to compare with",)
-    elif details.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-        reasons = (f"it is {details.status.value}",)
-    if not reasons and record:
-        return compare(action, details, record, options)
-    if details.source == "declarative":
-        reasons = (*reasons, COMES_BACK)
-    if any(old.partition(".")[0] == version for old in running.versions):
-        version = f"{version}.{time.time_ns():x}"
-    surge = options.no_downtime
-    return replace(action, change=Change.RESTART, version=version, reasons=reasons, surge=surge)
+    record, status = running.record, running.details.status.value
+    known = record is not None and running.versions == {record.version}
+    declared = running.details.source == "declarative"
+    found = {
+        "--force": options.force,
+        BY_SERVE_DEPLOY: declared,
+        "it was deployed by other means: nothing to compare with": not (known or declared),
+        f"it is {status}": status in ("DEPLOY_FAILED", "UNHEALTHY"),
+    }
+    reasons = tuple(text for text, is_so in found.items() if is_so)
+    restart = replace(action, change=Change.RESTART, reasons=reasons, surge=options.no_downtime)
+    return restart if record is None or reasons else compare(restart, record, status)
 
 
-def compare(
-    action: Action, details: ApplicationDetails, record: Record, options: Options
-) -> Action:
-    """What an edit needs, for an application whose last deployment is known."""
-    edits = list(differences(record.config, action.kept))
-    heavy = tuple(text for _, text, restarts in edits if restarts)
-    light = tuple(text for _, text, restarts in edits if not restarts)
-    restart = replace(action, change=Change.RESTART, surge=options.no_downtime)
-    if record.version.partition(".")[0] != action.version:
-        return replace(restart, reasons=heavy or light)
+def compare(restart: Action, record: Record, status: str) -> Action:
+    """What an edit needs of a restart, for an application whose last deployment is known."""
+    edits = list(differences(record.config, restart.kept))
+    heavy = [(path, text) for path, text in edits if needs_restart(path)]
+    reasons = tuple(text for _, text in heavy or edits)
+    if any(path[0] != "deployments" for path, _ in heavy):
+        return replace(restart, reasons=reasons)
     if heavy:
-        # Edits of `deployments` alone: their paths are ("deployments", name, option).
-        names = frozenset(str(path[1]) for path, _, restarts in edits if restarts)
-        return replace(restart, version=record.version, reasons=heavy, restarting=names)
-    if details.status != "RUNNING":
-        light = light or (f"it is {details.status.value}",)
-    change = Change.IN_PLACE if light else Change.UNCHANGED
-    return replace(action, change=change, version=record.version, reasons=light)
+        names = frozenset(str(path[1]) for path, _ in heavy)
+        return replace(restart, version=record.version, reasons=reasons, restarting=names)
+    if status != "RUNNING":
+        reasons = reasons or (f"it is {status}",)
+    change = Change.IN_PLACE if reasons else Change.UNCHANGED
+    return replace(restart, change=change, version=record.version, reasons=reasons, surge=False)
 
 
-def differences(before: Any, after: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str, bool]]:
-    """What was edited: its path, "args.llm_configs[0].engine_kwargs.max_model_len: 2048 → 4096",
-    and whether it needs new replicas."""
-    if path == ("deployments",):  # their order does not matter to Serve
-        before, after = ({e["name"]: e for e in as_list(side)} for side in (before, after))
-    elif path[:-1] == ("deployments",):
-        before, after = before or {}, after or {}
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key in dict.fromkeys([*before, *after]):
-            yield from differences(before.get(key), after.get(key), (*path, key))
+def differences(before: Any, after: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
+    """What was edited: its path, and "args.llm_configs[0].engine_kwargs.seed: 1 → 2"."""
+    old, new = ({} if side is NOT_GIVEN else side for side in (before, after))
+    if isinstance(old, dict) and isinstance(new, dict) and (old or new):
+        for key in dict.fromkeys([*old, *new]):
+            yield from differences(old.get(key, NOT_GIVEN), new.get(key, NOT_GIVEN), (*path, key))
     elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         for index, (old, new) in enumerate(zip(before, after, strict=True)):
             yield from differences(old, new, (*path, index))
     elif before != after:
         texts = []
-        for value in (before, after):
-            hidden = str(value).startswith(FINGERPRINT)
-            text = "(not given)" if value is None else json.dumps(value, default=str)
-            texts.append(HIDDEN if hidden else shortened(text, MOST_VALUE_CHARACTERS))
-        yield path, f"{format_key(path)}: {' → '.join(texts)}", needs_restart(path)
+        for side in (before, after):
+            text = "(not given)" if side is NOT_GIVEN else json.dumps(side)
+            text = re.sub(f'"{FINGERPRINT}[0-9a-f]+"', HIDDEN, text)
+            texts.append(shortened(text, MOST_VALUE_CHARACTERS))
+        yield path, f"{format_key(path)}: {' → '.join(texts)}"
 
 
 def needs_restart(path: KeyPath) -> bool:
     """Whether a change at this place of an application needs new replicas."""
     if path[0] in ("route_prefix", "logging_config", "external_scaler_enabled"):
         return False
-    for parent, option in itertools.pairwise(path):
-        if parent in DEPLOYMENT_CONFIGS:
-            return option not in LIGHTWEIGHT_OPTIONS
-    return path[0] != "deployments" or not {*path[2:3]} <= {*LIGHTWEIGHT_OPTIONS, "name"}
+    if path[0] == "deployments":
+        return not LIGHTWEIGHT_OPTIONS.issuperset(path[2:3])
+    inside = (option for key, option in itertools.pairwise(path) if key in DEPLOYMENT_CONFIGS)
+    return next(inside, path[0]) not in LIGHTWEIGHT_OPTIONS
 
 
 def read_demand(row: Config) -> Demand:
@@ -1960,7 +1930,7 @@ def read_record(kept: Config) -> Record:
 def deletion(application: ApplicationSpec, before: Running | None, reason: str) -> Action:
     """Delete an application, if it is there."""
     declared = before is not None and before.details.source == "declarative"
-    reasons = (reason, COMES_BACK) if declared else (reason,)
+    reasons = (reason, BY_SERVE_DEPLOY) if declared else (reason,)
     return Action(application, Change.DELETE, reasons=reasons, before=before)
 
 
@@ -1968,40 +1938,42 @@ def running_replicas(deployment: DeploymentDetails) -> list[ReplicaDetails]:
     return [replica for replica in deployment.replicas if replica.state == "RUNNING"]
 
 
+def restarted_deployments(action: Action) -> list[DeploymentDetails]:
+    """The deployments on the cluster whose replicas a restart replaces."""
+    if action.change is not Change.RESTART or action.before is None:
+        return []
+    names, deployments = action.restarting, action.before.details.deployments.values()
+    return [d for d in deployments if names is None or d.name in names]
+
+
 def gap(action: Action) -> str:
     """What a restart means for those who send requests; empty when nothing restarts."""
-    if action.change is not Change.RESTART or action.before is None:
+    restarted = list(filter(running_replicas, restarted_deployments(action)))
+    alone = [d.name for d in restarted if d.target_num_replicas <= 1]
+    if not restarted:
         return ""
-    restarted = [
-        deployment
-        for name, deployment in action.before.details.deployments.items()
-        if action.restarting is None or name in action.restarting
-    ]
-    alone = [d.name for d in restarted if running_replicas(d) and d.target_num_replicas <= 1]
-    if action.surge and restarted:
+    if action.surge:
         return "no gap, where there is room: new replicas start before the old ones stop"
     if alone:
         return (
             f"with a gap: Serve stops the one replica of {' and of '.join(alone)} before it starts "
             "the new one (--no-downtime starts the new one first, where there is room)"
         )
-    rolling = "rolling: Serve stops a fifth of the replicas at a time, and at least one"
-    return rolling if any(map(running_replicas, restarted)) else ""
+    return "rolling: Serve stops a fifth of the replicas at a time, and at least one"
 
 
 def demands_at_once(action: Action) -> list[Demand]:
     """What there has to be room for: all replicas, or with --no-downtime the new ones that start
     while the old ones stay."""
-    running = action.before.details.deployments if action.before and action.surge else {}
-    demands = []
-    for demand in action.demands:
-        count = demand.min_replicas
-        if demand.deployment in running:
-            restarts = action.restarting is None or demand.deployment in action.restarting
-            target = running[demand.deployment].target_num_replicas
-            count = math.ceil(target * SURGE_PERCENT / 100) if restarts else 0
-        demands.append(replace(demand, min_replicas=count))
-    return demands
+    if not action.surge or action.before is None:
+        return list(action.demands)
+    counts = dict.fromkeys(action.before.details.deployments, 0)
+    for deployment in restarted_deployments(action):
+        counts[deployment.name] = math.ceil(deployment.target_num_replicas * SURGE_PERCENT / 100)
+    return [
+        replace(demand, min_replicas=counts.get(demand.deployment, demand.min_replicas))
+        for demand in action.demands
+    ]
 
 
 def giving_way(actions: Iterable[Action]) -> frozenset[str]:
@@ -2021,14 +1993,12 @@ def taken_routes(
         holder = holders.get(route)
         if route is None or holder is None or holder.name == application.name:
             continue
+        name, path = holder.name, ("applications", application.index, "route_prefix")
+        hint = f"choose another route, or delete {name} first"
+        if any(name == item.name for item in applications):
+            hint = f"give {name} a free route in one run, and both their new ones in a second"
         origin = " (deployed by `serve deploy`)" if holder.source == "declarative" else ""
-        hint = f"choose another route, or delete {holder.name} first"
-        if any(holder.name == item.name for item in applications):
-            hint = (
-                f"give {holder.name} a free route in one run, and both their new ones in a second"
-            )
-        message = f"{route} is the route of {holder.name}, which is running{origin}"
-        path = ("applications", application.index, "route_prefix")
+        message = f"{route} is the route of {name}, which is running{origin}"
         problems.append(Problem(path, message, hint))
     return problems
 
