@@ -2007,40 +2007,27 @@ def taken_routes(
 # 8. Causes: what Serve and the engine say → the root cause, a hint, the phase of a start
 # ======================================================================================
 
-ANSI = re.compile(r"\x1b\[[0-9;]*m|\[\d+m(?=ray::|\))")
+ANSI = re.compile(r"\x1b\[[\d;]*m")
 LOG_PREFIX = re.compile(
     r"^(?:\([^()]*pid=\d+[^()]*\) ?)*"  # (EngineCore pid=123) (RayWorkerProc pid=124)
-    r"(?:(?:ERROR|WARNING|INFO|DEBUG|CRITICAL)\s+[\d-]+\s+[\d:,.]+\s+"
-    r"(?:\[[^]]*\]|\S+ \S+ --) ?)?"
+    r"(?:[A-Z]+ +[\d-]+ [\d:,.]+ (?:\[[^]]*\]|\S+ \S+ --) ?)?"
 )
 FRAME = re.compile(r'^\s*File "(?P<file>[^"]*)", line (?P<line>\d+)(?P<function>, in)?')
-NAMED = re.compile(
-    r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Failure|Died|Killed|Timeout|"
-    r"NotFound)\w*(?:\([\w.]+\))?(?:: ?.*)?$"
-)
-UNNAMED = re.compile(r"^[A-Za-z_][\w.]*(?:: .*)?$")
-"""An exception's line wherever it stands, and one that only stands below a stack's frames."""
+RAISED = re.compile(r"^(?P<name>[A-Za-z_][\w.]*)(?:\([\w.]+\))?(?::|: .*)?$")
+"""An exception's line, if its name ends so or it stands below a stack's frames."""
 
 NEXT_MESSAGE = re.compile(
-    r"^\s*File \"|^Traceback|^During handling|^The above exception|^ray::|^:\w+:|^\[|^\S+:\d+: |"
-    r"^Failed to update|^The deployment |^Deployment '|^A replica "
+    r"Traceback|During handling|The above exception|ray::|:\w+:|\[|\S+:\d+: |"
+    r"Failed to update|The deployment |Deployment '|A replica "
 )
 """What ends the lines that belong to an exception."""
 
 WRAPPERS = re.compile(
-    "|".join(
-        (
-            r"^RuntimeError: (Traceback|Engine core initialization failed|Engine process failed)",
-            r"^Exception: WorkerProc initialization failed",
-            r"^(ray\.exceptions\.)?RayTaskError",
-            r"^(\w+\.)*CancelledError",
-            r"^RuntimeError: Failed to update the deployments",
-            r"^SystemExit: ",
-            r"See root cause above|in a background process",
-            # How Serve ends a replica whose constructor raised, and the engine's workers with it.
-            r"killed by `ray\.kill`|its owner has died|^ActorDiedError: $",
-        )
-    )
+    r"^RuntimeError: (?:Traceback|Failed to update the deployments)|"
+    r"^(?:ray\.exceptions\.)?RayTaskError|^(?:\w+\.)*CancelledError|^SystemExit: |"
+    r"See root cause above|in a background process|"
+    # How Serve ends a replica whose constructor raised, and the engine's workers with it.
+    r"killed by `ray\.kill`|its owner has died|^ActorDiedError:?$"
 )
 """Exceptions whose text only points elsewhere (vllm/v1/engine/utils.py, vllm/v1/executor)."""
 
@@ -2048,213 +2035,134 @@ SHORTER: tuple[tuple[str, str], ...] = (
     # ray/llm/_internal/serve/engines/vllm/vllm_engine.py, vllm/v1/executor/multiproc_executor.py
     (r"^RuntimeError: Failed to create vLLM engine config: ", ""),
     (r"^(?:RuntimeError: )?Worker failed with error '(.*)', please check the stack trace.*", r"\1"),
-    # pydantic
     (r"^pydantic_core\._pydantic_core\.", ""),
     (r"^\d+ validation errors? for \w+ Value error, ", ""),
-    (r" \[type=\w+, input_value=.*| For further information visit .*", ""),
     # ray/_private/runtime_env/utils.py: the last line of what pip or another program printed
     (r"^\S+CalledProcessError: Run cmd\[\d+\] failed.* ((?:ERROR|error): )", r"\1"),
     # The raylet about a process that ended (ray/exceptions.py ActorDiedError)
     (r"^(?:\S*ActorDiedError: )?The actor (?:died|is dead).* exit detail: ", "the process died: "),
-    (r" Some common causes include: .*", ""),
-    (r" Supported architectures: .*", ""),
+    (r" (?:\[type=\w+, input_value=|Some common causes include:|Supported architectures:).*", ""),
 )
 """What of an exception nobody needs to read -> what stays of it."""
 
 HINTS = r"""
-# vllm/v1/core/kv_cache_utils.py
-max seq len\s*\((?P<asked>\d+)\).*?estimated maximum model length is (?P<fits>\d+)
+max seq len\s*\((?P<asked>\d+)\).* estimated maximum model length is (?P<fits>\d+)
     set engine_kwargs.max_model_len to {fits} or less (it is {asked}), or raise num_gpus
-max seq len\s*\((?P<asked>\d+)\).*?larger than the available KV cache
+max seq len\s*\((?P<asked>\d+)\).* larger than the available KV cache
     lower engine_kwargs.max_model_len (it is {asked}), or raise num_gpus
 No available memory for the cache blocks
     the weights leave no room in the share: raise num_gpus or gpu_memory_utilization; if the
     engines started together, set engine_kwargs.kv_cache_memory_bytes
-# vllm/v1/worker/gpu_worker.py
 Error in memory profiling
     another engine took or freed memory of this GPU during the measurement: set
     engine_kwargs.kv_cache_memory_bytes, or deploy again with --max-workers 1
-# vllm/v1/worker/utils.py
-Free memory on device \S* ?\((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\)
-    the GPU has {free} of {total} GiB free: lower num_gpus or gpu_memory_utilization, or stop
-    what else runs there (nvidia-smi shows it)
-# vllm/v1/worker/cpu_worker.py
-Available memory on node \d+ \((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\) on kv cache.*? requested
- memory for kv \((?P<asked>[\d.]+)
-    the CPU engine asks for {asked} GiB of KV cache, and {free} of {total} GiB are free: lower
-    VLLM_CPU_KVCACHE_SPACE or engine_kwargs.kv_cache_memory_bytes
-Available memory on node \d+ \((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\)
-    the CPU engine wants a part of the machine's memory, and {free} of {total} GiB are free:
-    lower engine_kwargs.gpu_memory_utilization (it means main memory there)
-# c10/cuda/CUDACachingAllocator.cpp
-CUDA out of memory.* capacity of (?P<total>[\d.]+ \w+) of which (?P<free>[\d.]+ \w+) is
-    the GPU's memory is full ({free} of {total} are free): raise num_gpus, lower
-    max_model_len, or use a smaller model
-# vllm/config/model.py
-max_model_len \((?P<asked>\d+)\) is greater than the derived max_model_len \(\w+=(?P<most>\d+)
+Free memory on device
+    lower num_gpus or gpu_memory_utilization, or stop what else runs on that GPU (see nvidia-smi)
+Available memory on node \d+
+    the CPU engine wants more main memory than is free: lower VLLM_CPU_KVCACHE_SPACE, or in
+    engine_kwargs kv_cache_memory_bytes or gpu_memory_utilization (it means main memory there)
+CUDA out of memory
+    the GPU's memory is full: raise num_gpus, lower max_model_len, or use a smaller model
+max_model_len \(\d+\) is greater than the derived max_model_len \(\w+=(?P<most>\d+)
     the model can take {most} tokens: set engine_kwargs.max_model_len to {most} or less
-# huggingface_hub/utils/_http.py; the hub answers 401 for a model that is not there, too
 Repository Not Found for url
     there is no such model on Hugging Face, or it is private: check model_source, or set
     HF_TOKEN in runtime_env.env_vars
 401 Client Error|40[13] (?:Forbidden|Unauthorized)|gated repo|is restricted
     the model is gated: accept its licence on Hugging Face, and set HF_TOKEN in
     runtime_env.env_vars
-# huggingface_hub/utils/_validators.py: a path that is not there is taken for an id
-Repo id must be in the form .*?: '(?P<path>/[^']*)'
-    there is no {path} on the node of the replica: check model_source; a path has to exist on
-    every node
-# transformers/utils/hub.py, vllm/transformers_utils/config.py
 local_files_only|couldn't connect to
     the model is not on the node, and the node does not reach Hugging Face (or HF_HUB_OFFLINE
     is set): check model_source
-Repo id must be in the form|is not a local folder|Can't load the config|
-Invalid repository ID or local directory
-    there is no such model: check model_source, a Hugging Face id or a path on every node
-SafetensorError|header too large|incomplete metadata
+Repo id must be in the form|is not a local folder|Can't load the config|Invalid repository ID
+    there is no such model: check model_source; a path has to exist on every node
+SafetensorError
     a weights file is broken or not whole: fetch the model again
-# vllm/model_executor/models/registry.py
-Model architectures \[(?P<name>[^\]]*)\] are not supported
+Model architectures .* are not supported
     this version of vLLM does not know the model's architecture: use another model or vLLM
 trust_remote_code
     the model brings its own code: set engine_kwargs.trust_remote_code: true if you trust it
-# ray/util/placement_group.py
 Cannot schedule .*'GPU': (?P<asked>[\d.]+)\} cannot fit .*'GPU': (?P<held>[\d.]+)
     the engine asks for {asked} GPU, and the replica's bundles hold {held}: set
     VLLM_RAY_PER_WORKER_GPUS: "{held}" in runtime_env.env_vars
-# torch's C++, vllm/v1/executor/ray_executor_v2.py, vllm/config/device.py
-does not support ray|Failed to infer device type|No CUDA GPUs|Found no NVIDIA driver|libcuda\.so|
-NVIDIA driver on your system is too old|CUDA driver version is insufficient
+does not support ray|Failed to infer device type|No CUDA GPUs|NVIDIA driver|libcuda\.so|CUDA driver
     the node has no GPU that vLLM can use: look at nvidia-smi there, or set num_gpus: 0 for
     the CPU engine
-Unknown engine argument|unexpected keyword argument
-    check the spelling of the key
+Unknown engine argument|unexpected keyword argument|validation errors? for \w+Config .*Input should
+    check that key, and its value, in the config
 ModuleNotFoundError|No module named
     install it on the nodes, or name it in runtime_env
 module '[^']*' has no attribute
     check the part of import_path behind the colon
-# ray/exceptions.py RuntimeEnvSetupError; Serve's own words: deployment_state.py
 runtime_env could not be set up|Failed to set up runtime env|Runtime env setup for
     check runtime_env
-# torch's TCPStore; ray/serve/_private/http_util.py
-port: (?P<port>\d+).*address already in use
-    another process has port {port} on the node
-Failed to bind to address '(?P<at>[^']*)'
-    another process has {at}: change http_options
-[Aa]ddress already in use
-    another process has the port
-# The raylet's and the GCS's texts (ray/core/src/ray/raylet, `strings` shows them)
-running low on memory|Memory on the node .* was (?P<used>[\d.]+)GB used
+Failed to bind to address|[Aa]ddress already in use
+    another process on the node has that port
+running low on memory
     the node ran out of main memory: fewer replicas on it, or a ray_actor_options.memory
-exits with an exit code (?P<code>\d+)
-    its own code ended it with exit code {code}
 Worker exit type: SYSTEM_ERROR
-    the process was killed or crashed: its logs, and the node's dmesg, tell whether main
-    memory ran out
-Prefix \S+ is being used by application
-    give one of the two another route_prefix
-# ray/serve/_private/deployment_state.py
-have taken more than \d+s to be scheduled
-    its resources are in use, or its runtime_env is being installed: see `ray status`
-have taken more than \d+s to initialize
-    the constructor is still at work, or hangs: see the replica's logs
+    the process was killed, crashed or ended itself: see its logs, and the node's dmesg for main
+    memory that ran out
 ray::Builder\.build\(\)
     the import, or the builder with these args, raised it
-validation errors? for \w+Config .*Input should be
-    check that value in engine_kwargs
-See root cause above
-    the cause may stand in the replica's logs
 ^(?:GET|POST) http\S+: \d{3}\b
     its replicas run, and this is what it says to a request: see their logs; --force starts
     them anew, --no-smoke-test asks nothing
 """
-"""What a cause's text matches, in one or more lines, and below what would help, indented; {name}s
-come from the match. Above stands in which file of vLLM, Ray or another library the text is made."""
+"""What a cause's text matches, and below what would help, indented; {name}s come from the match.
+tests/test_causes.py tells the files of vLLM, Ray and others in which these texts are made."""
 
 
 def root_cause(message: str, logs: Sequence[str] = ()) -> Cause:
     """The first real exception in what Serve says, or in what dead replicas left, latest first.
 
-    Serve's message often only points at a log; then the logs are asked. Of
-    several exceptions that which has a hint counts; without one the last in Serve's message, as
-    Python prints the outermost last, and the first in a log, as the engine's processes pass it on.
+    Serve's message often only points at a log; then the logs are asked. Of several exceptions that
+    which has a hint counts, from the last in Serve's message, as Python prints the outermost last,
+    and from the first in a log, as the engine's processes pass it on.
     """
-    said = real_exceptions(message)
     logged = next(filter(None, map(real_exceptions, logs)), [])
-    hinted = [text for text in said or logged if hint_for(text)]
-    text = (hinted or said)[-1] if said else (hinted or logged or [plain_cause(message)])[0]
+    found = real_exceptions(message)[::-1] or logged or [plain_cause(message)]
+    text = next(filter(hint_for, found), found[0])
     hint = hint_for(text) or hint_for(message.partition('\n  File "')[0])
-    return Cause(shortened(without_wrapping(text), MOST_CAUSE_CHARACTERS), hint)
+    for pattern, words in SHORTER:
+        text = re.sub(pattern, words, text)
+    return Cause(shortened(text, MOST_CAUSE_CHARACTERS), hint)
 
 
 def real_exceptions(text: str) -> list[str]:
     """The exceptions in a text that wrap no other, in their order, each once and on one line."""
-    rows = [split_prefix(line) for line in text.splitlines()]
-    found, in_stack, frame = [], False, None
-    for index, (prefix, line) in enumerate(rows):
-        raised = NAMED.match(line) or (in_stack and UNNAMED.match(line))
-        if raised and not WRAPPERS.search(line):
-            below = itertools.takewhile(partial(belongs_to, prefix), rows[index + 1 :])
-            parts = [line, *(part.strip() for _, part in below)]
+    found: list[list[str]] = []
+    frame, speaker = None, None
+    for whole in ANSI.sub("", text).splitlines():
+        line = LOG_PREFIX.sub("", whole.rstrip())
+        prefix = whole.rstrip().removesuffix(line)
+        raised = RAISED.match(line)
+        if raised and (frame or raised["name"].endswith(("Error", "Exception"))):
+            found.append([line])
+            speaker = prefix
             if frame and not frame["function"]:  # a SyntaxError's place is no frame of a stack
-                parts.append(f"({frame['file']}, line {frame['line']})")
-            found.append(" ".join(filter(None, parts)))
+                found[-1].append(f"({frame['file']}, line {frame['line']})")
+        elif prefix != speaker or NEXT_MESSAGE.match(line):
+            speaker = None
+        else:
+            found[-1].append(line.strip())
         frame = FRAME.match(line) or (frame if line[:1].isspace() else None)
-        in_stack = bool(FRAME.match(line)) or (in_stack and line[:1].isspace())
-    return list(dict.fromkeys(found))
-
-
-def belongs_to(prefix: str, row: tuple[str, str]) -> bool:
-    """Whether a line, in two parts, goes on with what stands above it."""
-    return row[0] == prefix and not NEXT_MESSAGE.match(row[1])
-
-
-def split_prefix(line: str) -> tuple[str, str]:
-    """What a logger puts before a line, and the line."""
-    line = ANSI.sub("", line).rstrip()
-    match = LOG_PREFIX.match(line)
-    end = match.end() if match else 0
-    return line[:end], line[end:]
-
-
-def without_wrapping(text: str) -> str:
-    """An exception in the words that tell something."""
-    for pattern, words in SHORTER:
-        text = re.sub(pattern, words, text)
-    return text
+    real = (" ".join(filter(None, parts)) for parts in found if not WRAPPERS.search(parts[0]))
+    return list(dict.fromkeys(real))
 
 
 def plain_cause(message: str) -> str:
     """The last line that says something, of a message without an exception."""
-    lines = [ANSI.sub("", line).strip() for line in message.splitlines()]
-    said = [line for line in lines if line and not line.startswith(("File ", "Traceback", "ray::"))]
-    telling = [line for line in said if not line.startswith(POINTERS)]
-    return (telling or said or ["(no message)"])[-1]
-
-
-POINTERS = ("Failed to update the deployments", "This may be caused by", "ActorDiedError()")
-
-
-@functools.cache
-def hints() -> list[tuple[str, str]]:
-    """`HINTS` as pairs of a pattern and what would help."""
-    rows: list[tuple[str, str]] = []
-    for line in HINTS.strip().splitlines():
-        if line.startswith("    "):
-            pattern, hint = rows.pop()
-            rows.append((pattern, f"{hint} {line.strip()}".strip()))
-        elif not line.startswith("#"):
-            pattern, hint = rows.pop() if rows and not rows[-1][1] else ("", "")
-            rows.append((pattern + line, hint))
-    return rows
+    lines = [line.strip() for line in ANSI.sub("", message).splitlines() if line.strip()]
+    telling = [line for line in lines if not re.match("This may be caused by|ActorDied", line)]
+    return (telling or lines or ["(no message)"])[-1]
 
 
 def hint_for(text: str) -> str:
     """What would help against a known cause, in its own numbers; empty for an unknown one."""
-    for pattern, hint in hints():
-        match = re.search(pattern, text, re.DOTALL)
-        if match:
-            return hint.format(**match.groupdict())
+    for pattern, hint in re.findall(r"^(\S.*)\n((?: {4}.*\n)+)", HINTS, re.MULTILINE):
+        if match := re.search(pattern, text, re.DOTALL):
+            return " ".join(hint.split()).format(**match.groupdict())
     return ""
 
 
