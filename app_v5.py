@@ -1848,9 +1848,13 @@ def decide(
     Serve replaces all replicas when the version is another one. It compares the options of single
     deployments for itself, and takes the version of a failed application for the failed one.
     """
+    record = running.record if running else None
+    hidden_before = json.dumps(record.config) if record else ""
 
     def hide(text: str) -> str:
-        return text if redact(text, secrets) == text else FINGERPRINT + fingerprint(text, key)
+        # What was a secret stays one, so that only another text counts as an edit.
+        hidden = FINGERPRINT + fingerprint(text, key)
+        return hidden if redact(text, secrets) != text or hidden in hidden_before else text
 
     # As JSON gives it back: a key that is a number is a text then.
     kept = json.loads(json.dumps(map_texts(application.config, hide), default=str))
@@ -1858,7 +1862,7 @@ def decide(
     action = Action(application, Change.CREATE, f"{time.time_ns():x}", before=running, kept=kept)
     if running is None:
         return action
-    record, status = running.record, running.details.status.value
+    status = running.details.status.value
     known = record is not None and running.versions == {record.version}
     declared = running.details.source == "declarative"
     found = {
@@ -1869,7 +1873,9 @@ def decide(
     }
     reasons = tuple(text for text, is_so in found.items() if is_so)
     restart = replace(action, change=Change.RESTART, reasons=reasons, surge=options.no_downtime)
-    return restart if record is None or reasons else compare(restart, record, status)
+    if record is None or reasons:
+        return restart
+    return compare(restart, replace(record, config=map_texts(record.config, hide)), status)
 
 
 def compare(restart: Action, record: Record, status: str) -> Action:
@@ -2066,11 +2072,9 @@ CUDA out of memory
 max_model_len \(\d+\) is greater than the derived max_model_len \(\w+=(?P<most>\d+)
     the model can take {most} tokens: set engine_kwargs.max_model_len to {most} or less
 Repository Not Found for url
-    there is no such model on Hugging Face, or it is private: check model_source, or set
-    HF_TOKEN in runtime_env.env_vars
+    no such model, or a private one: check model_source, or set HF_TOKEN in runtime_env.env_vars
 401 Client Error|40[13] (?:Forbidden|Unauthorized)|gated repo|is restricted
-    the model is gated: accept its licence on Hugging Face, and set HF_TOKEN in
-    runtime_env.env_vars
+    the model is gated: accept its licence, and set HF_TOKEN in runtime_env.env_vars
 local_files_only|couldn't connect to
     the model is not on the node, and the node does not reach Hugging Face (or HF_HUB_OFFLINE
     is set): check model_source
@@ -2082,12 +2086,10 @@ Model architectures .* are not supported
     this version of vLLM does not know the model's architecture: use another model or vLLM
 trust_remote_code
     the model brings its own code: set engine_kwargs.trust_remote_code: true if you trust it
-Cannot schedule .*'GPU': (?P<asked>[\d.]+)\} cannot fit .*'GPU': (?P<held>[\d.]+)
-    the engine asks for {asked} GPU, and the replica's bundles hold {held}: set
-    VLLM_RAY_PER_WORKER_GPUS: "{held}" in runtime_env.env_vars
+Cannot schedule .* cannot fit .*'GPU': (?P<held>[\d.]+)
+    a bundle holds {held} GPU: set VLLM_RAY_PER_WORKER_GPUS: "{held}" in runtime_env.env_vars
 does not support ray|Failed to infer device type|No CUDA GPUs|NVIDIA driver|libcuda\.so|CUDA driver
-    the node has no GPU that vLLM can use: look at nvidia-smi there, or set num_gpus: 0 for
-    the CPU engine
+    the node has no GPU that vLLM can use: see nvidia-smi, or set num_gpus: 0 for the CPU engine
 Unknown engine argument|unexpected keyword argument|validation errors? for \w+Config .*Input should
     check that key, and its value, in the config
 ModuleNotFoundError|No module named
@@ -2101,13 +2103,11 @@ Failed to bind to address|[Aa]ddress already in use
 running low on memory
     the node ran out of main memory: fewer replicas on it, or a ray_actor_options.memory
 Worker exit type: SYSTEM_ERROR
-    the process was killed, crashed or ended itself: see its logs, and the node's dmesg for main
-    memory that ran out
+    the process was killed, crashed or ended itself: see its logs, and dmesg for the OOM killer
 ray::Builder\.build\(\)
     the import, or the builder with these args, raised it
 ^(?:GET|POST) http\S+: \d{3}\b
-    its replicas run, and this is what it says to a request: see their logs; --force starts
-    them anew, --no-smoke-test asks nothing
+    it runs, and this is its answer: see its logs; --force restarts it, --no-smoke-test won't ask
 """
 """What a cause's text matches, and below what would help, indented; {name}s come from the match.
 tests/test_causes.py tells the files of vLLM, Ray and others in which these texts are made."""

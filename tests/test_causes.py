@@ -55,7 +55,7 @@ WHAT_WAS_RECORDED = [
     pytest.param(
         "cannot-fit",
         "ValueError: Cannot schedule RayWorkerProc with the placement group because the resource request {'CPU': 0, 'GPU': 1.0} cannot fit into any bundles for the placement group, [{'CPU': 1.0, 'GPU': 0.45}].",
-        'the engine asks for 1.0 GPU, and the replica\'s bundles hold 0.45: set VLLM_RAY_PER_WORKER_GPUS: "0.45" in runtime_env.env_vars',
+        'a bundle holds 0.45 GPU: set VLLM_RAY_PER_WORKER_GPUS: "0.45" in runtime_env.env_vars',
         id="the executor's cannot fit, from the log",
     ),
     pytest.param(
@@ -79,7 +79,7 @@ WHAT_WAS_RECORDED = [
     pytest.param(
         "no-gpu",
         "ValueError: current platform cpu does not support ray.",
-        "the node has no GPU that vLLM can use: look at nvidia-smi there, or set num_gpus: 0 for the CPU engine",
+        "the node has no GPU that vLLM can use: see nvidia-smi, or set num_gpus: 0 for the CPU engine",
         id="no accelerator",
     ),
     pytest.param(
@@ -139,13 +139,13 @@ WHAT_WAS_RECORDED = [
     pytest.param(
         "builder-exits",
         "the process died: Worker exits unexpectedly. Worker exits with an exit code 3.",
-        "the process was killed, crashed or ended itself: see its logs, and the node's dmesg for main memory that ran out",
+        "the process was killed, crashed or ended itself: see its logs, and dmesg for the OOM killer",
         id="builder calls sys.exit",
     ),
     pytest.param(
         "builder-dies",
         "the process died: Worker unexpectedly exits with a connection error code 2. End of file.",
-        "the process was killed, crashed or ended itself: see its logs, and the node's dmesg for main memory that ran out",
+        "the process was killed, crashed or ended itself: see its logs, and dmesg for the OOM killer",
         id="builder kills its process",
     ),
     pytest.param(
@@ -157,7 +157,7 @@ WHAT_WAS_RECORDED = [
     pytest.param(
         "replica-killed",
         "the process died: Worker unexpectedly exits with a connection error code 2. End of file.",
-        "the process was killed, crashed or ended itself: see its logs, and the node's dmesg for main memory that ran out",
+        "the process was killed, crashed or ended itself: see its logs, and dmesg for the OOM killer",
         id="constructor kills its process",
     ),
     pytest.param(
@@ -221,7 +221,7 @@ WHAT_THE_SOURCES_SAY = [
     pytest.param(
         "from_source_no-driver",
         "RuntimeError: Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver from http://www.nvidia.com/Download/index.aspx",
-        "the node has no GPU that vLLM can use: look at nvidia-smi there, or set num_gpus: 0 for the CPU engine",
+        "the node has no GPU that vLLM can use: see nvidia-smi, or set num_gpus: 0 for the CPU engine",
         id="torch/cuda",
     ),
     pytest.param(
@@ -245,19 +245,19 @@ WHAT_THE_SOURCES_SAY = [
     pytest.param(
         "from_source_gated",
         "You are trying to access a gated repo. Make sure to have access to it at https://huggingface.co/tiiuae/private-model. 403 Client Error. (Request ID: Root=1-23) Cannot access gated repo for url https://huggingface.co/tiiuae/private-model/resolve/main/config.json. Access to model tiiuae/private-mod...",
-        "the model is gated: accept its licence on Hugging Face, and set HF_TOKEN in runtime_env.env_vars",
+        "the model is gated: accept its licence, and set HF_TOKEN in runtime_env.env_vars",
         id="huggingface_hub: not in the list",
     ),
     pytest.param(
         "from_source_gated-no-token",
         "You are trying to access a gated repo. Make sure to have access to it at https://huggingface.co/tiiuae/private-model. 401 Client Error. (Request ID: Root=1-23) Cannot access gated repo for url https://huggingface.co/tiiuae/private-model/resolve/main/config.json.",
-        "the model is gated: accept its licence on Hugging Face, and set HF_TOKEN in runtime_env.env_vars",
+        "the model is gated: accept its licence, and set HF_TOKEN in runtime_env.env_vars",
         id="huggingface_hub: no token",
     ),
     pytest.param(
         "from_source_not-on-the-hub",
         "401 Client Error. (Request ID: Root=1-23) Repository Not Found for url: https://huggingface.co/tiiuae/private-model/resolve/main/config.json. Please make sure you specified the correct `repo_id` and `repo_type`. If you are trying to access a private or gated repo, make sure you are authenticated ...",
-        "there is no such model on Hugging Face, or it is private: check model_source, or set HF_TOKEN in runtime_env.env_vars",
+        "no such model, or a private one: check model_source, or set HF_TOKEN in runtime_env.env_vars",
         id="huggingface_hub: not there, or private",
     ),
     pytest.param(

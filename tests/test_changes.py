@@ -208,6 +208,17 @@ def test_no_secret_is_kept_and_an_edit_of_one_is_seen() -> None:
     assert app.fingerprint("weak", KEY) != app.fingerprint("weak", b"other")
 
 
+def test_a_text_that_becomes_or_was_a_secret_is_no_edit() -> None:
+    """As where a part of a path comes from a variable now, in this application or another."""
+    hidden, shown = frozenset({"/models"}), frozenset[str]()
+    spec = edited(runtime_env={"env_vars": {"HF_HOME": "/models/hub"}})
+    for earlier, now in ((shown, hidden), (hidden, shown)):
+        kept = decide(spec, None, secrets=earlier).kept
+        record = app.Record(VERSION, kept, (DEMAND,))
+        before = app.Running(details("a"), frozenset({VERSION}), record)
+        assert decide(spec, before, secrets=now).change is app.Change.UNCHANGED
+
+
 @pytest.mark.parametrize(
     ("replicas", "options", "words"),
     [
