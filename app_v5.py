@@ -1814,31 +1814,14 @@ LIGHTWEIGHT_OPTIONS = frozenset(
 """Deployment options that Serve changes in place, without a new replica."""
 
 DEPLOYMENT_CONFIGS = ("deployment_config", "ingress_deployment_config")
+NOT_GIVEN = object()
 PRUNED = "the file does not name it (--prune)"
-COMES_BACK = (
-    "what `serve deploy` brought comes back when Serve's controller restarts, until `serve deploy` "
-    "runs with a file without it"
+BY_SERVE_DEPLOY = (
+    "it was deployed by `serve deploy`: it comes back when Serve's controller restarts, until "
+    "`serve deploy` runs with a file without it"
 )
 """The controller applies its checkpoint of the declarative config again (seen on Ray 2.60;
 ray/serve/_private/controller.py `_recover_state_from_checkpoint`)."""
-
-
-def version_of(config: Config, key: bytes) -> str:
-    """A fingerprint of what needs new replicas when it changes; Serve compares it for itself.
-
-    `deployments` overrides are not in it: Serve compares those itself, deployment by deployment.
-    """
-
-    def heavy(value: Any, parent: str = "") -> Any:
-        if isinstance(value, list):
-            return [heavy(item) for item in value]
-        if not isinstance(value, dict):
-            return value
-        light = LIGHTWEIGHT_OPTIONS if parent in DEPLOYMENT_CONFIGS else ()
-        return {name: heavy(item, str(name)) for name, item in value.items() if name not in light}
-
-    kept = {name: heavy(config.get(name)) for name in ("import_path", "runtime_env", "args")}
-    return fingerprint(json.dumps(kept, sort_keys=True, default=str), key)
 
 
 def decide(
@@ -1850,88 +1833,81 @@ def decide(
 ) -> Action:
     """What has to happen to an application, and why; `running` is what runs under its name.
 
-    A version is a fingerprint, and after a dot the time where equal fingerprints have to restart:
-    Serve takes an application with the version of a failed one for the failed one.
+    Serve replaces all replicas when the version is another one. It compares the options of single
+    deployments for itself, and takes the version of a failed application for the failed one.
     """
+    record = running.record if running else None
+    hidden_before = json.dumps(record.config) if record else ""
 
     def hide(text: str) -> str:
-        return text if redact(text, secrets) == text else FINGERPRINT + fingerprint(text, key)
+        # What was a secret stays one, so that only another text counts as an edit.
+        hidden = FINGERPRINT + fingerprint(text, key)
+        return hidden if redact(text, secrets) != text or hidden in hidden_before else text
 
-    version = version_of(application.config, key)
-    config: Config = map_texts(application.config, hide)
-    action = Action(application, Change.CREATE, version, before=running, kept=config)
+    # As JSON gives it back: a key that is a number is a text then.
+    kept = json.loads(json.dumps(map_texts(application.config, hide), default=str))
+    kept["deployments"] = {entry.pop("name"): entry for entry in as_list(kept.get("deployments"))}
+    action = Action(application, Change.CREATE, f"{time.time_ns():x}", before=running, kept=kept)
     if running is None:
         return action
-    details, record = running.details, running.record
-    reasons: tuple[str, ...] = ()
-    if options.force:
-        reasons = ("--force",)
-    elif details.source == "declarative":
-        reasons = ("it was deployed by `serve deploy`: there is nothing to compare with",)
-    elif record is None or running.versions != {record.version}:
-        reasons = ("it was deployed by other means: there is nothing to compare with",)
-    elif details.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-        reasons = (f"it is {details.status.value}",)
-    if not reasons and record:
-        return compare(action, details, record, options)
-    if details.source == "declarative":
-        reasons = (*reasons, COMES_BACK)
-    if any(old.partition(".")[0] == version for old in running.versions):
-        version = f"{version}.{time.time_ns():x}"
-    surge = options.no_downtime
-    return replace(action, change=Change.RESTART, version=version, reasons=reasons, surge=surge)
+    status = running.details.status.value
+    known = record is not None and running.versions == {record.version}
+    declared = running.details.source == "declarative"
+    found = {
+        "--force": options.force,
+        BY_SERVE_DEPLOY: declared,
+        "it was deployed by other means: nothing to compare with": not (known or declared),
+        f"it is {status}": status in ("DEPLOY_FAILED", "UNHEALTHY"),
+    }
+    reasons = tuple(text for text, is_so in found.items() if is_so)
+    restart = replace(action, change=Change.RESTART, reasons=reasons, surge=options.no_downtime)
+    if record is None or reasons:
+        return restart
+    return compare(restart, replace(record, config=map_texts(record.config, hide)), status)
 
 
-def compare(
-    action: Action, details: ApplicationDetails, record: Record, options: Options
-) -> Action:
-    """What an edit needs, for an application whose last deployment is known."""
-    edits = list(differences(record.config, action.kept))
-    heavy = tuple(text for _, text, restarts in edits if restarts)
-    light = tuple(text for _, text, restarts in edits if not restarts)
-    restart = replace(action, change=Change.RESTART, surge=options.no_downtime)
-    if record.version.partition(".")[0] != action.version:
-        return replace(restart, reasons=heavy or light)
+def compare(restart: Action, record: Record, status: str) -> Action:
+    """What an edit needs of a restart, for an application whose last deployment is known."""
+    edits = list(differences(record.config, restart.kept))
+    heavy = [(path, text) for path, text in edits if needs_restart(path)]
+    reasons = tuple(text for _, text in heavy or edits)
+    if any(path[0] != "deployments" for path, _ in heavy):
+        return replace(restart, reasons=reasons)
     if heavy:
-        # Edits of `deployments` alone: their paths are ("deployments", name, option).
-        names = frozenset(str(path[1]) for path, _, restarts in edits if restarts)
-        return replace(restart, version=record.version, reasons=heavy, restarting=names)
-    if details.status != "RUNNING":
-        light = light or (f"it is {details.status.value}",)
-    change = Change.IN_PLACE if light else Change.UNCHANGED
-    return replace(action, change=change, version=record.version, reasons=light)
+        names = frozenset(str(path[1]) for path, _ in heavy)
+        return replace(restart, version=record.version, reasons=reasons, restarting=names)
+    if status != "RUNNING":
+        reasons = reasons or (f"it is {status}",)
+    change = Change.IN_PLACE if reasons else Change.UNCHANGED
+    return replace(restart, change=change, version=record.version, reasons=reasons, surge=False)
 
 
-def differences(before: Any, after: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str, bool]]:
-    """What was edited: its path, "args.llm_configs[0].engine_kwargs.max_model_len: 2048 → 4096",
-    and whether it needs new replicas."""
-    if path == ("deployments",):  # their order does not matter to Serve
-        before, after = ({e["name"]: e for e in as_list(side)} for side in (before, after))
-    elif path[:-1] == ("deployments",):
-        before, after = before or {}, after or {}
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key in dict.fromkeys([*before, *after]):
-            yield from differences(before.get(key), after.get(key), (*path, key))
+def differences(before: Any, after: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
+    """What was edited: its path, and "args.llm_configs[0].engine_kwargs.seed: 1 → 2"."""
+    old, new = ({} if side is NOT_GIVEN else side for side in (before, after))
+    if isinstance(old, dict) and isinstance(new, dict) and (old or new):
+        for key in dict.fromkeys([*old, *new]):
+            yield from differences(old.get(key, NOT_GIVEN), new.get(key, NOT_GIVEN), (*path, key))
     elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         for index, (old, new) in enumerate(zip(before, after, strict=True)):
             yield from differences(old, new, (*path, index))
     elif before != after:
         texts = []
-        for value in (before, after):
-            hidden = str(value).startswith(FINGERPRINT)
-            text = "(not given)" if value is None else json.dumps(value, default=str)
-            texts.append(HIDDEN if hidden else shortened(text, MOST_VALUE_CHARACTERS))
-        yield path, f"{format_key(path)}: {' → '.join(texts)}", needs_restart(path)
+        for side in (before, after):
+            text = "(not given)" if side is NOT_GIVEN else json.dumps(side)
+            text = re.sub(f'"{FINGERPRINT}[0-9a-f]+"', HIDDEN, text)
+            texts.append(shortened(text, MOST_VALUE_CHARACTERS))
+        yield path, f"{format_key(path)}: {' → '.join(texts)}"
 
 
 def needs_restart(path: KeyPath) -> bool:
     """Whether a change at this place of an application needs new replicas."""
     if path[0] in ("route_prefix", "logging_config", "external_scaler_enabled"):
         return False
-    for parent, option in itertools.pairwise(path):
-        if parent in DEPLOYMENT_CONFIGS:
-            return option not in LIGHTWEIGHT_OPTIONS
-    return path[0] != "deployments" or not {*path[2:3]} <= {*LIGHTWEIGHT_OPTIONS, "name"}
+    if path[0] == "deployments":
+        return not LIGHTWEIGHT_OPTIONS.issuperset(path[2:3])
+    inside = (option for key, option in itertools.pairwise(path) if key in DEPLOYMENT_CONFIGS)
+    return next(inside, path[0]) not in LIGHTWEIGHT_OPTIONS
 
 
 def read_demand(row: Config) -> Demand:
@@ -1948,7 +1924,7 @@ def read_record(kept: Config) -> Record:
 def deletion(application: ApplicationSpec, before: Running | None, reason: str) -> Action:
     """Delete an application, if it is there."""
     declared = before is not None and before.details.source == "declarative"
-    reasons = (reason, COMES_BACK) if declared else (reason,)
+    reasons = (reason, BY_SERVE_DEPLOY) if declared else (reason,)
     return Action(application, Change.DELETE, reasons=reasons, before=before)
 
 
@@ -1956,40 +1932,42 @@ def running_replicas(deployment: DeploymentDetails) -> list[ReplicaDetails]:
     return [replica for replica in deployment.replicas if replica.state == "RUNNING"]
 
 
+def restarted_deployments(action: Action) -> list[DeploymentDetails]:
+    """The deployments on the cluster whose replicas a restart replaces."""
+    if action.change is not Change.RESTART or action.before is None:
+        return []
+    names, deployments = action.restarting, action.before.details.deployments.values()
+    return [d for d in deployments if names is None or d.name in names]
+
+
 def gap(action: Action) -> str:
     """What a restart means for those who send requests; empty when nothing restarts."""
-    if action.change is not Change.RESTART or action.before is None:
+    restarted = list(filter(running_replicas, restarted_deployments(action)))
+    alone = [d.name for d in restarted if d.target_num_replicas <= 1]
+    if not restarted:
         return ""
-    restarted = [
-        deployment
-        for name, deployment in action.before.details.deployments.items()
-        if action.restarting is None or name in action.restarting
-    ]
-    alone = [d.name for d in restarted if running_replicas(d) and d.target_num_replicas <= 1]
-    if action.surge and restarted:
+    if action.surge:
         return "no gap, where there is room: new replicas start before the old ones stop"
     if alone:
         return (
             f"with a gap: Serve stops the one replica of {' and of '.join(alone)} before it starts "
             "the new one (--no-downtime starts the new one first, where there is room)"
         )
-    rolling = "rolling: Serve stops a fifth of the replicas at a time, and at least one"
-    return rolling if any(map(running_replicas, restarted)) else ""
+    return "rolling: Serve stops a fifth of the replicas at a time, and at least one"
 
 
 def demands_at_once(action: Action) -> list[Demand]:
     """What there has to be room for: all replicas, or with --no-downtime the new ones that start
     while the old ones stay."""
-    running = action.before.details.deployments if action.before and action.surge else {}
-    demands = []
-    for demand in action.demands:
-        count = demand.min_replicas
-        if demand.deployment in running:
-            restarts = action.restarting is None or demand.deployment in action.restarting
-            target = running[demand.deployment].target_num_replicas
-            count = math.ceil(target * SURGE_PERCENT / 100) if restarts else 0
-        demands.append(replace(demand, min_replicas=count))
-    return demands
+    if not action.surge or action.before is None:
+        return list(action.demands)
+    counts = dict.fromkeys(action.before.details.deployments, 0)
+    for deployment in restarted_deployments(action):
+        counts[deployment.name] = math.ceil(deployment.target_num_replicas * SURGE_PERCENT / 100)
+    return [
+        replace(demand, min_replicas=counts.get(demand.deployment, demand.min_replicas))
+        for demand in action.demands
+    ]
 
 
 def giving_way(actions: Iterable[Action]) -> frozenset[str]:
@@ -2009,14 +1987,12 @@ def taken_routes(
         holder = holders.get(route)
         if route is None or holder is None or holder.name == application.name:
             continue
+        name, path = holder.name, ("applications", application.index, "route_prefix")
+        hint = f"choose another route, or delete {name} first"
+        if any(name == item.name for item in applications):
+            hint = f"give {name} a free route in one run, and both their new ones in a second"
         origin = " (deployed by `serve deploy`)" if holder.source == "declarative" else ""
-        hint = f"choose another route, or delete {holder.name} first"
-        if any(holder.name == item.name for item in applications):
-            hint = (
-                f"give {holder.name} a free route in one run, and both their new ones in a second"
-            )
-        message = f"{route} is the route of {holder.name}, which is running{origin}"
-        path = ("applications", application.index, "route_prefix")
+        message = f"{route} is the route of {name}, which is running{origin}"
         problems.append(Problem(path, message, hint))
     return problems
 
@@ -2025,40 +2001,27 @@ def taken_routes(
 # 8. Causes: what Serve and the engine say → the root cause, a hint, the phase of a start
 # ======================================================================================
 
-ANSI = re.compile(r"\x1b\[[0-9;]*m|\[\d+m(?=ray::|\))")
+ANSI = re.compile(r"\x1b\[[\d;]*m")
 LOG_PREFIX = re.compile(
     r"^(?:\([^()]*pid=\d+[^()]*\) ?)*"  # (EngineCore pid=123) (RayWorkerProc pid=124)
-    r"(?:(?:ERROR|WARNING|INFO|DEBUG|CRITICAL)\s+[\d-]+\s+[\d:,.]+\s+"
-    r"(?:\[[^]]*\]|\S+ \S+ --) ?)?"
+    r"(?:[A-Z]+ +[\d-]+ [\d:,.]+ (?:\[[^]]*\]|\S+ \S+ --) ?)?"
 )
 FRAME = re.compile(r'^\s*File "(?P<file>[^"]*)", line (?P<line>\d+)(?P<function>, in)?')
-NAMED = re.compile(
-    r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Failure|Died|Killed|Timeout|"
-    r"NotFound)\w*(?:\([\w.]+\))?(?:: ?.*)?$"
-)
-UNNAMED = re.compile(r"^[A-Za-z_][\w.]*(?:: .*)?$")
-"""An exception's line wherever it stands, and one that only stands below a stack's frames."""
+RAISED = re.compile(r"^(?P<name>[A-Za-z_][\w.]*)(?:\([\w.]+\))?(?::|: .*)?$")
+"""An exception's line, if its name ends so or it stands below a stack's frames."""
 
 NEXT_MESSAGE = re.compile(
-    r"^\s*File \"|^Traceback|^During handling|^The above exception|^ray::|^:\w+:|^\[|^\S+:\d+: |"
-    r"^Failed to update|^The deployment |^Deployment '|^A replica "
+    r"Traceback|During handling|The above exception|ray::|:\w+:|\[|\S+:\d+: |"
+    r"Failed to update|The deployment |Deployment '|A replica "
 )
 """What ends the lines that belong to an exception."""
 
 WRAPPERS = re.compile(
-    "|".join(
-        (
-            r"^RuntimeError: (Traceback|Engine core initialization failed|Engine process failed)",
-            r"^Exception: WorkerProc initialization failed",
-            r"^(ray\.exceptions\.)?RayTaskError",
-            r"^(\w+\.)*CancelledError",
-            r"^RuntimeError: Failed to update the deployments",
-            r"^SystemExit: ",
-            r"See root cause above|in a background process",
-            # How Serve ends a replica whose constructor raised, and the engine's workers with it.
-            r"killed by `ray\.kill`|its owner has died|^ActorDiedError: $",
-        )
-    )
+    r"^RuntimeError: (?:Traceback|Failed to update the deployments)|"
+    r"^(?:ray\.exceptions\.)?RayTaskError|^(?:\w+\.)*CancelledError|^SystemExit: |"
+    r"See root cause above|in a background process|"
+    # How Serve ends a replica whose constructor raised, and the engine's workers with it.
+    r"killed by `ray\.kill`|its owner has died|^ActorDiedError:?$"
 )
 """Exceptions whose text only points elsewhere (vllm/v1/engine/utils.py, vllm/v1/executor)."""
 
@@ -2066,213 +2029,128 @@ SHORTER: tuple[tuple[str, str], ...] = (
     # ray/llm/_internal/serve/engines/vllm/vllm_engine.py, vllm/v1/executor/multiproc_executor.py
     (r"^RuntimeError: Failed to create vLLM engine config: ", ""),
     (r"^(?:RuntimeError: )?Worker failed with error '(.*)', please check the stack trace.*", r"\1"),
-    # pydantic
     (r"^pydantic_core\._pydantic_core\.", ""),
     (r"^\d+ validation errors? for \w+ Value error, ", ""),
-    (r" \[type=\w+, input_value=.*| For further information visit .*", ""),
     # ray/_private/runtime_env/utils.py: the last line of what pip or another program printed
     (r"^\S+CalledProcessError: Run cmd\[\d+\] failed.* ((?:ERROR|error): )", r"\1"),
     # The raylet about a process that ended (ray/exceptions.py ActorDiedError)
     (r"^(?:\S*ActorDiedError: )?The actor (?:died|is dead).* exit detail: ", "the process died: "),
-    (r" Some common causes include: .*", ""),
-    (r" Supported architectures: .*", ""),
+    (r" (?:\[type=\w+, input_value=|Some common causes include:|Supported architectures:).*", ""),
 )
 """What of an exception nobody needs to read -> what stays of it."""
 
 HINTS = r"""
-# vllm/v1/core/kv_cache_utils.py
-max seq len\s*\((?P<asked>\d+)\).*?estimated maximum model length is (?P<fits>\d+)
+max seq len\s*\((?P<asked>\d+)\).* estimated maximum model length is (?P<fits>\d+)
     set engine_kwargs.max_model_len to {fits} or less (it is {asked}), or raise num_gpus
-max seq len\s*\((?P<asked>\d+)\).*?larger than the available KV cache
+max seq len\s*\((?P<asked>\d+)\).* larger than the available KV cache
     lower engine_kwargs.max_model_len (it is {asked}), or raise num_gpus
 No available memory for the cache blocks
     the weights leave no room in the share: raise num_gpus or gpu_memory_utilization; if the
     engines started together, set engine_kwargs.kv_cache_memory_bytes
-# vllm/v1/worker/gpu_worker.py
 Error in memory profiling
     another engine took or freed memory of this GPU during the measurement: set
     engine_kwargs.kv_cache_memory_bytes, or deploy again with --max-workers 1
-# vllm/v1/worker/utils.py
-Free memory on device \S* ?\((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\)
-    the GPU has {free} of {total} GiB free: lower num_gpus or gpu_memory_utilization, or stop
-    what else runs there (nvidia-smi shows it)
-# vllm/v1/worker/cpu_worker.py
-Available memory on node \d+ \((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\) on kv cache.*? requested
- memory for kv \((?P<asked>[\d.]+)
-    the CPU engine asks for {asked} GiB of KV cache, and {free} of {total} GiB are free: lower
-    VLLM_CPU_KVCACHE_SPACE or engine_kwargs.kv_cache_memory_bytes
-Available memory on node \d+ \((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\)
-    the CPU engine wants a part of the machine's memory, and {free} of {total} GiB are free:
-    lower engine_kwargs.gpu_memory_utilization (it means main memory there)
-# c10/cuda/CUDACachingAllocator.cpp
-CUDA out of memory.* capacity of (?P<total>[\d.]+ \w+) of which (?P<free>[\d.]+ \w+) is
-    the GPU's memory is full ({free} of {total} are free): raise num_gpus, lower
-    max_model_len, or use a smaller model
-# vllm/config/model.py
-max_model_len \((?P<asked>\d+)\) is greater than the derived max_model_len \(\w+=(?P<most>\d+)
+Free memory on device
+    lower num_gpus or gpu_memory_utilization, or stop what else runs on that GPU (see nvidia-smi)
+Available memory on node \d+
+    the CPU engine wants more main memory than is free: lower VLLM_CPU_KVCACHE_SPACE, or in
+    engine_kwargs kv_cache_memory_bytes or gpu_memory_utilization (it means main memory there)
+CUDA out of memory
+    the GPU's memory is full: raise num_gpus, lower max_model_len, or use a smaller model
+max_model_len \(\d+\) is greater than the derived max_model_len \(\w+=(?P<most>\d+)
     the model can take {most} tokens: set engine_kwargs.max_model_len to {most} or less
-# huggingface_hub/utils/_http.py; the hub answers 401 for a model that is not there, too
 Repository Not Found for url
-    there is no such model on Hugging Face, or it is private: check model_source, or set
-    HF_TOKEN in runtime_env.env_vars
+    no such model, or a private one: check model_source, or set HF_TOKEN in runtime_env.env_vars
 401 Client Error|40[13] (?:Forbidden|Unauthorized)|gated repo|is restricted
-    the model is gated: accept its licence on Hugging Face, and set HF_TOKEN in
-    runtime_env.env_vars
-# huggingface_hub/utils/_validators.py: a path that is not there is taken for an id
-Repo id must be in the form .*?: '(?P<path>/[^']*)'
-    there is no {path} on the node of the replica: check model_source; a path has to exist on
-    every node
-# transformers/utils/hub.py, vllm/transformers_utils/config.py
+    the model is gated: accept its licence, and set HF_TOKEN in runtime_env.env_vars
 local_files_only|couldn't connect to
     the model is not on the node, and the node does not reach Hugging Face (or HF_HUB_OFFLINE
     is set): check model_source
-Repo id must be in the form|is not a local folder|Can't load the config|
-Invalid repository ID or local directory
-    there is no such model: check model_source, a Hugging Face id or a path on every node
-SafetensorError|header too large|incomplete metadata
+Repo id must be in the form|is not a local folder|Can't load the config|Invalid repository ID
+    there is no such model: check model_source; a path has to exist on every node
+SafetensorError
     a weights file is broken or not whole: fetch the model again
-# vllm/model_executor/models/registry.py
-Model architectures \[(?P<name>[^\]]*)\] are not supported
+Model architectures .* are not supported
     this version of vLLM does not know the model's architecture: use another model or vLLM
 trust_remote_code
     the model brings its own code: set engine_kwargs.trust_remote_code: true if you trust it
-# ray/util/placement_group.py
-Cannot schedule .*'GPU': (?P<asked>[\d.]+)\} cannot fit .*'GPU': (?P<held>[\d.]+)
-    the engine asks for {asked} GPU, and the replica's bundles hold {held}: set
-    VLLM_RAY_PER_WORKER_GPUS: "{held}" in runtime_env.env_vars
-# torch's C++, vllm/v1/executor/ray_executor_v2.py, vllm/config/device.py
-does not support ray|Failed to infer device type|No CUDA GPUs|Found no NVIDIA driver|libcuda\.so|
-NVIDIA driver on your system is too old|CUDA driver version is insufficient
-    the node has no GPU that vLLM can use: look at nvidia-smi there, or set num_gpus: 0 for
-    the CPU engine
-Unknown engine argument|unexpected keyword argument
-    check the spelling of the key
+Cannot schedule .* cannot fit .*'GPU': (?P<held>[\d.]+)
+    a bundle holds {held} GPU: set VLLM_RAY_PER_WORKER_GPUS: "{held}" in runtime_env.env_vars
+does not support ray|Failed to infer device type|No CUDA GPUs|NVIDIA driver|libcuda\.so|CUDA driver
+    the node has no GPU that vLLM can use: see nvidia-smi, or set num_gpus: 0 for the CPU engine
+Unknown engine argument|unexpected keyword argument|validation errors? for \w+Config .*Input should
+    check that key, and its value, in the config
 ModuleNotFoundError|No module named
     install it on the nodes, or name it in runtime_env
 module '[^']*' has no attribute
     check the part of import_path behind the colon
-# ray/exceptions.py RuntimeEnvSetupError; Serve's own words: deployment_state.py
 runtime_env could not be set up|Failed to set up runtime env|Runtime env setup for
     check runtime_env
-# torch's TCPStore; ray/serve/_private/http_util.py
-port: (?P<port>\d+).*address already in use
-    another process has port {port} on the node
-Failed to bind to address '(?P<at>[^']*)'
-    another process has {at}: change http_options
-[Aa]ddress already in use
-    another process has the port
-# The raylet's and the GCS's texts (ray/core/src/ray/raylet, `strings` shows them)
-running low on memory|Memory on the node .* was (?P<used>[\d.]+)GB used
+Failed to bind to address|[Aa]ddress already in use
+    another process on the node has that port
+running low on memory
     the node ran out of main memory: fewer replicas on it, or a ray_actor_options.memory
-exits with an exit code (?P<code>\d+)
-    its own code ended it with exit code {code}
 Worker exit type: SYSTEM_ERROR
-    the process was killed or crashed: its logs, and the node's dmesg, tell whether main
-    memory ran out
-Prefix \S+ is being used by application
-    give one of the two another route_prefix
-# ray/serve/_private/deployment_state.py
-have taken more than \d+s to be scheduled
-    its resources are in use, or its runtime_env is being installed: see `ray status`
-have taken more than \d+s to initialize
-    the constructor is still at work, or hangs: see the replica's logs
+    the process was killed, crashed or ended itself: see its logs, and dmesg for the OOM killer
 ray::Builder\.build\(\)
     the import, or the builder with these args, raised it
-validation errors? for \w+Config .*Input should be
-    check that value in engine_kwargs
-See root cause above
-    the cause may stand in the replica's logs
 ^(?:GET|POST) http\S+: \d{3}\b
-    its replicas run, and this is what it says to a request: see their logs; --force starts
-    them anew, --no-smoke-test asks nothing
+    it runs, and this is its answer: see its logs; --force restarts it, --no-smoke-test won't ask
 """
-"""What a cause's text matches, in one or more lines, and below what would help, indented; {name}s
-come from the match. Above stands in which file of vLLM, Ray or another library the text is made."""
+"""What a cause's text matches, and below what would help, indented; {name}s come from the match.
+tests/test_causes.py tells the files of vLLM, Ray and others in which these texts are made."""
 
 
 def root_cause(message: str, logs: Sequence[str] = ()) -> Cause:
     """The first real exception in what Serve says, or in what dead replicas left, latest first.
 
-    Serve's message often only points at a log; then the logs are asked. Of
-    several exceptions that which has a hint counts; without one the last in Serve's message, as
-    Python prints the outermost last, and the first in a log, as the engine's processes pass it on.
+    Serve's message often only points at a log; then the logs are asked. Of several exceptions that
+    which has a hint counts, from the last in Serve's message, as Python prints the outermost last,
+    and from the first in a log, as the engine's processes pass it on.
     """
-    said = real_exceptions(message)
     logged = next(filter(None, map(real_exceptions, logs)), [])
-    hinted = [text for text in said or logged if hint_for(text)]
-    text = (hinted or said)[-1] if said else (hinted or logged or [plain_cause(message)])[0]
+    found = real_exceptions(message)[::-1] or logged or [plain_cause(message)]
+    text = next(filter(hint_for, found), found[0])
     hint = hint_for(text) or hint_for(message.partition('\n  File "')[0])
-    return Cause(shortened(without_wrapping(text), MOST_CAUSE_CHARACTERS), hint)
+    for pattern, words in SHORTER:
+        text = re.sub(pattern, words, text)
+    return Cause(shortened(text, MOST_CAUSE_CHARACTERS), hint)
 
 
 def real_exceptions(text: str) -> list[str]:
     """The exceptions in a text that wrap no other, in their order, each once and on one line."""
-    rows = [split_prefix(line) for line in text.splitlines()]
-    found, in_stack, frame = [], False, None
-    for index, (prefix, line) in enumerate(rows):
-        raised = NAMED.match(line) or (in_stack and UNNAMED.match(line))
-        if raised and not WRAPPERS.search(line):
-            below = itertools.takewhile(partial(belongs_to, prefix), rows[index + 1 :])
-            parts = [line, *(part.strip() for _, part in below)]
+    found: list[list[str]] = []
+    frame, speaker = None, None
+    for whole in ANSI.sub("", text).splitlines():
+        line = LOG_PREFIX.sub("", whole.rstrip())
+        prefix = whole.rstrip().removesuffix(line)
+        raised = RAISED.match(line)
+        if raised and (frame or raised["name"].endswith(("Error", "Exception"))):
+            found.append([line])
+            speaker = prefix
             if frame and not frame["function"]:  # a SyntaxError's place is no frame of a stack
-                parts.append(f"({frame['file']}, line {frame['line']})")
-            found.append(" ".join(filter(None, parts)))
+                found[-1].append(f"({frame['file']}, line {frame['line']})")
+        elif prefix != speaker or NEXT_MESSAGE.match(line):
+            speaker = None
+        else:
+            found[-1].append(line.strip())
         frame = FRAME.match(line) or (frame if line[:1].isspace() else None)
-        in_stack = bool(FRAME.match(line)) or (in_stack and line[:1].isspace())
-    return list(dict.fromkeys(found))
-
-
-def belongs_to(prefix: str, row: tuple[str, str]) -> bool:
-    """Whether a line, in two parts, goes on with what stands above it."""
-    return row[0] == prefix and not NEXT_MESSAGE.match(row[1])
-
-
-def split_prefix(line: str) -> tuple[str, str]:
-    """What a logger puts before a line, and the line."""
-    line = ANSI.sub("", line).rstrip()
-    match = LOG_PREFIX.match(line)
-    end = match.end() if match else 0
-    return line[:end], line[end:]
-
-
-def without_wrapping(text: str) -> str:
-    """An exception in the words that tell something."""
-    for pattern, words in SHORTER:
-        text = re.sub(pattern, words, text)
-    return text
+    real = (" ".join(filter(None, parts)) for parts in found if not WRAPPERS.search(parts[0]))
+    return list(dict.fromkeys(real))
 
 
 def plain_cause(message: str) -> str:
     """The last line that says something, of a message without an exception."""
-    lines = [ANSI.sub("", line).strip() for line in message.splitlines()]
-    said = [line for line in lines if line and not line.startswith(("File ", "Traceback", "ray::"))]
-    telling = [line for line in said if not line.startswith(POINTERS)]
-    return (telling or said or ["(no message)"])[-1]
-
-
-POINTERS = ("Failed to update the deployments", "This may be caused by", "ActorDiedError()")
-
-
-@functools.cache
-def hints() -> list[tuple[str, str]]:
-    """`HINTS` as pairs of a pattern and what would help."""
-    rows: list[tuple[str, str]] = []
-    for line in HINTS.strip().splitlines():
-        if line.startswith("    "):
-            pattern, hint = rows.pop()
-            rows.append((pattern, f"{hint} {line.strip()}".strip()))
-        elif not line.startswith("#"):
-            pattern, hint = rows.pop() if rows and not rows[-1][1] else ("", "")
-            rows.append((pattern + line, hint))
-    return rows
+    lines = [line.strip() for line in ANSI.sub("", message).splitlines() if line.strip()]
+    telling = [line for line in lines if not re.match("This may be caused by|ActorDied", line)]
+    return (telling or lines or ["(no message)"])[-1]
 
 
 def hint_for(text: str) -> str:
     """What would help against a known cause, in its own numbers; empty for an unknown one."""
-    for pattern, hint in hints():
-        match = re.search(pattern, text, re.DOTALL)
-        if match:
-            return hint.format(**match.groupdict())
+    for pattern, hint in re.findall(r"^(\S.*)\n((?: {4}.*\n)+)", HINTS, re.MULTILINE):
+        if match := re.search(pattern, text, re.DOTALL):
+            return " ".join(hint.split()).format(**match.groupdict())
     return ""
 
 

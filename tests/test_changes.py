@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from made import deployment, details, replica
 from test_resources import Config, application, llm, read
 
 DEMAND = app.Demand("a", "D", ({"CPU": 1.0},))
-KEY = b"key"
+KEY, VERSION = b"key", "1"
 
 
 def edited(**change: Any) -> app.ApplicationSpec:
@@ -20,8 +21,23 @@ def edited(**change: Any) -> app.ApplicationSpec:
     return read(application(llm(options, **change)))[0]
 
 
-def version(spec: app.ApplicationSpec) -> str:
-    return app.version_of(spec.config, KEY)
+def running(
+    spec: app.ApplicationSpec, *counts: int, seen: str | None = None, **keys: Any
+) -> app.Running:
+    """What runs after `spec` was deployed: deployments D0, D1 ... with so many replicas each;
+    `seen` is the version that Serve has, if another."""
+    deployments = [
+        deployment(f"D{index}", *(replica(f"{index}{n}") for n in range(count)))
+        for index, count in enumerate(counts)
+    ]
+    state = details(spec.name, keys.pop("status", "RUNNING"), *deployments, **keys)
+    record = app.Record(VERSION, decide(spec, None).kept, (DEMAND,))
+    return app.Running(state, frozenset({seen or VERSION}), record)
+
+
+def decide(spec: app.ApplicationSpec, before: app.Running | None, **options: Any) -> app.Action:
+    secrets = options.pop("secrets", frozenset())
+    return app.decide(spec, before, app.Options("c.yaml", **options), secrets, KEY)
 
 
 @pytest.mark.parametrize(
@@ -39,26 +55,9 @@ def version(spec: app.ApplicationSpec) -> str:
     ],
 )
 def test_only_what_needs_new_replicas_changes_the_version(change: Config, restarts: bool) -> None:
-    assert (version(edited(**change)) != version(edited())) is restarts
-
-
-def running(
-    spec: app.ApplicationSpec, *counts: int, seen: str | None = None, **keys: Any
-) -> app.Running:
-    """What runs after `spec` was deployed: deployments D0, D1 ... with so many replicas each;
-    `seen` is the version that Serve has, if another."""
-    deployments = [
-        deployment(f"D{index}", *(replica(f"{index}{n}") for n in range(count)))
-        for index, count in enumerate(counts)
-    ]
-    state = details(spec.name, keys.pop("status", "RUNNING"), *deployments, **keys)
-    record = app.Record(version(spec), spec.config, (DEMAND,))
-    return app.Running(state, frozenset({seen or record.version}), record)
-
-
-def decide(spec: app.ApplicationSpec, before: app.Running | None, **options: Any) -> app.Action:
-    secrets = options.pop("secrets", frozenset())
-    return app.decide(spec, before, app.Options("c.yaml", **options), secrets, KEY)
+    action = decide(edited(**change), running(edited(), 1))
+    assert action.change is (app.Change.RESTART if restarts else app.Change.IN_PLACE)
+    assert (action.version != VERSION) is restarts
 
 
 def test_a_new_one_is_created_and_an_equal_one_is_left_alone() -> None:
@@ -78,7 +77,7 @@ def test_an_edit_of_a_replica_count_is_applied_in_place_for_an_llm_too() -> None
     before = running(edited(deployment={"autoscaling_config": {"max_replicas": 3}}), 1)
     action = decide(edited(deployment={"autoscaling_config": {"max_replicas": 4}}), before)
     assert action.change is app.Change.IN_PLACE
-    assert action.version == before.record.version if before.record else False
+    assert action.version == VERSION
     option = "args.llm_configs[0].deployment_config.autoscaling_config.max_replicas"
     assert action.reasons == (f"{option}: 3 → 4",)
 
@@ -121,10 +120,7 @@ def test_an_edit_of_one_deployments_resources_restarts_that_one_alone(
 def test_an_entry_of_light_options_comes_and_goes_in_place() -> None:
     action = decide(overriding(OTHER, ONE), running(overriding(OTHER), 1, 2))
     assert action.change is app.Change.IN_PLACE
-    assert action.reasons == (
-        'deployments.D0.name: (not given) → "D0"',
-        "deployments.D0.max_ongoing_requests: (not given) → 3",
-    )
+    assert action.reasons == ("deployments.D0.max_ongoing_requests: (not given) → 3",)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +130,7 @@ def test_an_entry_of_light_options_comes_and_goes_in_place() -> None:
         pytest.param({"status": "UNHEALTHY"}, "it is UNHEALTHY", id="unhealthy"),
         pytest.param(
             {"seen": "other"},
-            "it was deployed by other means: there is nothing to compare with",
+            "it was deployed by other means: nothing to compare with",
             id="redeployed by other means",
         ),
     ],
@@ -148,16 +144,51 @@ def test_what_serve_deploy_brought_comes_back_and_that_is_said() -> None:
     before = running(edited(), 1, source="declarative")
     action = decide(edited(), before)
     assert action.change is app.Change.RESTART
-    reason = "it was deployed by `serve deploy`: there is nothing to compare with"
-    assert action.reasons == (reason, app.COMES_BACK)
-    assert app.deletion(edited(), before, "--delete").reasons == ("--delete", app.COMES_BACK)
+    [reason] = action.reasons
+    assert reason.startswith(
+        "it was deployed by `serve deploy`: it comes back when Serve's controller restarts"
+    )
+    assert app.deletion(edited(), before, "--delete").reasons == ("--delete", reason)
     assert app.deletion(edited(), running(edited(), 1), "--delete").reasons == ("--delete",)
 
 
-def test_what_restarts_with_an_equal_fingerprint_gets_another_version() -> None:
-    before = running(edited(), 1, status="DEPLOY_FAILED")
-    assert decide(edited(), before).version.startswith(f"{version(edited())}.")
-    assert decide(edited(), running(edited(), 1), force=True).version != version(edited())
+def test_what_restarts_unchanged_gets_another_version() -> None:
+    for before, options in (
+        (running(edited(), 1, status="DEPLOY_FAILED"), {}),
+        (running(edited(), 1), {"force": True}),
+    ):
+        action = decide(edited(), before, **options)
+        assert action.change is app.Change.RESTART
+        assert action.version != VERSION
+
+
+def test_what_still_deploys_is_taken_over_as_it_is() -> None:
+    action = decide(edited(), running(edited(), 1, status="DEPLOYING"))
+    assert (action.change, action.version) == (app.Change.IN_PLACE, VERSION)
+    assert action.reasons == ("it is DEPLOYING",)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "reasons"),
+    [
+        pytest.param({}, {"x": None}, ("args.x: (not given) → null",), id="null is given"),
+        pytest.param({1: "a"}, {1: "a"}, (), id="a number as a key"),
+        pytest.param({}, {"x": {"y": 1}}, ("args.x.y: (not given) → 1",), id="a mapping comes"),
+        pytest.param({"x": [1]}, {"x": []}, ("args.x: [1] → []",), id="a shorter list"),
+    ],
+)
+def test_an_edit_of_a_builders_arguments(
+    before: Config, after: Config, reasons: tuple[str, ...]
+) -> None:
+    old, new = (
+        app.ApplicationSpec(0, "a", "/", {"name": "a", "import_path": "m:a", "args": args})
+        for args in (before, after)
+    )
+    kept = json.loads(json.dumps(decide(old, None).kept))
+    record = app.Record(VERSION, kept, (DEMAND,))
+    action = decide(new, app.Running(details("a"), frozenset({VERSION}), record))
+    assert action.change is (app.Change.RESTART if reasons else app.Change.UNCHANGED)
+    assert action.reasons == reasons
 
 
 def test_no_secret_is_kept_and_an_edit_of_one_is_seen() -> None:
@@ -175,6 +206,17 @@ def test_no_secret_is_kept_and_an_edit_of_one_is_seen() -> None:
     assert new.change is app.Change.RESTART
     assert new.reasons == ("args.llm_configs[0].runtime_env.env_vars.HF_TOKEN: *** → ***",)
     assert app.fingerprint("weak", KEY) != app.fingerprint("weak", b"other")
+
+
+def test_a_text_that_becomes_or_was_a_secret_is_no_edit() -> None:
+    """As where a part of a path comes from a variable now, in this application or another."""
+    hidden, shown = frozenset({"/models"}), frozenset[str]()
+    spec = edited(runtime_env={"env_vars": {"HF_HOME": "/models/hub"}})
+    for earlier, now in ((shown, hidden), (hidden, shown)):
+        kept = decide(spec, None, secrets=earlier).kept
+        record = app.Record(VERSION, kept, (DEMAND,))
+        before = app.Running(details("a"), frozenset({VERSION}), record)
+        assert decide(spec, before, secrets=now).change is app.Change.UNCHANGED
 
 
 @pytest.mark.parametrize(
