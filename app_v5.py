@@ -3026,40 +3026,41 @@ Fetch = Callable[[str, Config | None], Response]
 
 
 def fetch(url: str, body: Config | None, timeout_s: float) -> Response:
-    """GET `url`, or POST `body` to it as JSON. An answer without an end, such as a stream of
-    events, is cut off; a certificate is not checked, since it is that of the user's own cluster.
+    """GET `url`, or POST `body` to it as JSON, never through a proxy of the environment. An answer
+    without an end is cut off; a certificate is not checked: it is that of the user's own cluster.
 
     Raises Unreachable, and ApplicationError where somebody listens and does not answer.
     """
-    import requests
     import urllib3
 
-    urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
-    started = time.monotonic()
-    parts: list[bytes] = []
-    first_s, ended, status = 0.0, False, 0
-    ask = partial(requests.get, url) if body is None else partial(requests.post, url, json=body)
+    urllib3.disable_warnings()
+    started, parts, first_s, ended = time.monotonic(), list[bytes](), 0.0, False
+    pool = urllib3.PoolManager(timeout=timeout_s, retries=False, cert_reqs="CERT_NONE")
+    method = "GET" if body is None else "POST"
     try:
-        with ask(timeout=timeout_s, stream=True, verify=False) as answer:
-            status = answer.status_code
-            while time.monotonic() - started < timeout_s and sum(map(len, parts)) < MOST_BODY_BYTES:
-                part = answer.raw.read1(MOST_BODY_BYTES, decode_content=True)
-                first_s = first_s or time.monotonic() - started
-                parts.append(part)
-                if not part:
-                    ended = not answer.raw.length_remaining  # of what was announced
-                    break
-    except requests.ReadTimeout as error:
+        answer = pool.request(method, url, json=body, preload_content=False)
+    except urllib3.exceptions.ReadTimeoutError as error:
         raise ApplicationError(f"no answer within {timeout_s:.0f} s from {url}") from error
-    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        if not status:
-            bottom: BaseException = error
-            while bottom.__context__:
-                bottom = bottom.__context__
-            reason = getattr(bottom, "strerror", None) or first_line(str(bottom))
-            raise Unreachable(f"{url}: {reason}") from error
+    except urllib3.exceptions.HTTPError as error:
+        raise Unreachable(f"{url}: {error.__context__ or error}") from error
+    with answer, contextlib.suppress(urllib3.exceptions.HTTPError):
+        while time.monotonic() - started < timeout_s and sum(map(len, parts)) < MOST_BODY_BYTES:
+            parts.append(answer.read1(MOST_BODY_BYTES, decode_content=True))
+            first_s = first_s or time.monotonic() - started
+            if not parts[-1]:
+                ended = not answer.length_remaining  # of what was announced
+                break
     text = b"".join(parts).decode(errors="replace")
-    return Response(status, text, first_s, time.monotonic() - started, ended)
+    return Response(answer.status, text, first_s, time.monotonic() - started, ended)
+
+
+def serves(deployment: str, model: ModelSpec) -> bool:
+    """Whether a deployment is a model's; Ray names it "<server class>:<deployment name>"."""
+    return deployment.endswith(f":{model.deployment_name}")
+
+
+def demand_of(model: ModelSpec, demands: Sequence[Demand]) -> Demand | None:
+    return next((demand for demand in demands if serves(demand.deployment, model)), None)
 
 
 def mismatches(
@@ -3068,27 +3069,21 @@ def mismatches(
     """The promises about resources that running replicas do not keep, in words."""
     rows = []
     for held in reservations:
-        demand = next((d for d in demands if d.deployment == held.deployment), None)
-        models = [m for m in application.models if demand and demand_of(m, demands) is demand]
-        asked = demand.reserved if demand else {}
-        promised = {**asked, **(models[0].promised if models else {})}
-        places = {name for name in promised if name.startswith("node:")}  # they hold nothing
-        for resource in sorted({*promised, *held.reserved} - places):
+        asked = next((d.reserved for d in demands if d.deployment == held.deployment), {})
+        promised = dict(asked)
+        for model in application.models:
+            promised |= model.promised if serves(held.deployment, model) else {}
+        for resource in sorted({*promised, *held.reserved}):
             wanted, found = promised.get(resource, 0.0), held.reserved.get(resource, 0.0)
+            if abs(wanted - found) <= SMALLEST_DIFFERENCE or resource.startswith("node:"):
+                continue  # "node:..." only says where something is to run
             who = "a replica of it holds more or less than its deployment asks for"
             if abs(asked.get(resource, 0.0) - found) < SMALLEST_DIFFERENCE:
                 who = "its builder asks Ray for that, not for what the config says"
-            if abs(wanted - found) > SMALLEST_DIFFERENCE:
-                amounts = format_amount(resource, wanted), format_amount(resource, found)
-                text = f"promised {amounts[0]} {resource}, reserved {amounts[1]} ({who})"
-                rows.append(f"{held.deployment}: {text}")
+            amounts = format_amount(resource, wanted), format_amount(resource, found)
+            text = f"promised {amounts[0]} {resource}, reserved {amounts[1]} ({who})"
+            rows.append(f"{held.deployment}: {text}")
     return tuple(dict.fromkeys(rows))
-
-
-def demand_of(model: ModelSpec, demands: Sequence[Demand]) -> Demand | None:
-    """The deployment that serves a model; Ray names it "<server class>:<deployment name>"."""
-    suffix = ":" + model.deployment_name
-    return next((demand for demand in demands if demand.deployment.endswith(suffix)), None)
 
 
 def wait_for_route(
@@ -3128,7 +3123,8 @@ def smoke_test(
     """
     url = base_url + quote((application.route_prefix or "").rstrip("/"))
     listed = ask(f"{url}/v1/models", None) if application.models else None
-    if listed is None or (listed.status == NOT_FOUND and not is_rays_builder(application.config)):
+    foreign = not is_rays_builder(application.config)
+    if listed is None or (foreign and OK < listed.status < SERVER_ERROR):
         return [ask_ingress(url, ask)], []
     if listed.status != OK:
         raise ApplicationError(f"GET {url}/v1/models: {format_refusal(listed)}")
@@ -3164,11 +3160,9 @@ def ask_model(model_id: str, url: str, ask: Fetch) -> Answer | None:
     for path, question in QUESTIONS:
         response = ask(url + path, {**question, "model": model_id})
         parts = read_parts(response.text)
-        refused = next((part["error"] for part in parts if part.get("error")), None)
-        if response.status == OK and refused is None:
+        if response.status == OK and not any(part.get("error") for part in parts):
             break
-        unknown = response.status < SERVER_ERROR or refused is not None
-        if not (unknown and CANNOT.search(response.text)):
+        if not CANNOT.search(response.text):
             raise ApplicationError(f"POST {url}{path}: {format_refusal(response)}")
     else:
         return None
@@ -3199,26 +3193,20 @@ def read_json(text: str) -> Config:
 
 def format_refusal(response: Response) -> str:
     """An answer that is none: its status, and the message in its body."""
-    parts = read_parts(response.text)
-    error = next((part["error"] for part in parts if part.get("error")), None)
-    message = error.get("message") if isinstance(error, dict) else error
-    detail = next((part["detail"] for part in parts if part.get("detail")), None)
-    text = " ".join(str(message or detail or response.text or "").split()) or "no body"
+    body: Config = dict(itertools.chain(*(part.items() for part in read_parts(response.text))))
+    error = body.get("error") or body.get("detail") or response.text
+    text = " ".join(str(as_dict(error).get("message") or error).split()) or "no body"
     return f"{response.status} {shortened(text, MOST_CAUSE_CHARACTERS)}"
 
 
 # -- engines ---------------------------------------------------------------------------------------
 
 FIGURES: tuple[tuple[str, str], ...] = (
-    # vllm/v1/core/kv_cache_utils.py
+    # vllm/v1/core/kv_cache_utils.py, vllm/v1/worker/gpu_model_runner.py
     (r"GPU KV cache size: ([\d,]+) tokens", "KV cache {} tokens"),
     (r"Available KV cache memory: ([\d.]+) GiB", "{} GiB"),
     (r"Maximum concurrency for [\d,]+ tokens .*: ([\d.]+)x", "{} requests of full length at once"),
-    # vllm/v1/worker/gpu_model_runner.py, vllm/model_executor/model_loader/default_loader.py
     (r"Model loading took ([\d.]+) GiB memory", "weights {} GiB"),
-    (r"Loading weights took ([\d.]+) seconds", "weights loaded in {} s"),
-    # vllm/v1/engine/core.py
-    (r"init engine \(profile, create kv cache, warmup .*\) took ([\d.]+) s", "ready {} s later"),
 )
 DISTURBED = re.compile(
     "No available memory for the cache blocks|Error in memory profiling|"
@@ -3233,9 +3221,8 @@ def engine_figures(application: ApplicationSpec, deployment: str, log: str) -> l
     """What the log of a replica says about its engine, in words."""
     found = [(words, re.findall(pattern, log)) for pattern, words in FIGURES]
     figures = ", ".join(words.format(values[-1]) for words, values in found if values)
-    names = {f":{model.deployment_name}": model.model_id for model in application.models}
-    ids = [model_id for suffix, model_id in names.items() if deployment.endswith(suffix)]
-    return [f"Engine of {ids[0]} says: {figures}"] if figures and ids else []
+    ids = [model.model_id for model in application.models if serves(deployment, model)]
+    return [f"Engine of {model_id} says: {figures}" for model_id in ids if figures]
 
 
 def shares_gpu(action: Action) -> bool:
