@@ -3688,12 +3688,9 @@ def exit_code(actions: Sequence[Action], stop_code: int) -> int:
 # ======================================================================================
 
 RULE, THIN_RULE = "=" * 80, "-" * 80
-LLM_ENDPOINTS = (
-    ("POST", "/v1/chat/completions"),
-    ("POST", "/v1/completions"),
-    ("GET", "/v1/models"),
-)
+LLM_ENDPOINTS = ("POST /v1/chat/completions", "POST /v1/completions", "GET /v1/models")
 JSON_VERSION = 2
+ICONS = {"queued": "⏳", "RUNNING": "✅", "DELETED": "✅", "FAILED": "❌"}
 
 
 @dataclass(frozen=True)
@@ -3716,36 +3713,31 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def format_replicas(demand: Demand) -> str:
-    """ "1 → 3 (autoscaling)" or "2"."""
-    if demand.autoscaling:
-        return f"{demand.min_replicas} → {demand.max_replicas} (autoscaling)"
-    return str(demand.max_replicas)
-
-
-def format_bundles(demand: Demand) -> str:
-    """A replica's sum, and its bundles where there are several."""
-    text = format_resources(demand.reserved)
+def describe_demand(demand: Demand) -> tuple[str, str]:
+    """What a replica reserves, and how many there are: "1 → 3 (autoscaling)" or "2"."""
+    amounts, count = format_resources(demand.reserved), str(demand.max_replicas)
     if len(demand.bundles) > 1:
         bundles = " + ".join(f"[{format_resources(bundle)}]" for bundle in demand.bundles)
-        text += f" in all: {bundles}, {demand.strategy}"
-    return text
+        amounts += f" in all: {bundles}, {demand.strategy}"
+    if demand.autoscaling:
+        count = f"{demand.min_replicas} → {count} (autoscaling)"
+    return amounts, count
 
 
 def format_demand(demand: Demand) -> str:
+    amounts, count = describe_demand(demand)
     ingress = " (ingress)" if demand.ingress else ""
-    each = f"{format_bundles(demand)} per replica, replicas {format_replicas(demand)}"
-    return f"   {demand.deployment}{ingress}: {each}"
+    return f"   {demand.deployment}{ingress}: {amounts} per replica, replicas {count}"
 
 
 def endpoints(application: ApplicationSpec, base_url: str | None) -> tuple[str, list[str]]:
-    """Where an application answers, and to what: method and path."""
+    """Where an application answers, and to what: "GET /route/v1/models"."""
     route = application.route_prefix
     if not base_url or route is None:
         return "", []
     prefix = route.rstrip("/")
-    paths = [f"{method:<4} {prefix}{path}" for method, path in LLM_ENDPOINTS]
-    return f"{base_url}{quote(prefix) or '/'}", paths if application.models else [f"ANY  {route}"]
+    paths = [endpoint.replace(" ", f" {prefix}") for endpoint in LLM_ENDPOINTS]
+    return f"{base_url}{quote(prefix) or '/'}", paths if application.models else [f"ANY {route}"]
 
 
 def format_start(action: Action) -> list[str]:
@@ -3763,16 +3755,12 @@ def format_start(action: Action) -> list[str]:
 
 def format_end(action: Action) -> str:
     """What is said when an application has its result."""
-    result = action.result.value if action.result else ""
+    words = action.words.capitalize()
+    if action.result is Result.RUNNING:
+        unchanged = action.change is Change.UNCHANGED
+        words = "Running, unchanged" if unchanged else "Deployed successfully"
     cause = f" ({action.cause.text})" if action.cause else ""
-    words = {
-        "RUNNING": "✅ Deployed successfully",
-        "DELETED": "✅ Deleted",
-        "FAILED": "❌ Failed",
-    }.get(result, f"⚠️  {result.capitalize()}")
-    if action.change is Change.UNCHANGED and action.result is Result.RUNNING:
-        words = "✅ Running, unchanged"
-    return f"   {words}: {action.name}{cause}"
+    return f"   {ICONS.get(action.words, '⚠️ ')} {words}: {action.name}{cause}"
 
 
 def format_action(action: Action) -> list[str]:
@@ -3783,93 +3771,92 @@ def format_action(action: Action) -> list[str]:
     return [*lines, f"      {gap(action)}"] if gap(action) else lines
 
 
-def format_running(action: Action, base_url: str | None) -> list[str]:
+def format_running(action: Action, report: Report) -> list[str]:
     """The summary of one application that runs, in the layout that V5's users know."""
-    application, served = action.application, set()
-    lines = [f"• {application.name}"]
+    application = action.application
+    lines = [f"• {action.name}"]
     if action.change is Change.UNCHANGED:
         lines.append("   Unchanged: it runs already, and was left alone")
     elif action.reasons:
         lines += format_action(action)
     if action.attempt > 1:
         lines.append("   Second attempt, alone: other engines on its GPU disturbed the first")
+    left = list(action.demands)
     for model in application.models:
         lines += [f"   Model: {model.source}", f"   Model ID: {model.model_id}"]
-        if demand := demand_of(model, action.demands):
-            served.add(demand.deployment)
-            lines.append(f"   Resources per replica: {format_bundles(demand)}")
-            lines.append(f"   Replicas: {format_replicas(demand)}")
+        if demand := demand_of(model, left):
+            left.remove(demand)
+            amounts, count = describe_demand(demand)
+            lines += [f"   Resources per replica: {amounts}", f"   Replicas: {count}"]
         lines += [f"   Note: {note}" for note in model.notes]
-    lines += [format_demand(d) for d in action.demands if d.deployment not in served]
-    lines += [f"   {line}" for line in format_proof(action.proof)]
-    if base_url is None:
+    lines += [*map(format_demand, left), *format_proof(action.proof or Proof())]
+    if report.base_url is None:
         return [*lines, "   It ran when the cluster was last seen"]
     if application.route_prefix is None:
         return [*lines, "   No HTTP route (route_prefix: null)"]
-    address, paths = endpoints(application, base_url)
+    address, paths = endpoints(application, report.base_url)
     lines += [f"   Base URL: {address}", "   Endpoints:"] if address else []
-    return lines + [f"     • {path}" for path in paths]
+    return lines + ["     • {:<4} {}".format(*path.split(maxsplit=1)) for path in paths]
 
 
-def format_proof(proof: Proof | None) -> list[str]:
+def format_proof(proof: Proof) -> list[str]:
     """What was checked of a running application, a line each."""
-    if proof is None:
-        return []
-    places: Counter[str] = Counter()
+    places: Counter[tuple[str, str]] = Counter()
     for item in proof.reservations:
         gpus = f" GPU {', '.join(map(str, item.gpus))}" if item.gpus else ""
         where = f"{' + '.join(item.nodes)}{gpus}"
-        places[f"{item.deployment}: {format_resources(item.reserved)}, on {where}"] += 1
-    broken = {text.partition(": promised")[0] for text in proof.mismatches}
+        places[item.deployment, f"{format_resources(item.reserved)}, on {where}"] += 1
     lines = [f"✗ {text}" for text in proof.mismatches]
-    for text, count in places.items():
-        mark = "✗" if text.partition(": ")[0] in broken else "✓"
-        lines.append(f"{mark} Reserved by {text}" + f" ({count} replicas)" * (count > 1))
+    for (deployment, text), count in places.items():
+        broken = any(line.startswith(f"{deployment}: promised") for line in proof.mismatches)
+        times = f" ({count} replicas)" if count > 1 else ""
+        lines.append(f"{'✗' if broken else '✓'} Reserved by {deployment}: {text}{times}")
     for answer in proof.answers:
         first = f", first token after {answer.first_token_s:.2f} s" if answer.first_token_s else ""
         who = f" to {answer.model_id}" if answer.model_id else ""
         lines.append(f"✓ {answer.request}{who}: answered in {answer.total_s:.2f} s{first}")
-    return [*lines, *proof.notes] + [f"✗ Not verified: {proof.unverified}"] * bool(proof.unverified)
+    lines += proof.notes
+    lines += [f"✗ Not verified: {proof.unverified}"] if proof.unverified else []
+    return [f"   {line}" for line in lines]
 
 
 def format_cause(cause: Cause | None) -> list[str]:
     """A cause's lines, and its hint."""
     if cause is None:
         return []
-    first, *rest = cause.text.splitlines() or [""]
-    lines = [f"   Cause: {first}", *(f"          {line}" for line in rest)]
+    lines = [f"   Cause: {cause.text}".replace("\n", "\n          ")]
     return [*lines, f"   Hint: {cause.hint}"] if cause.hint else lines
 
 
 def format_unfinished(action: Action, report: Report) -> list[str]:
     """The summary of one application that does not run: what happened, why, where to look."""
-    name, result, details = action.name, action.result, action.details
-    lines = [f"• {name}: {result.value if result else ''} after {format_seconds(action.seconds())}"]
+    name, result, details = action.name, action.result or Result.UNKNOWN, action.details
+    lines = [f"• {name}: {result.value} after {format_seconds(action.seconds())}"]
     lines += format_cause(action.cause)
-    doing = "deleting" if action.change is Change.DELETE else "deploying"
     if result is Result.UNKNOWN:
-        lines.append("   The cluster was lost: whether it runs, or ever will, is not known")
+        return [*lines, "   The cluster was lost: whether it runs, or ever will, is not known"]
+    doing = "deleting" if action.change is Change.DELETE else "deploying"
+    if action.deleted:
+        lines.append("   It was deleted again (--on-failure delete)")
+    elif result is Result.STILL_DEPLOYING and details:
+        state = describe_state(details, action.waits_for, "")
+        lines.append(f"   Last state: {' · '.join(filter(None, state))}")
+        lines.append(f"   The cluster goes on {doing} it")
     elif result is Result.INTERRUPTED:
-        texts = {
+        submitted = {
             "yes": f"It was submitted and goes on {doing}; this program no longer watches it",
             "perhaps": "It was being handed over: whether Serve has it is not known",
             "": "It was not submitted",
         }
-        lines.append(f"   {texts[action.sent]}")
-    elif result is Result.STILL_DEPLOYING and details and not action.deleted:
-        state = describe_state(details, action.waits_for, "")
-        lines.append(f"   Last state: {' · '.join(filter(None, state))}")
-        lines.append(f"   The cluster goes on {doing} it")
-    lines += ["   It was deleted again (--on-failure delete)"] if action.deleted else []
-    if action.before and action.change is not Change.DELETE and result is not Result.UNKNOWN:
-        now = {r.replica_id for r in replicas_of(details) if r.state == "RUNNING"}
-        old = [r.replica_id for r in replicas_of(action.before.details)]
-        left = sum(replica_id in now for replica_id in old)
-        serving = f"Still serving from before the edit: {left} of {len(old)} replicas"
+        lines.append(f"   {submitted[action.sent]}")
+    if action.before and action.change is not Change.DELETE:
+        old = {replica.replica_id for replica in replicas_of(action.before.details)}
+        left = [r for r in replicas_of(details) if r.replica_id in old and r.state == "RUNNING"]
+        serving = f"Still serving from before the edit: {len(left)} of {len(old)} replicas"
         lines.append(f"   {serving if action.sent else 'What ran before was not touched'}")
     lines += [f"   No log: {action.no_log}"] if action.no_log else []
     lines += [f"   Logs: {command}" for command in log_commands(action)]
-    if action.sent and report.dashboard_url and result is not Result.UNKNOWN:
+    if action.sent and report.dashboard_url:
         address = f"{report.dashboard_url}/#/serve/applications/{quote(name, safe='')}"
         lines.append(f"   Dashboard: {address}")
     return lines
@@ -3885,6 +3872,11 @@ def log_commands(action: Action) -> list[str]:
     return [f"{actor} --err", actor, f"ray logs {(dead[0].log_file_path or '').lstrip('/')}"]
 
 
+def format_deleted(action: Action, _: Report) -> list[str]:
+    text = "deleted; what it held is free" if action.before else "it was not there"
+    return [f"• {action.name}: {text}", *(f"   Note: {note}" for note in action.reasons[1:])]
+
+
 def format_summary(report: Report) -> list[str]:
     """The whole summary, line by line."""
     running = [a for a in report.actions if a.result is Result.RUNNING]
@@ -3897,23 +3889,14 @@ def format_summary(report: Report) -> list[str]:
     for done, count, total in (("deployed", running, wanted), ("deleted", deleted, doomed)):
         if total:
             lines.append(f"Total applications {done}: {len(count)}/{total} in {seconds}")
-    gone = []
-    for action in deleted:
-        text = "deleted; what it held is free" if action.before else "it was not there"
-        notes = [f"   Note: {note}" for note in action.reasons[1:]]
-        gone.append([f"• {action.name}: {text}", *notes])
-    groups = {
-        "📋 Successfully Deployed Applications:": [
-            format_running(action, report.base_url) for action in running
-        ],
-        "🗑️  Deleted Applications:": gone,
-        f"❌ Not {'Running' if wanted else 'Deleted'}:": [
-            format_unfinished(action, report) for action in failed
-        ],
-    }
-    for title, items in groups.items():
-        lines += ["", title, THIN_RULE] if items else []
-        lines += itertools.chain.from_iterable(["", *item] for item in items)
+    groups: tuple[tuple[str, list[Action], Callable[[Action, Report], list[str]]], ...] = (
+        ("📋 Successfully Deployed Applications:", running, format_running),
+        ("🗑️  Deleted Applications:", deleted, format_deleted),
+        (f"❌ Not {'Running' if wanted else 'Deleted'}:", failed, format_unfinished),
+    )
+    for title, actions, format_one in groups:
+        lines += ["", title, THIN_RULE] if actions else []
+        lines += itertools.chain(*(["", *format_one(action, report)] for action in actions))
     if report.others and report.base_url is not None:
         names = ", ".join(f"{d.name} ({d.status.value})" for d in report.others)
         lines += ["", f"💡 Not in the file, left alone: {names}; --prune deletes them"]
@@ -3951,14 +3934,13 @@ def format_plan(report: Report) -> list[str]:
 def report_json(report: Report) -> Config:
     """The report for programs; the README documents it. A key that is gone or means another thing
     raises the version, a new one does not."""
-    others = report.others
     return {
         "version": JSON_VERSION,
         "exit_code": report.code,
         "seconds": round(report.seconds, 1),
         "dashboard": report.dashboard_url,
         "applications": [action_json(action, report.base_url) for action in report.actions],
-        "not_in_file": [{"name": d.name, "status": d.status.value} for d in others],
+        "not_in_file": [{"name": d.name, "status": d.status.value} for d in report.others],
         "packing": format_prediction(report.plan) if report.plan else None,
         "misfits": list(map(format_misfit, report.plan.misfits)) if report.plan else None,
     }
@@ -3966,19 +3948,16 @@ def report_json(report: Report) -> Config:
 
 def action_json(action: Action, base_url: str | None) -> Config:
     """One application of the report, or of the plan."""
-    application, cause = action.application, action.cause
-    address, paths = endpoints(application, base_url)
+    address, paths = endpoints(action.application, base_url)
+    demands = [(demand, dataclasses.asdict(demand)) for demand in action.demands]
     return {
         "name": action.name,
         "change": action.change.value,
         "reasons": list(action.reasons),
         "gap": gap(action) or None,
-        "route_prefix": application.route_prefix,
-        "models": [dataclasses.asdict(model) for model in application.models],
-        "deployments": [
-            {**dataclasses.asdict(demand), "reserved_per_replica": demand.reserved}
-            for demand in action.demands
-        ],
+        "route_prefix": action.application.route_prefix,
+        "models": [dataclasses.asdict(model) for model in action.application.models],
+        "deployments": [{**row, "reserved_per_replica": d.reserved} for d, row in demands],
         "result": action.result.value if action.result else None,
         "seconds": round(action.seconds(), 1),
         "attempts": action.attempt,
@@ -3987,12 +3966,12 @@ def action_json(action: Action, base_url: str | None) -> Config:
         "deleted": action.deleted or action.result is Result.DELETED,
         "proof": dataclasses.asdict(action.proof) if action.proof else None,
         "status": action.details.status.value if action.details else None,
-        "cause": cause.text if cause else None,
-        "hint": cause.hint if cause else None,
+        "cause": action.cause.text if action.cause else None,
+        "hint": action.cause.hint if action.cause else None,
         "waits_for": action.waits_for or None,
         "logs": log_commands(action),
         "base_url": address or None,
-        "endpoints": [" ".join(path.split()) for path in paths],
+        "endpoints": paths,
     }
 
 
@@ -4012,6 +3991,9 @@ class Terminal:
         text = redact("\n".join(lines), self.secrets)
         self.console.print(text, markup=False, emoji=False)
 
+    def took(self, action: Action) -> str:
+        return format_seconds(action.seconds(self.clock()))
+
     def show(self, actions: Sequence[Action]) -> None:
         """The progress of all applications: a block when one's turn comes, a line when it ends, and
         in between a live view, or a line a change."""
@@ -4025,12 +4007,9 @@ class Terminal:
                 self.say(*format_start(action))
             if action.result:
                 self.say(format_end(action))
-            elif not self.console.is_terminal and (now[0] != "queued" or now[1]):
-                stamp, took = (
-                    time.strftime("%H:%M:%S"),
-                    format_seconds(action.seconds(self.clock())),
-                )
-                self.say("  ".join(filter(None, [stamp, action.name, now[0], took, now[1]])))
+            elif not self.console.is_terminal and now != ("queued", ""):
+                parts = time.strftime("%H:%M:%S"), action.name, now[0], self.took(action), now[1]
+                self.say("  ".join(filter(None, parts)))
         if self.console.is_terminal:
             self.draw(actions)
 
@@ -4041,14 +4020,11 @@ class Terminal:
             self.live.start()
         table = Table.grid(padding=(0, 2))
         for action in actions:
-            took = (
-                format_seconds(action.seconds(self.clock())) if action.started is not None else ""
-            )
-            icon, style = LOOKS.get(action.words, ("🚀", "yellow"))
-            detail = Text(redact(action.detail, self.secrets), style="dim", overflow="ellipsis")
-            detail.no_wrap = True
-            words = Text(action.words, style=style)
-            table.add_row(icon, Text(action.name, style="bold"), words, Text(took), detail)
+            icon, name = ICONS.get(action.words, "🚀"), Text(action.name, style="bold")
+            took = self.took(action) if action.started is not None else ""
+            detail = redact(action.detail, self.secrets)
+            line = Text(detail, style="dim", overflow="ellipsis", no_wrap=True)
+            table.add_row(icon, name, action.words, took, line)
         self.live.update(table, refresh=True)
 
     def close(self) -> None:
@@ -4059,7 +4035,6 @@ class Terminal:
 
     def report(self, report: Report, options: Options) -> None:
         """The plan or the summary, or its JSON, to stdout; tracebacks where `--logs` asks."""
-        self.close()
         if options.json:
             plain = map_texts(report_json(report), partial(redact, secrets=self.secrets))
             text = json.dumps(plain, indent=2)
@@ -4070,14 +4045,6 @@ class Terminal:
         for action in report.actions:
             if options.logs and action.trace:
                 self.say(f"--- {action.name}\n{action.trace}")
-
-
-LOOKS = {
-    "queued": ("⏳", "dim"),
-    "RUNNING": ("✅", "green"),
-    "DELETED": ("✅", "green"),
-    "FAILED": ("❌", "red"),
-}
 
 
 # ======================================================================================
@@ -4100,14 +4067,9 @@ def parse_options(argv: Sequence[str] | None) -> Options:
     given = parser.parse_args(argv)
     if given.max_workers < 0 or not 0 <= given.timeout < math.inf:
         parser.error("--max-workers and --timeout are numbers, 0 or more")
-    against = [name for name in ("prune", "force", "no_downtime") if getattr(given, name)]
-    if given.delete and against:
-        parser.error(f"--delete and --{against[0].replace('_', '-')} exclude each other")
+    if given.delete and (given.prune or given.force or given.no_downtime):
+        parser.error("--delete excludes --prune, --force and --no-downtime")
     return Options(**vars(given))
-
-
-def is_chosen(name: str, options: Options) -> bool:
-    return not options.only or any(fnmatch.fnmatchcase(name, p) for p in options.only)
 
 
 def check_config(
@@ -4130,55 +4092,60 @@ def check_config(
 
 
 class Session:
-    """One run of the program, from its options to its exit code."""
+    """One run of the program, from its options to its exit code, which is None until it ends."""
 
-    def __init__(self, options: Options, terminal: Terminal, cluster: RayCluster, run: Run) -> None:
-        self.options, self.terminal, self.cluster, self.run = options, terminal, cluster, run
-        self.started = run.clock()
+    def __init__(self, options: Options, cluster: RayCluster, out: TextIO, err: TextIO) -> None:
+        self.options, self.cluster, self.run = options, cluster, Run(options, cluster)
+        self.terminal = Terminal(self.run.clock, out, err)
+        self.say = self.terminal.say
+        self.started = self.run.clock()
+        self.document = Document(options.config, {}, {})
         self.others: list[ApplicationDetails] = []
         self.code: int | None = None
 
     def work(self) -> None:
         """Do all of it, and turn every known exception into one clear message and its exit code."""
-        say = self.terminal.say
         try:
             self.code = self.deploy()
         except ConfigError as error:
-            for problem in error.problems:
-                say(f"{'⚠️ ' if problem.warning else '❌'} {format_problem(problem)}")
+            self.say_problems(error.problems)
             self.code = EXIT_CONFIG
         except ClusterError as error:
-            say(f"❌ {error}" + (f"\n   {error.hint}" if error.hint else ""))
+            self.say(f"❌ {error}" + (f"\n   {error.hint}" if error.hint else ""))
             self.code = EXIT_CLUSTER
-        except (Stopped, DeadlinePassed):
-            say(f"🛑 {self.run.stop_reason or 'Time ran out'}: nothing was deployed")
-            self.code = self.run.stop_code or EXIT_TIMEOUT
+        except Stopped:
+            pass  # `main` says it
         except OSError as error:
             # Whoever read the output has gone, as `| head` does, or there is no room for it.
             if not isinstance(error, BrokenPipeError):
-                say(f"❌ the report can't be written: {error.strerror}")
-            self.code = self.run.stop_code or EXIT_FAILED
-        except Exception as error:  # noqa: BLE001
-            say(f"❌ this program has a defect: {error!r}")
-            if self.options.logs:
-                say(traceback.format_exc())
+                self.say(f"❌ the report can't be written: {error.strerror}")
             self.code = EXIT_FAILED
+        except Exception as error:  # noqa: BLE001
+            self.say(f"❌ this program has a defect: {error!r}")
+            if self.options.logs:
+                self.say(traceback.format_exc())
+            self.code = EXIT_FAILED
+
+    def say_problems(self, problems: Problems) -> None:
+        for problem in problems:
+            self.say(f"{'⚠️ ' if problem.warning else '❌'} {format_problem(problem)}")
 
     def deploy(self) -> int:
         """Load, check, connect, decide, deploy, report. Returns the exit code.
 
         Raises ConfigError (nothing was touched), ClusterError, Stopped and OSError.
         """
-        options, cluster, run, say = self.options, self.cluster, self.run, self.terminal.say
+        options, cluster, run, say = self.options, self.cluster, self.run, self.say
         say("🔧 Initializing Ray and Ray Serve...")
         say(f"📖 Loading config from: {options.config}")
-        document, everything = self.load()
-        applications = [item for item in everything if is_chosen(item.name, options)]
+        everything = self.load()
+        applications = [item for item in everything if self.is_chosen(item.name)]
         purpose = "plan" if options.plan else "delete" if options.delete else "deploy"
         say(f"📦 Found {len(applications)} application(s) to {purpose}")
-        claims = [] if options.plan else [item.name for item in applications]
-        cluster.connect(options.address, claims)
-        actions = self.decide(document, everything, applications)
+        names = [] if options.plan else [item.name for item in applications]
+        cluster.connect(options.address, names)
+        self.wait_for_others(names)
+        actions = self.decide(applications, {item.name for item in everything})
         if run.stop_code:
             raise Stopped
         growth = cluster.growth()
@@ -4188,103 +4155,94 @@ class Session:
         run.growth = growth or []
         if options.plan:
             return self.plan(actions)
+        self.refuse_claimed(actions)
         doomed = [a.name for a in actions if a.change is Change.DELETE and a.before]
         if doomed:
             say(f"🗑️  Deleting {', '.join(doomed)}")
         if not options.delete:
-            self.start_serve(document, actions)
+            self.start_serve(actions)
         cores = sum(node.total.get("CPU", 0.0) for node in cluster.nodes())
         workers = worker_count(len(actions), int(cores), options.max_workers)
         deploy(actions, run, workers, self.terminal.show)
         return self.report()
 
-    def load(self) -> tuple[Document, tuple[ApplicationSpec, ...]]:
-        """The config and its applications; warnings go to the terminal. Raises ConfigError."""
-        document, problems = load_document(self.options.config, os.environ)
-        self.terminal.secrets = document.secrets
-        applications, problems = check_config(document, problems, self.cluster.check_values)
+    def load(self) -> tuple[ApplicationSpec, ...]:
+        """The config's applications; warnings go to the terminal. Raises ConfigError."""
+        self.document, problems = load_document(self.options.config, os.environ)
+        self.terminal.secrets = self.document.secrets
+        applications, problems = check_config(self.document, problems, self.cluster.check_values)
         if not all(problem.warning for problem in problems):
             raise ConfigError(problems)
-        for problem in problems:
-            self.terminal.say(f"⚠️  {format_problem(problem)}")
+        self.say_problems(problems)
         names = [item.name for item in applications]
         for pattern in self.options.only or () if not self.options.prune else ():
             if not fnmatch.filter(names, pattern):
                 message = f"--only {pattern}: no application has that name"
                 raise unusable(message, f"there are {', '.join(names)}", ("command line", 0, 0))
-        return document, applications
+        return applications
 
-    def decide(
-        self,
-        document: Document,
-        everything: Sequence[ApplicationSpec],
-        applications: Sequence[ApplicationSpec],
-    ) -> list[Action]:
-        """What to do with each application; `everything` is what the file names, `applications`
-        what --only leaves of that. Raises ConfigError for a route that another application has."""
-        options, cluster, names = self.options, self.cluster, [item.name for item in applications]
-        claims = {} if options.plan else self.claims(names)
-        states = cluster.states()
-        known = {application.name for application in everything}
-        others = [d for d in states.values() if d.name not in known and d.status != "DELETING"]
-        pruned = [d for d in others if options.prune and is_chosen(d.name, options)]
+    def is_chosen(self, name: str) -> bool:
+        patterns = self.options.only or ["*"]
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+    def wait_for_others(self, names: Sequence[str]) -> None:
+        """With --wait, wait within --timeout for another run that works on the same."""
+        until = self.run.clock() + (self.options.timeout or math.inf)
+        claims = self.cluster.claims(names) if self.options.wait else {}
+        for who in list(claims.values())[:1]:
+            self.say(f"⏳ Waiting for another run that works on the same: {who}")
+        while claims and self.run.clock() < until:
+            if self.run.stop_code:
+                raise Stopped
+            time.sleep(POLL_INTERVAL_S)
+            claims = self.cluster.claims(names)
+
+    def decide(self, chosen: Sequence[ApplicationSpec], known: Collection[str]) -> list[Action]:
+        """What to do with each application; `known` are the names in the file, `chosen` is what
+        --only leaves of them. Raises ConfigError for a route that another application has."""
+        options, cluster = self.options, self.cluster
+        states = {n: d for n, d in cluster.states().items() if d.status != "DELETING"}
+        others = [d for name, d in states.items() if name not in known]
+        pruned = [d for d in others if options.prune and self.is_chosen(d.name)]
         self.others = [d for d in others if d not in pruned]
-        doomed = {d.route_prefix: d.name for d in pruned if d.route_prefix}
-        claims |= {} if options.plan else cluster.claims([d.name for d in pruned])
-        names += [d.name for d in pruned]
-        mine = [states[name] for name in names if name in states]
-        running = cluster.running(d for d in mine if d.status != "DELETING")
+        staying = {name: d for name, d in states.items() if d not in pruned}
+        names = [item.name for item in [*chosen, *pruned]]
+        running = cluster.running(states[name] for name in names if name in states)
+        if options.delete:
+            return [deletion(item, running.get(item.name), "--delete") for item in chosen]
+        if problems := taken_routes(chosen, staying):
+            raise ConfigError(located(self.document, problems))
         specs = [ApplicationSpec(-1, d.name, d.route_prefix, {}) for d in pruned]
         actions = [deletion(spec, running.get(spec.name), PRUNED) for spec in specs]
-        if options.delete:
-            actions = [deletion(item, running.get(item.name), "--delete") for item in applications]
-        else:
-            staying = {name: d for name, d in states.items() if d not in pruned}
-            if problems := taken_routes(applications, staying):
-                raise ConfigError(located(document, problems))
-            key = cluster.fingerprint_key(make=not options.plan)
-            for item in applications:
-                before = running.get(item.name)
-                actions.append(decide(item, before, options, document.secrets, key))
-        for action in actions:
-            route = action.application.route_prefix
-            if action.submits and route in doomed:
-                text = f"{doomed[route]} has its route and goes first: 404 until this one runs"
+        doomed = {d.route_prefix: d.name for d in pruned if d.route_prefix}
+        key = cluster.fingerprint_key(make=not options.plan)
+        for item in chosen:
+            action = decide(item, running.get(item.name), options, self.document.secrets, key)
+            if action.submits and item.route_prefix in doomed:
+                old = doomed[item.route_prefix]
+                text = f"{old} has its route and goes first: 404 until this one runs"
                 action.reasons = (*action.reasons, text)
+            actions.append(action)
+        return actions
+
+    def refuse_claimed(self, actions: Sequence[Action]) -> None:
+        """Leave alone what another run works on."""
+        claims = self.cluster.claims([action.name for action in actions])
+        for action in actions:
             if action.name in claims and action.change is not Change.UNCHANGED:
                 text = f"another run of this program works on it: {claims[action.name]}"
                 hint = "wait until it has ended (--wait does), or stop it, and run this again"
                 action.refusal = Cause(text, hint)
-        return actions
 
-    def claims(self, names: Sequence[str]) -> dict[str, str]:
-        """The applications that another run works on, once --wait, where it is given, has waited
-        for it in vain."""
-        until = self.run.clock() + (self.options.timeout or math.inf)
-        said = False
-        while claims := self.cluster.claims(names):
-            if not self.options.wait or self.run.clock() >= until:
-                return claims
-            if not said:
-                who = next(iter(claims.values()))
-                self.terminal.say(f"⏳ Waiting for another run that works on the same: {who}")
-            said = True
-            if self.run.stop_code:
-                raise Stopped
-            time.sleep(POLL_INTERVAL_S)
-        return {}
-
-    def start_serve(self, document: Document, actions: Sequence[Action]) -> None:
+    def start_serve(self, actions: Sequence[Action]) -> None:
         """Start what takes long: the builders' imports, and Serve."""
-        say = self.terminal.say
         self.cluster.prepare(action.application for action in actions if action.submits)
-        ignored = self.cluster.start_serve(document.data)
-        if ignored:
-            say(
+        if ignored := self.cluster.start_serve(self.document.data):
+            self.say(
                 f"⚠️  Serve is already running and keeps its own http_options "
                 f"({', '.join(ignored)}); `serve shutdown` and a new run would change them"
             )
-        say("🔄 Starting concurrent deployment...")
+        self.say("🔄 Starting concurrent deployment...")
 
     def plan(self, actions: list[Action]) -> int:
         """Build, predict, print. Returns the exit code: 1 when something does not fit."""
@@ -4302,25 +4260,21 @@ class Session:
         demands = [demand for action in changing for demand in demands_at_once(action)]
         return self.report(predict(demands, [*cluster.nodes(giving_way(actions)), *run.growth]))
 
-    def report(self, plan: Plan | None = None) -> int:
-        """Print how the run ended. Returns the exit code."""
-        base_url: str | None = None
-        if self.run.stop_code != EXIT_CLUSTER:
+    def report(self, plan: Plan | None = None, *, lost: bool = False) -> int:
+        """Print how the run ended, and return the exit code. Nothing is asked of Ray when it is
+        `lost`: its calls may hang."""
+        run, base_url = self.run, None
+        if not lost and run.stop_code != EXIT_CLUSTER:
             with contextlib.suppress(ClusterError):
                 base_url = self.cluster.endpoint(POLL_TIMEOUT_S)
-        return self.print_report(base_url, plan)
-
-    def print_report(self, base_url: str | None, plan: Plan | None = None) -> int:
-        """The same without a call of Ray, which may hang."""
-        run, actions = self.run, self.run.actions
-        code = exit_code(actions, run.stop_code)
+        code = exit_code(run.actions, run.stop_code)
         if plan and plan.misfits and not code:
             code = EXIT_FAILED
         self.terminal.close()
         if run.stop_code:
-            self.terminal.say(f"🛑 Stopped: {run.stop_reason}")
+            self.say(f"🛑 Stopped: {run.stop_reason}")
         url, seconds = self.cluster.dashboard_url, run.clock() - self.started
-        report = Report(actions, code, base_url, url, seconds, self.others, plan)
+        report = Report(run.actions, code, base_url, url, seconds, self.others, plan)
         self.terminal.report(report, self.options)
         return code
 
@@ -4349,12 +4303,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without emoji shows question marks
     options = parse_options(argv)
-    cluster = RayCluster(options.logs)
-    run = Run(options, cluster)
-    terminal = Terminal(run.clock, sys.stdout, sys.stderr)
+    session = Session(options, RayCluster(options.logs), sys.stdout, sys.stderr)
+    run = session.run
     # Ray prints what raylets say; only the report belongs on stdout.
-    sys.stdout = sys.stderr = Redacted(sys.stderr, terminal)
-    session = Session(options, terminal, cluster, run)
+    sys.stdout = sys.stderr = Redacted(sys.stderr, session.terminal)
 
     def stop(number: int, _: object) -> None:
         if run.stop_code:
@@ -4369,10 +4321,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     while thread.is_alive() and not run.stop_code:
         thread.join(0.1)
     thread.join(2 * STOP_GRACE_S + POLL_TIMEOUT_S if run.actions else STOP_GRACE_S)
-    if session.code is None and run.actions:
-        session.print_report(None)
+    if session.code is None and run.actions and not options.plan:
+        session.report(lost=True)
     elif session.code is None:
-        terminal.say(f"🛑 {run.stop_reason}: nothing was deployed")
+        session.say(f"🛑 {run.stop_reason}: nothing was deployed")
     return run.stop_code or session.code or EXIT_OK
 
 

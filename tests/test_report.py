@@ -223,7 +223,7 @@ def test_what_else_runs_and_a_lost_cluster_are_said() -> None:
 def test_other_applications_say_where_they_answer_and_what_they_hold() -> None:
     demand = app.Demand("a", "D", ({"CPU": 1.0, "GPU": 0.45}, {"GPU": 0.45}), max_replicas=2)
     plain = replace(running(), demands=(demand,), application=app.ApplicationSpec(0, "a", "/", {}))
-    assert app.format_running(plain, HTTP) == [
+    assert app.format_running(plain, report()) == [
         "• a",
         "   D: 1.0 CPUs, 0.9 GPUs in all: [1.0 CPUs, 0.45 GPUs] + [0.45 GPUs], PACK per replica, "
         "replicas 2",
@@ -232,7 +232,7 @@ def test_other_applications_say_where_they_answer_and_what_they_hold() -> None:
         "     • ANY  /",
     ]
     mute = replace(plain, application=app.ApplicationSpec(0, "a", None, {}))
-    assert app.format_running(mute, HTTP)[-1] == "   No HTTP route (route_prefix: null)"
+    assert app.format_running(mute, report())[-1] == "   No HTTP route (route_prefix: null)"
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_other_applications_say_where_they_answer_and_what_they_hold() -> None:
 def test_what_was_done_with_it_stands_below_its_name(
     changes: dict[str, Any], expected: list[str]
 ) -> None:
-    lines = app.format_running(replace(running(), **changes), HTTP)
+    lines = app.format_running(replace(running(), **changes), report())
     assert lines[1 : 1 + len(expected)] == expected
 
 
@@ -280,13 +280,13 @@ PROOF = app.Proof(
 
 def test_the_proof_reads_as_what_one_would_have_looked_up() -> None:
     assert app.format_proof(PROOF) == [
-        "✗ OpenAiIngress: promised 1 CPU, reserved 2 (why)",
-        "✓ Reserved by LLMServer:m: 1.0 CPUs, 0.45 GPUs, on 10.0.0.1 GPU 0 (2 replicas)",
-        "✗ Reserved by OpenAiIngress: 2.0 CPUs, on 10.0.0.2",
-        "✓ GET /v1/models: answered in 0.01 s",
-        "✓ POST /v1/chat/completions to m: answered in 0.31 s, first token after 0.30 s",
-        "Engine of m says: KV cache 1,024 tokens",
-        "✗ Not verified: connection refused",
+        "   ✗ OpenAiIngress: promised 1 CPU, reserved 2 (why)",
+        "   ✓ Reserved by LLMServer:m: 1.0 CPUs, 0.45 GPUs, on 10.0.0.1 GPU 0 (2 replicas)",
+        "   ✗ Reserved by OpenAiIngress: 2.0 CPUs, on 10.0.0.2",
+        "   ✓ GET /v1/models: answered in 0.01 s",
+        "   ✓ POST /v1/chat/completions to m: answered in 0.31 s, first token after 0.30 s",
+        "   Engine of m says: KV cache 1,024 tokens",
+        "   ✗ Not verified: connection refused",
     ]
 
 
@@ -492,7 +492,7 @@ def test_on_a_terminal_the_blocks_stand_whole_above_the_live_lines() -> None:
 )
 def test_the_line_at_the_end(change: str, result: str, line: str) -> None:
     action = app.Action(app.ApplicationSpec(0, "a", "/a", {}), app.Change(change))
-    action.result = app.Result(result)
+    action.result, action.words = app.Result(result), result
     action.cause = None if "✅" in line else app.Cause("why")
     assert app.format_end(action) == line
 
