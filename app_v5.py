@@ -3009,12 +3009,10 @@ class RayCluster:
 OK, NOT_FOUND, SERVER_ERROR = 200, 404, 500
 SMALLEST_DIFFERENCE = 1e-4  # Ray counts in ten thousandths
 ROUTE_QUESTIONS = 8
+ONE_TOKEN: Config = {"max_tokens": 1, "stream": True}
 QUESTIONS: tuple[tuple[str, Config], ...] = (
-    (
-        "/v1/chat/completions",
-        {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1, "stream": True},
-    ),
-    ("/v1/completions", {"prompt": "Hello", "max_tokens": 1, "stream": True}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}], **ONE_TOKEN}),
+    ("/v1/completions", {"prompt": "Hello", **ONE_TOKEN}),
     ("/v1/embeddings", {"input": "Hello"}),
     ("/v1/score", {"text_1": "Hello", "text_2": "Hello"}),
 )
@@ -3781,15 +3779,15 @@ def format_running(action: Action, report: Report) -> list[str]:
         lines += format_action(action)
     if action.attempt > 1:
         lines.append("   Second attempt, alone: other engines on its GPU disturbed the first")
-    left = list(action.demands)
+    others = list(action.demands)
     for model in application.models:
         lines += [f"   Model: {model.source}", f"   Model ID: {model.model_id}"]
-        if demand := demand_of(model, left):
-            left.remove(demand)
+        if demand := demand_of(model, others):
+            others.remove(demand)
             amounts, count = describe_demand(demand)
             lines += [f"   Resources per replica: {amounts}", f"   Replicas: {count}"]
         lines += [f"   Note: {note}" for note in model.notes]
-    lines += [*map(format_demand, left), *format_proof(action.proof or Proof())]
+    lines += [*map(format_demand, others), *format_proof(action.proof or Proof())]
     if report.base_url is None:
         return [*lines, "   It ran when the cluster was last seen"]
     if application.route_prefix is None:
@@ -3801,16 +3799,14 @@ def format_running(action: Action, report: Report) -> list[str]:
 
 def format_proof(proof: Proof) -> list[str]:
     """What was checked of a running application, a line each."""
-    places: Counter[tuple[str, str]] = Counter()
+    lines, places = [f"✗ {text}" for text in proof.mismatches], Counter[str]()
     for item in proof.reservations:
-        gpus = f" GPU {', '.join(map(str, item.gpus))}" if item.gpus else ""
-        where = f"{' + '.join(item.nodes)}{gpus}"
-        places[item.deployment, f"{format_resources(item.reserved)}, on {where}"] += 1
-    lines = [f"✗ {text}" for text in proof.mismatches]
-    for (deployment, text), count in places.items():
-        broken = any(line.startswith(f"{deployment}: promised") for line in proof.mismatches)
-        times = f" ({count} replicas)" if count > 1 else ""
-        lines.append(f"{'✗' if broken else '✓'} Reserved by {deployment}: {text}{times}")
+        name, amounts = item.deployment, format_resources(item.reserved)
+        broken = any(text.startswith(f"{name}: promised") for text in proof.mismatches)
+        where = " + ".join(item.nodes)
+        where += f" GPU {', '.join(map(str, item.gpus))}" if item.gpus else ""
+        places[f"{'✗' if broken else '✓'} Reserved by {name}: {amounts}, on {where}"] += 1
+    lines += [f"{text} ({n} replicas)" if n > 1 else text for text, n in places.items()]
     for answer in proof.answers:
         first = f", first token after {answer.first_token_s:.2f} s" if answer.first_token_s else ""
         who = f" to {answer.model_id}" if answer.model_id else ""
@@ -3821,7 +3817,6 @@ def format_proof(proof: Proof) -> list[str]:
 
 
 def format_cause(cause: Cause | None) -> list[str]:
-    """A cause's lines, and its hint."""
     if cause is None:
         return []
     lines = [f"   Cause: {cause.text}".replace("\n", "\n          ")]
@@ -3830,8 +3825,8 @@ def format_cause(cause: Cause | None) -> list[str]:
 
 def format_unfinished(action: Action, report: Report) -> list[str]:
     """The summary of one application that does not run: what happened, why, where to look."""
-    name, result, details = action.name, action.result or Result.UNKNOWN, action.details
-    lines = [f"• {name}: {result.value} after {format_seconds(action.seconds())}"]
+    result, details = action.result or Result.UNKNOWN, action.details
+    lines = [f"• {action.name}: {result.value} after {format_seconds(action.seconds())}"]
     lines += format_cause(action.cause)
     if result is Result.UNKNOWN:
         return [*lines, "   The cluster was lost: whether it runs, or ever will, is not known"]
@@ -3857,19 +3852,18 @@ def format_unfinished(action: Action, report: Report) -> list[str]:
     lines += [f"   No log: {action.no_log}"] if action.no_log else []
     lines += [f"   Logs: {command}" for command in log_commands(action)]
     if action.sent and report.dashboard_url:
-        address = f"{report.dashboard_url}/#/serve/applications/{quote(name, safe='')}"
-        lines.append(f"   Dashboard: {address}")
+        page = f"/#/serve/applications/{quote(action.name, safe='')}"
+        lines.append(f"   Dashboard: {report.dashboard_url}{page}")
     return lines
 
 
 def log_commands(action: Action) -> list[str]:
     """The commands that print what the replica that died last wrote: its stderr, its stdout (the
     engine writes to either), and its log in Serve's words."""
-    dead = failed_replicas(action) if action.result is not Result.RUNNING else []
-    if not dead:
-        return []
-    actor = f"ray logs actor --id {dead[0].actor_id} --tail {LOG_LINES}"
-    return [f"{actor} --err", actor, f"ray logs {(dead[0].log_file_path or '').lstrip('/')}"]
+    for replica in failed_replicas(action)[:1]:
+        actor = f"ray logs actor --id {replica.actor_id} --tail {LOG_LINES}"
+        return [f"{actor} --err", actor, f"ray logs {(replica.log_file_path or '').lstrip('/')}"]
+    return []
 
 
 def format_deleted(action: Action, _: Report) -> list[str]:
@@ -3975,21 +3969,39 @@ def action_json(action: Action, base_url: str | None) -> Config:
     }
 
 
+class Redacted(io.TextIOBase):
+    """A stream on which nobody writes a secret, nor Ray, which prints its workers' lines there."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.secrets = stream, frozenset[str]()
+
+    def write(self, text: str) -> int:
+        return self.stream.write(redact(text, self.secrets))
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+
 class Terminal:
     """The one place that writes: progress and messages to stderr, the report to stdout."""
 
     def __init__(self, clock: Callable[[], float], out: TextIO, err: TextIO) -> None:
-        self.clock, self.out = clock, out
-        self.console = Console(file=err, highlight=False, soft_wrap=True)
+        self.clock, self.out, self.err = clock, out, Redacted(err)
+        # What others print while the live view is there goes through the console, too.
+        self.console = Console(file=self.err, highlight=False, soft_wrap=True)  # type: ignore[arg-type]
         self.live: Live | None = None
         self.shown: dict[int, tuple[str, str]] = {}
-        self.secrets: frozenset[str] = frozenset()
         self.plans = False
+
+    def redact(self, text: str) -> str:
+        return redact(text, self.err.secrets)
 
     def say(self, *lines: str) -> None:
         """A message about the run as a whole, above the live view where there is one."""
-        text = redact("\n".join(lines), self.secrets)
-        self.console.print(text, markup=False, emoji=False)
+        self.console.print("\n".join(lines), markup=False, emoji=False)
 
     def took(self, action: Action) -> str:
         return format_seconds(action.seconds(self.clock()))
@@ -3998,16 +4010,16 @@ class Terminal:
         """The progress of all applications: a block when one's turn comes, a line when it ends, and
         in between a live view, or a line a change."""
         for action in actions:
-            before, now = self.shown.get(id(action)), (action.words, action.detail)
+            before = self.shown.get(id(action), ("queued", ""))
+            now = self.shown[id(action)] = action.words, action.detail
             if now == before:
                 continue
-            self.shown[id(action)] = now
-            begins = action.started is not None and (before is None or before[0] == "queued")
+            begins = action.started is not None and before[0] == "queued"
             if begins and action.submits and not self.plans:
                 self.say(*format_start(action))
             if action.result:
                 self.say(format_end(action))
-            elif not self.console.is_terminal and now != ("queued", ""):
+            elif not self.console.is_terminal:
                 parts = time.strftime("%H:%M:%S"), action.name, now[0], self.took(action), now[1]
                 self.say("  ".join(filter(None, parts)))
         if self.console.is_terminal:
@@ -4022,7 +4034,7 @@ class Terminal:
         for action in actions:
             icon, name = ICONS.get(action.words, "🚀"), Text(action.name, style="bold")
             took = self.took(action) if action.started is not None else ""
-            detail = redact(action.detail, self.secrets)
+            detail = self.redact(action.detail)  # which the ellipsis may cut short
             line = Text(detail, style="dim", overflow="ellipsis", no_wrap=True)
             table.add_row(icon, name, action.words, took, line)
         self.live.update(table, refresh=True)
@@ -4036,11 +4048,10 @@ class Terminal:
     def report(self, report: Report, options: Options) -> None:
         """The plan or the summary, or its JSON, to stdout; tracebacks where `--logs` asks."""
         if options.json:
-            plain = map_texts(report_json(report), partial(redact, secrets=self.secrets))
-            text = json.dumps(plain, indent=2)
+            text = json.dumps(map_texts(report_json(report), self.redact), indent=2)
         else:
             lines = format_plan(report) if report.plan else format_summary(report)
-            text = redact("\n".join(lines), self.secrets)
+            text = self.redact("\n".join(lines))
         print(text, file=self.out, flush=True)
         for action in report.actions:
             if options.logs and action.trace:
@@ -4169,7 +4180,7 @@ class Session:
     def load(self) -> tuple[ApplicationSpec, ...]:
         """The config's applications; warnings go to the terminal. Raises ConfigError."""
         self.document, problems = load_document(self.options.config, os.environ)
-        self.terminal.secrets = self.document.secrets
+        self.terminal.err.secrets = self.document.secrets
         applications, problems = check_config(self.document, problems, self.cluster.check_values)
         if not all(problem.warning for problem in problems):
             raise ConfigError(problems)
@@ -4279,19 +4290,6 @@ class Session:
         return code
 
 
-class Redacted(io.TextIOBase):
-    """A stream on which nobody writes a secret: Ray prints its workers' lines there, too."""
-
-    def __init__(self, stream: TextIO, terminal: Terminal) -> None:
-        self.stream, self.terminal = stream, terminal
-
-    def write(self, text: str) -> int:
-        return self.stream.write(redact(text, self.terminal.secrets))
-
-    def flush(self) -> None:
-        self.stream.flush()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program in a thread, while this one heeds signals: Ray's calls would hold them up.
 
@@ -4306,7 +4304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     session = Session(options, RayCluster(options.logs), sys.stdout, sys.stderr)
     run = session.run
     # Ray prints what raylets say; only the report belongs on stdout.
-    sys.stdout = sys.stderr = Redacted(sys.stderr, session.terminal)
+    sys.stdout = sys.stderr = session.terminal.err
 
     def stop(number: int, _: object) -> None:
         if run.stop_code:

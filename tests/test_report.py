@@ -7,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -376,7 +377,12 @@ def terminal(*, live: bool = False) -> tuple[app.Terminal, io.StringIO, io.Strin
     screen, out = io.StringIO(), io.StringIO()
     made = app.Terminal(lambda: 10.0, out, screen)
     made.console = Console(
-        file=screen, width=80, height=30, force_terminal=live, soft_wrap=True, highlight=False
+        file=made.err,  # type: ignore[arg-type]
+        width=80,
+        height=30,
+        force_terminal=live,
+        soft_wrap=True,
+        highlight=False,
     )
     return made, screen, out
 
@@ -506,13 +512,27 @@ def test_no_secret_is_written_anywhere() -> None:
     plan = app.predict(action.demands, [])
     for live, as_json, seen in ((False, False, None), (True, True, None), (False, False, plan)):
         made, screen, out = terminal(live=live)
-        made.secrets = hidden
+        made.err.secrets = hidden
         made.show([action])
         made.say(f"said {secret}")
         made.report(report(action, plan=seen), app.Options("c", json=as_json, logs=True))
         text = screen.getvalue() + out.getvalue()
         assert not re.search("hf_secret|word|me:pw|12345", text)
         assert text.count("***") > 3
+
+
+def test_no_secret_that_a_worker_logs_is_shown_below_the_live_view(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, screen, _ = terminal(live=True)
+    made.err.secrets = frozenset({"hf_secret"})
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, made.err)
+    made.show([replace(running(), result=None, words="building", ended=None)])
+    print("(worker) the token is hf_secret")
+    made.close()
+    assert "(worker) the token is ***" in screen.getvalue()
+    assert "hf_secret" not in screen.getvalue()
 
 
 # -- whoever reads it is gone --------------------------------------------------------------------
