@@ -3087,13 +3087,10 @@ def mismatches(
 def wait_for_route(
     application: ApplicationSpec, base_url: str, ask: Fetch, pause: Callable[[str], None]
 ) -> None:
-    """Wait until Serve's proxy, and nobody else at its address, knows the application's route.
-
-    The proxies hear of a new application a moment after the controller (ray/serve/_private/
-    proxy.py, "/-/routes"), and one that restarts listens again in some seconds; `pause` is told
-    what is waited for. Raises Unreachable when that never comes, or when another server shares the
-    port and gets a part of the requests (SO_REUSEPORT).
-    """
+    """Wait until Serve's proxy knows the application's route, of which it hears a moment after the
+    controller (ray/serve/_private/proxy.py); `pause` is told what is waited for. Raises Unreachable
+    when that never comes, or when another server shares the port and gets a part of the requests
+    (SO_REUSEPORT)."""
     deadline, good = time.monotonic() + PROXY_TIMEOUT_S, 0
     while good < ROUTE_QUESTIONS:
         try:
@@ -3114,11 +3111,9 @@ def wait_for_route(
 def smoke_test(
     application: ApplicationSpec, asleep: Collection[str], base_url: str, ask: Fetch
 ) -> tuple[list[Answer], list[str]]:
-    """Ask an application over its public address. Raises ApplicationError for a bad answer.
-
-    `asleep` are the ids of models without a replica, which are not asked to answer. Returns the
-    answers, and notes on models that were not asked.
-    """
+    """Ask an application over its public address: its answers, and notes on models that were not
+    asked, as those `asleep` (ids) are, which have no replica. Raises ApplicationError for a bad
+    answer."""
     url = base_url + quote((application.route_prefix or "").rstrip("/"))
     listed = ask(f"{url}/v1/models", None) if application.models else None
     foreign = not is_rays_builder(application.config)
@@ -3823,7 +3818,7 @@ def format_cause(cause: Cause | None) -> list[str]:
     return [*lines, f"   Hint: {cause.hint}"] if cause.hint else lines
 
 
-def format_unfinished(action: Action, report: Report) -> list[str]:
+def format_unfinished(action: Action) -> list[str]:
     """The summary of one application that does not run: what happened, why, where to look."""
     result, details = action.result or Result.UNKNOWN, action.details
     lines = [f"• {action.name}: {result.value} after {format_seconds(action.seconds())}"]
@@ -3851,9 +3846,6 @@ def format_unfinished(action: Action, report: Report) -> list[str]:
         lines.append(f"   {serving if action.sent else 'What ran before was not touched'}")
     lines += [f"   No log: {action.no_log}"] if action.no_log else []
     lines += [f"   Logs: {command}" for command in log_commands(action)]
-    if action.sent and report.dashboard_url:
-        page = f"/#/serve/applications/{quote(action.name, safe='')}"
-        lines.append(f"   Dashboard: {report.dashboard_url}{page}")
     return lines
 
 
@@ -3866,13 +3858,12 @@ def log_commands(action: Action) -> list[str]:
     return []
 
 
-def format_deleted(action: Action, _: Report) -> list[str]:
+def format_deleted(action: Action) -> list[str]:
     text = "deleted; what it held is free" if action.before else "it was not there"
     return [f"• {action.name}: {text}", *(f"   Note: {note}" for note in action.reasons[1:])]
 
 
 def format_summary(report: Report) -> list[str]:
-    """The whole summary, line by line."""
     running = [a for a in report.actions if a.result is Result.RUNNING]
     deleted = [a for a in report.actions if a.result is Result.DELETED]
     failed = [a for a in report.actions if a.result not in (Result.RUNNING, Result.DELETED)]
@@ -3883,14 +3874,14 @@ def format_summary(report: Report) -> list[str]:
     for done, count, total in (("deployed", running, wanted), ("deleted", deleted, doomed)):
         if total:
             lines.append(f"Total applications {done}: {len(count)}/{total} in {seconds}")
-    groups: tuple[tuple[str, list[Action], Callable[[Action, Report], list[str]]], ...] = (
-        ("📋 Successfully Deployed Applications:", running, format_running),
-        ("🗑️  Deleted Applications:", deleted, format_deleted),
-        (f"❌ Not {'Running' if wanted else 'Deleted'}:", failed, format_unfinished),
-    )
-    for title, actions, format_one in groups:
-        lines += ["", title, THIN_RULE] if actions else []
-        lines += itertools.chain(*(["", *format_one(action, report)] for action in actions))
+    parts = {
+        "📋 Successfully Deployed Applications:": [format_running(a, report) for a in running],
+        "🗑️  Deleted Applications:": [format_deleted(a) for a in deleted],
+        f"❌ Not {'Running' if wanted else 'Deleted'}:": [format_unfinished(a) for a in failed],
+    }
+    for title, items in parts.items():
+        lines += ["", title, THIN_RULE] if items else []
+        lines += itertools.chain(*(["", *item] for item in items))
     if report.others and report.base_url is not None:
         names = ", ".join(f"{d.name} ({d.status.value})" for d in report.others)
         lines += ["", f"💡 Not in the file, left alone: {names}; --prune deletes them"]
@@ -3912,11 +3903,10 @@ def format_plan(report: Report) -> list[str]:
         for model in action.application.models:
             lines += [f"   Note: {note}" for note in model.notes]
             if model.measures_memory and action.submits:
-                lines.append(
+                lines += [
                     f"   ⚠️  {model.model_id} shares its GPU and measures at its start what is free "
-                    "there: engines that start with it disturb that; set "
-                    "engine_kwargs.kv_cache_memory_bytes, or deploy with --max-workers 1"
-                )
+                    "there: set engine_kwargs.kv_cache_memory_bytes, or use --max-workers 1"
+                ]
     for details in report.others:
         lines += ["", f"• {details.name}  {details.route_prefix or '(no HTTP route)'}"]
         status = details.status.value
@@ -3941,7 +3931,6 @@ def report_json(report: Report) -> Config:
 
 
 def action_json(action: Action, base_url: str | None) -> Config:
-    """One application of the report, or of the plan."""
     address, paths = endpoints(action.application, base_url)
     demands = [(demand, dataclasses.asdict(demand)) for demand in action.demands]
     return {
@@ -3981,9 +3970,6 @@ class Redacted(io.TextIOBase):
     def flush(self) -> None:
         self.stream.flush()
 
-    def isatty(self) -> bool:
-        return self.stream.isatty()
-
 
 class Terminal:
     """The one place that writes: progress and messages to stderr, the report to stdout."""
@@ -3991,8 +3977,9 @@ class Terminal:
     def __init__(self, clock: Callable[[], float], out: TextIO, err: TextIO) -> None:
         self.clock, self.out, self.err = clock, out, Redacted(err)
         # What others print while the live view is there goes through the console, too.
-        self.console = Console(file=self.err, highlight=False, soft_wrap=True)  # type: ignore[arg-type]
-        self.live: Live | None = None
+        how: dict[str, Any] = {"file": self.err, "force_terminal": err.isatty()}
+        self.console = Console(**how, highlight=False, soft_wrap=True)
+        self.live = Live(console=self.console, auto_refresh=False)
         self.shown: dict[int, tuple[str, str]] = {}
         self.plans = False
 
@@ -4027,23 +4014,14 @@ class Terminal:
 
     def draw(self, actions: Sequence[Action]) -> None:
         """Redraw the live lines, one an application."""
-        if self.live is None:
-            self.live = Live(console=self.console, auto_refresh=False)
-            self.live.start()
+        self.live.start()
         table = Table.grid(padding=(0, 2))
         for action in actions:
             icon, name = ICONS.get(action.words, "🚀"), Text(action.name, style="bold")
-            took = self.took(action) if action.started is not None else ""
             detail = self.redact(action.detail)  # which the ellipsis may cut short
             line = Text(detail, style="dim", overflow="ellipsis", no_wrap=True)
-            table.add_row(icon, name, action.words, took, line)
+            table.add_row(icon, name, action.words, self.took(action), line)
         self.live.update(table, refresh=True)
-
-    def close(self) -> None:
-        """End the live view; its last picture stays on the screen."""
-        if self.live is not None:
-            self.live.stop()
-            self.live = None
 
     def report(self, report: Report, options: Options) -> None:
         """The plan or the summary, or its JSON, to stdout; tracebacks where `--logs` asks."""
@@ -4110,7 +4088,7 @@ class Session:
         self.terminal = Terminal(self.run.clock, out, err)
         self.say = self.terminal.say
         self.started = self.run.clock()
-        self.document = Document(options.config, {}, {})
+        self.document: Document  # as soon as it is loaded
         self.others: list[ApplicationDetails] = []
         self.code: int | None = None
 
@@ -4159,6 +4137,7 @@ class Session:
         actions = self.decide(applications, {item.name for item in everything})
         if run.stop_code:
             raise Stopped
+        cluster.prepare(action.application for action in actions if action.submits)
         growth = cluster.growth()
         if growth is None:
             say("⚠️  An autoscaler is active: what no node can hold yet is deployed and waits")
@@ -4171,7 +4150,7 @@ class Session:
         if doomed:
             say(f"🗑️  Deleting {', '.join(doomed)}")
         if not options.delete:
-            self.start_serve(actions)
+            self.start_serve()
         cores = sum(node.total.get("CPU", 0.0) for node in cluster.nodes())
         workers = worker_count(len(actions), int(cores), options.max_workers)
         deploy(actions, run, workers, self.terminal.show)
@@ -4186,8 +4165,8 @@ class Session:
             raise ConfigError(problems)
         self.say_problems(problems)
         names = [item.name for item in applications]
-        for pattern in self.options.only or () if not self.options.prune else ():
-            if not fnmatch.filter(names, pattern):
+        for pattern in self.options.only or ():
+            if not self.options.prune and not fnmatch.filter(names, pattern):
                 message = f"--only {pattern}: no application has that name"
                 raise unusable(message, f"there are {', '.join(names)}", ("command line", 0, 0))
         return applications
@@ -4200,7 +4179,8 @@ class Session:
         """With --wait, wait within --timeout for another run that works on the same."""
         until = self.run.clock() + (self.options.timeout or math.inf)
         claims = self.cluster.claims(names) if self.options.wait else {}
-        for who in list(claims.values())[:1]:
+        if claims:
+            who = next(iter(claims.values()))
             self.say(f"⏳ Waiting for another run that works on the same: {who}")
         while claims and self.run.clock() < until:
             if self.run.stop_code:
@@ -4245,9 +4225,7 @@ class Session:
                 hint = "wait until it has ended (--wait does), or stop it, and run this again"
                 action.refusal = Cause(text, hint)
 
-    def start_serve(self, actions: Sequence[Action]) -> None:
-        """Start what takes long: the builders' imports, and Serve."""
-        self.cluster.prepare(action.application for action in actions if action.submits)
+    def start_serve(self) -> None:
         if ignored := self.cluster.start_serve(self.document.data):
             self.say(
                 f"⚠️  Serve is already running and keeps its own http_options "
@@ -4260,9 +4238,7 @@ class Session:
         cluster, run = self.cluster, self.run
         changing = [action for action in actions if action.submits]
         run.actions, self.terminal.plans = actions, True
-        cluster.prepare(action.application for action in changing)
-        build = partial(build_only, run=run)
-        in_workers(changing, build, run, len(changing), self.terminal.show)
+        in_workers(changing, partial(build_only, run=run), run, len(changing), self.terminal.show)
         if run.stop_code:
             raise Stopped
         for action in actions:
@@ -4281,7 +4257,7 @@ class Session:
         code = exit_code(run.actions, run.stop_code)
         if plan and plan.misfits and not code:
             code = EXIT_FAILED
-        self.terminal.close()
+        self.terminal.live.stop()  # its last picture stays on the screen
         if run.stop_code:
             self.say(f"🛑 Stopped: {run.stop_reason}")
         url, seconds = self.cluster.dashboard_url, run.clock() - self.started

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.live import Live
 
 import app_v5 as app
 from cluster import PYTHON, ROOT
@@ -136,7 +137,6 @@ def test_a_failure_says_why_what_would_help_and_where_to_look() -> None:
         "   Logs: ray logs actor --id abc --tail 400 --err",
         "   Logs: ray logs actor --id abc --tail 400",
         "   Logs: ray logs serve/replica_r.log",
-        "   Dashboard: http://localhost:8265/#/serve/applications/falcon3-1b-instruct-app",
     ]
 
 
@@ -173,7 +173,7 @@ def test_a_failure_says_why_what_would_help_and_where_to_look() -> None:
     ],
 )
 def test_what_became_of_the_others(keys: dict[str, Any], line: str) -> None:
-    assert f"   {line}" in app.format_unfinished(failed(**keys), report())
+    assert f"   {line}" in app.format_unfinished(failed(**keys))
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_failed_edit_says_what_is_left(keys: dict[str, Any], line: str) -> Non
     old = state("a", "RUNNING", "", deployment("D", "HEALTHY", replica("r1"), replica("r2")))
     now = deployment("D", "DEPLOY_FAILED", replica("r1"), replica("new", "STARTING"))
     given = {"details": state("a", "DEPLOY_FAILED", "", now), "before": app.Running(old), **keys}
-    assert f"   {line}" in app.format_unfinished(failed(**given), report())
+    assert f"   {line}" in app.format_unfinished(failed(**given))
 
 
 def test_deletions_have_their_own_part() -> None:
@@ -206,7 +206,7 @@ def test_deletions_have_their_own_part() -> None:
     assert "🔥 All deletions completed!" in lines
     assert not any("deployed" in line for line in lines)
     left = replace(gone, result=app.Result.INTERRUPTED, cause=None)
-    assert app.format_unfinished(left, report())[1] == (
+    assert app.format_unfinished(left)[1] == (
         "   It was submitted and goes on deleting; this program no longer watches it"
     )
 
@@ -376,14 +376,9 @@ def terminal(*, live: bool = False) -> tuple[app.Terminal, io.StringIO, io.Strin
     """A terminal of 80 columns, or none; its stderr and its stdout."""
     screen, out = io.StringIO(), io.StringIO()
     made = app.Terminal(lambda: 10.0, out, screen)
-    made.console = Console(
-        file=made.err,  # type: ignore[arg-type]
-        width=80,
-        height=30,
-        force_terminal=live,
-        soft_wrap=True,
-        highlight=False,
-    )
+    how: dict[str, Any] = {"file": made.err, "force_terminal": live}
+    made.console = Console(**how, width=80, height=30, soft_wrap=True, highlight=False)
+    made.live = Live(console=made.console, auto_refresh=False)
     return made, screen, out
 
 
@@ -408,7 +403,7 @@ def course(shown: app.Terminal) -> None:
     two.words, two.result, two.cause = "FAILED", app.Result.FAILED, app.Cause("ValueError: no")
     two.detail, two.ended = "ValueError: no " * 9, 10.0
     shown.show([one, two])
-    shown.close()
+    shown.live.stop()
 
 
 BLOCKS = """
@@ -530,7 +525,7 @@ def test_no_secret_that_a_worker_logs_is_shown_below_the_live_view(
         monkeypatch.setattr(sys, stream, made.err)
     made.show([replace(running(), result=None, words="building", ended=None)])
     print("(worker) the token is hf_secret")
-    made.close()
+    made.live.stop()
     assert "(worker) the token is ***" in screen.getvalue()
     assert "hf_secret" not in screen.getvalue()
 
@@ -545,7 +540,8 @@ class Cluster:  # nothing runs there
     dashboard_url = ""
     def __getattr__(self, name):
         found = {"check_values": [], "claims": {}, "states": {}, "running": {}, "nodes": [],
-                 "growth": [], "endpoint": "", "alive": True, "connect": None}[name]
+                 "growth": [], "endpoint": "", "alive": True, "connect": None,
+                 "prepare": None}[name]
         return lambda *arguments, **keys: found
 
 app.RayCluster = lambda worker_logs: Cluster()
