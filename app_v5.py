@@ -2850,12 +2850,10 @@ class RayCluster:
 OK, NOT_FOUND, SERVER_ERROR = 200, 404, 500
 SMALLEST_DIFFERENCE = 1e-4  # Ray counts in ten thousandths
 ROUTE_QUESTIONS = 8
+ONE_TOKEN: Config = {"max_tokens": 1, "stream": True}
 QUESTIONS: tuple[tuple[str, Config], ...] = (
-    (
-        "/v1/chat/completions",
-        {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1, "stream": True},
-    ),
-    ("/v1/completions", {"prompt": "Hello", "max_tokens": 1, "stream": True}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}], **ONE_TOKEN}),
+    ("/v1/completions", {"prompt": "Hello", **ONE_TOKEN}),
     ("/v1/embeddings", {"input": "Hello"}),
     ("/v1/score", {"text_1": "Hello", "text_2": "Hello"}),
 )
@@ -2867,40 +2865,41 @@ Fetch = Callable[[str, Config | None], Response]
 
 
 def fetch(url: str, body: Config | None, timeout_s: float) -> Response:
-    """GET `url`, or POST `body` to it as JSON. An answer without an end, such as a stream of
-    events, is cut off; a certificate is not checked, since it is that of the user's own cluster.
+    """GET `url`, or POST `body` to it as JSON, never through a proxy of the environment. An answer
+    without an end is cut off; a certificate is not checked: it is that of the user's own cluster.
 
     Raises Unreachable, and ApplicationError where somebody listens and does not answer.
     """
-    import requests
     import urllib3
 
-    urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
-    started = time.monotonic()
-    parts: list[bytes] = []
-    first_s, ended, status = 0.0, False, 0
-    ask = partial(requests.get, url) if body is None else partial(requests.post, url, json=body)
+    urllib3.disable_warnings()
+    started, parts, first_s, ended = time.monotonic(), list[bytes](), 0.0, False
+    pool = urllib3.PoolManager(timeout=timeout_s, retries=False, cert_reqs="CERT_NONE")
+    method = "GET" if body is None else "POST"
     try:
-        with ask(timeout=timeout_s, stream=True, verify=False) as answer:
-            status = answer.status_code
-            while time.monotonic() - started < timeout_s and sum(map(len, parts)) < MOST_BODY_BYTES:
-                part = answer.raw.read1(MOST_BODY_BYTES, decode_content=True)
-                first_s = first_s or time.monotonic() - started
-                parts.append(part)
-                if not part:
-                    ended = not answer.raw.length_remaining  # of what was announced
-                    break
-    except requests.ReadTimeout as error:
+        answer = pool.request(method, url, json=body, preload_content=False)
+    except urllib3.exceptions.ReadTimeoutError as error:
         raise ApplicationError(f"no answer within {timeout_s:.0f} s from {url}") from error
-    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        if not status:
-            bottom: BaseException = error
-            while bottom.__context__:
-                bottom = bottom.__context__
-            reason = getattr(bottom, "strerror", None) or first_line(str(bottom))
-            raise Unreachable(f"{url}: {reason}") from error
+    except urllib3.exceptions.HTTPError as error:
+        raise Unreachable(f"{url}: {error.__context__ or error}") from error
+    with answer, contextlib.suppress(urllib3.exceptions.HTTPError):
+        while time.monotonic() - started < timeout_s and sum(map(len, parts)) < MOST_BODY_BYTES:
+            parts.append(answer.read1(MOST_BODY_BYTES, decode_content=True))
+            first_s = first_s or time.monotonic() - started
+            if not parts[-1]:
+                ended = not answer.length_remaining  # of what was announced
+                break
     text = b"".join(parts).decode(errors="replace")
-    return Response(status, text, first_s, time.monotonic() - started, ended)
+    return Response(answer.status, text, first_s, time.monotonic() - started, ended)
+
+
+def serves(deployment: str, model: ModelSpec) -> bool:
+    """Whether a deployment is a model's; Ray names it "<server class>:<deployment name>"."""
+    return deployment.endswith(f":{model.deployment_name}")
+
+
+def demand_of(model: ModelSpec, demands: Sequence[Demand]) -> Demand | None:
+    return next((demand for demand in demands if serves(demand.deployment, model)), None)
 
 
 def mismatches(
@@ -2909,39 +2908,30 @@ def mismatches(
     """The promises about resources that running replicas do not keep, in words."""
     rows = []
     for held in reservations:
-        demand = next((d for d in demands if d.deployment == held.deployment), None)
-        models = [m for m in application.models if demand and demand_of(m, demands) is demand]
-        asked = demand.reserved if demand else {}
-        promised = {**asked, **(models[0].promised if models else {})}
-        places = {name for name in promised if name.startswith("node:")}  # they hold nothing
-        for resource in sorted({*promised, *held.reserved} - places):
+        asked = next((d.reserved for d in demands if d.deployment == held.deployment), {})
+        promised = dict(asked)
+        for model in application.models:
+            promised |= model.promised if serves(held.deployment, model) else {}
+        for resource in sorted({*promised, *held.reserved}):
             wanted, found = promised.get(resource, 0.0), held.reserved.get(resource, 0.0)
+            if abs(wanted - found) <= SMALLEST_DIFFERENCE or resource.startswith("node:"):
+                continue  # "node:..." only says where something is to run
             who = "a replica of it holds more or less than its deployment asks for"
             if abs(asked.get(resource, 0.0) - found) < SMALLEST_DIFFERENCE:
                 who = "its builder asks Ray for that, not for what the config says"
-            if abs(wanted - found) > SMALLEST_DIFFERENCE:
-                amounts = format_amount(resource, wanted), format_amount(resource, found)
-                text = f"promised {amounts[0]} {resource}, reserved {amounts[1]} ({who})"
-                rows.append(f"{held.deployment}: {text}")
+            amounts = format_amount(resource, wanted), format_amount(resource, found)
+            text = f"promised {amounts[0]} {resource}, reserved {amounts[1]} ({who})"
+            rows.append(f"{held.deployment}: {text}")
     return tuple(dict.fromkeys(rows))
-
-
-def demand_of(model: ModelSpec, demands: Sequence[Demand]) -> Demand | None:
-    """The deployment that serves a model; Ray names it "<server class>:<deployment name>"."""
-    suffix = ":" + model.deployment_name
-    return next((demand for demand in demands if demand.deployment.endswith(suffix)), None)
 
 
 def wait_for_route(
     application: ApplicationSpec, base_url: str, ask: Fetch, pause: Callable[[str], None]
 ) -> None:
-    """Wait until Serve's proxy, and nobody else at its address, knows the application's route.
-
-    The proxies hear of a new application a moment after the controller (ray/serve/_private/
-    proxy.py, "/-/routes"), and one that restarts listens again in some seconds; `pause` is told
-    what is waited for. Raises Unreachable when that never comes, or when another server shares the
-    port and gets a part of the requests (SO_REUSEPORT).
-    """
+    """Wait until Serve's proxy knows the application's route, of which it hears a moment after the
+    controller (ray/serve/_private/proxy.py); `pause` is told what is waited for. Raises Unreachable
+    when that never comes, or when another server shares the port and gets a part of the requests
+    (SO_REUSEPORT)."""
     deadline, good = time.monotonic() + PROXY_TIMEOUT_S, 0
     while good < ROUTE_QUESTIONS:
         try:
@@ -2962,14 +2952,13 @@ def wait_for_route(
 def smoke_test(
     application: ApplicationSpec, asleep: Collection[str], base_url: str, ask: Fetch
 ) -> tuple[list[Answer], list[str]]:
-    """Ask an application over its public address. Raises ApplicationError for a bad answer.
-
-    `asleep` are the ids of models without a replica, which are not asked to answer. Returns the
-    answers, and notes on models that were not asked.
-    """
+    """Ask an application over its public address: its answers, and notes on models that were not
+    asked, as those `asleep` (ids) are, which have no replica. Raises ApplicationError for a bad
+    answer."""
     url = base_url + quote((application.route_prefix or "").rstrip("/"))
     listed = ask(f"{url}/v1/models", None) if application.models else None
-    if listed is None or (listed.status == NOT_FOUND and not is_rays_builder(application.config)):
+    foreign = not is_rays_builder(application.config)
+    if listed is None or (foreign and OK < listed.status < SERVER_ERROR):
         return [ask_ingress(url, ask)], []
     if listed.status != OK:
         raise ApplicationError(f"GET {url}/v1/models: {format_refusal(listed)}")
@@ -3005,11 +2994,9 @@ def ask_model(model_id: str, url: str, ask: Fetch) -> Answer | None:
     for path, question in QUESTIONS:
         response = ask(url + path, {**question, "model": model_id})
         parts = read_parts(response.text)
-        refused = next((part["error"] for part in parts if part.get("error")), None)
-        if response.status == OK and refused is None:
+        if response.status == OK and not any(part.get("error") for part in parts):
             break
-        unknown = response.status < SERVER_ERROR or refused is not None
-        if not (unknown and CANNOT.search(response.text)):
+        if not CANNOT.search(response.text):
             raise ApplicationError(f"POST {url}{path}: {format_refusal(response)}")
     else:
         return None
@@ -3040,26 +3027,20 @@ def read_json(text: str) -> Config:
 
 def format_refusal(response: Response) -> str:
     """An answer that is none: its status, and the message in its body."""
-    parts = read_parts(response.text)
-    error = next((part["error"] for part in parts if part.get("error")), None)
-    message = error.get("message") if isinstance(error, dict) else error
-    detail = next((part["detail"] for part in parts if part.get("detail")), None)
-    text = " ".join(str(message or detail or response.text or "").split()) or "no body"
+    body: Config = dict(itertools.chain(*(part.items() for part in read_parts(response.text))))
+    error = body.get("error") or body.get("detail") or response.text
+    text = " ".join(str(as_dict(error).get("message") or error).split()) or "no body"
     return f"{response.status} {shortened(text, MOST_CAUSE_CHARACTERS)}"
 
 
 # -- engines ---------------------------------------------------------------------------------------
 
 FIGURES: tuple[tuple[str, str], ...] = (
-    # vllm/v1/core/kv_cache_utils.py
+    # vllm/v1/core/kv_cache_utils.py, vllm/v1/worker/gpu_model_runner.py
     (r"GPU KV cache size: ([\d,]+) tokens", "KV cache {} tokens"),
     (r"Available KV cache memory: ([\d.]+) GiB", "{} GiB"),
     (r"Maximum concurrency for [\d,]+ tokens .*: ([\d.]+)x", "{} requests of full length at once"),
-    # vllm/v1/worker/gpu_model_runner.py, vllm/model_executor/model_loader/default_loader.py
     (r"Model loading took ([\d.]+) GiB memory", "weights {} GiB"),
-    (r"Loading weights took ([\d.]+) seconds", "weights loaded in {} s"),
-    # vllm/v1/engine/core.py
-    (r"init engine \(profile, create kv cache, warmup .*\) took ([\d.]+) s", "ready {} s later"),
 )
 DISTURBED = re.compile(
     "No available memory for the cache blocks|Error in memory profiling|"
@@ -3074,9 +3055,8 @@ def engine_figures(application: ApplicationSpec, deployment: str, log: str) -> l
     """What the log of a replica says about its engine, in words."""
     found = [(words, re.findall(pattern, log)) for pattern, words in FIGURES]
     figures = ", ".join(words.format(values[-1]) for words, values in found if values)
-    names = {f":{model.deployment_name}": model.model_id for model in application.models}
-    ids = [model_id for suffix, model_id in names.items() if deployment.endswith(suffix)]
-    return [f"Engine of {ids[0]} says: {figures}"] if figures and ids else []
+    ids = [model.model_id for model in application.models if serves(deployment, model)]
+    return [f"Engine of {model_id} says: {figures}" for model_id in ids if figures]
 
 
 def shares_gpu(action: Action) -> bool:
@@ -3530,12 +3510,9 @@ def exit_code(actions: Sequence[Action], stop_code: int) -> int:
 # ======================================================================================
 
 RULE, THIN_RULE = "=" * 80, "-" * 80
-LLM_ENDPOINTS = (
-    ("POST", "/v1/chat/completions"),
-    ("POST", "/v1/completions"),
-    ("GET", "/v1/models"),
-)
+LLM_ENDPOINTS = ("POST /v1/chat/completions", "POST /v1/completions", "GET /v1/models")
 JSON_VERSION = 2
+ICONS = {"queued": "⏳", "RUNNING": "✅", "DELETED": "✅", "FAILED": "❌"}
 
 
 @dataclass(frozen=True)
@@ -3558,36 +3535,31 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def format_replicas(demand: Demand) -> str:
-    """ "1 → 3 (autoscaling)" or "2"."""
-    if demand.autoscaling:
-        return f"{demand.min_replicas} → {demand.max_replicas} (autoscaling)"
-    return str(demand.max_replicas)
-
-
-def format_bundles(demand: Demand) -> str:
-    """A replica's sum, and its bundles where there are several."""
-    text = format_resources(demand.reserved)
+def describe_demand(demand: Demand) -> tuple[str, str]:
+    """What a replica reserves, and how many there are: "1 → 3 (autoscaling)" or "2"."""
+    amounts, count = format_resources(demand.reserved), str(demand.max_replicas)
     if len(demand.bundles) > 1:
         bundles = " + ".join(f"[{format_resources(bundle)}]" for bundle in demand.bundles)
-        text += f" in all: {bundles}, {demand.strategy}"
-    return text
+        amounts += f" in all: {bundles}, {demand.strategy}"
+    if demand.autoscaling:
+        count = f"{demand.min_replicas} → {count} (autoscaling)"
+    return amounts, count
 
 
 def format_demand(demand: Demand) -> str:
+    amounts, count = describe_demand(demand)
     ingress = " (ingress)" if demand.ingress else ""
-    each = f"{format_bundles(demand)} per replica, replicas {format_replicas(demand)}"
-    return f"   {demand.deployment}{ingress}: {each}"
+    return f"   {demand.deployment}{ingress}: {amounts} per replica, replicas {count}"
 
 
 def endpoints(application: ApplicationSpec, base_url: str | None) -> tuple[str, list[str]]:
-    """Where an application answers, and to what: method and path."""
+    """Where an application answers, and to what: "GET /route/v1/models"."""
     route = application.route_prefix
     if not base_url or route is None:
         return "", []
     prefix = route.rstrip("/")
-    paths = [f"{method:<4} {prefix}{path}" for method, path in LLM_ENDPOINTS]
-    return f"{base_url}{quote(prefix) or '/'}", paths if application.models else [f"ANY  {route}"]
+    paths = [endpoint.replace(" ", f" {prefix}") for endpoint in LLM_ENDPOINTS]
+    return f"{base_url}{quote(prefix) or '/'}", paths if application.models else [f"ANY {route}"]
 
 
 def format_start(action: Action) -> list[str]:
@@ -3605,16 +3577,12 @@ def format_start(action: Action) -> list[str]:
 
 def format_end(action: Action) -> str:
     """What is said when an application has its result."""
-    result = action.result.value if action.result else ""
+    words = action.words.capitalize()
+    if action.result is Result.RUNNING:
+        unchanged = action.change is Change.UNCHANGED
+        words = "Running, unchanged" if unchanged else "Deployed successfully"
     cause = f" ({action.cause.text})" if action.cause else ""
-    words = {
-        "RUNNING": "✅ Deployed successfully",
-        "DELETED": "✅ Deleted",
-        "FAILED": "❌ Failed",
-    }.get(result, f"⚠️  {result.capitalize()}")
-    if action.change is Change.UNCHANGED and action.result is Result.RUNNING:
-        words = "✅ Running, unchanged"
-    return f"   {words}: {action.name}{cause}"
+    return f"   {ICONS.get(action.words, '⚠️ ')} {words}: {action.name}{cause}"
 
 
 def format_action(action: Action) -> list[str]:
@@ -3625,110 +3593,106 @@ def format_action(action: Action) -> list[str]:
     return [*lines, f"      {gap(action)}"] if gap(action) else lines
 
 
-def format_running(action: Action, base_url: str | None) -> list[str]:
+def format_running(action: Action, report: Report) -> list[str]:
     """The summary of one application that runs, in the layout that V5's users know."""
-    application, served = action.application, set()
-    lines = [f"• {application.name}"]
+    application = action.application
+    lines = [f"• {action.name}"]
     if action.change is Change.UNCHANGED:
         lines.append("   Unchanged: it runs already, and was left alone")
     elif action.reasons:
         lines += format_action(action)
     if action.attempt > 1:
         lines.append("   Second attempt, alone: other engines on its GPU disturbed the first")
+    others = list(action.demands)
     for model in application.models:
         lines += [f"   Model: {model.source}", f"   Model ID: {model.model_id}"]
-        if demand := demand_of(model, action.demands):
-            served.add(demand.deployment)
-            lines.append(f"   Resources per replica: {format_bundles(demand)}")
-            lines.append(f"   Replicas: {format_replicas(demand)}")
+        if demand := demand_of(model, others):
+            others.remove(demand)
+            amounts, count = describe_demand(demand)
+            lines += [f"   Resources per replica: {amounts}", f"   Replicas: {count}"]
         lines += [f"   Note: {note}" for note in model.notes]
-    lines += [format_demand(d) for d in action.demands if d.deployment not in served]
-    lines += [f"   {line}" for line in format_proof(action.proof)]
-    if base_url is None:
+    lines += [*map(format_demand, others), *format_proof(action.proof or Proof())]
+    if report.base_url is None:
         return [*lines, "   It ran when the cluster was last seen"]
     if application.route_prefix is None:
         return [*lines, "   No HTTP route (route_prefix: null)"]
-    address, paths = endpoints(application, base_url)
+    address, paths = endpoints(application, report.base_url)
     lines += [f"   Base URL: {address}", "   Endpoints:"] if address else []
-    return lines + [f"     • {path}" for path in paths]
+    return lines + ["     • {:<4} {}".format(*path.split(maxsplit=1)) for path in paths]
 
 
-def format_proof(proof: Proof | None) -> list[str]:
+def format_proof(proof: Proof) -> list[str]:
     """What was checked of a running application, a line each."""
-    if proof is None:
-        return []
-    places: Counter[str] = Counter()
+    lines, places = [f"✗ {text}" for text in proof.mismatches], Counter[str]()
     for item in proof.reservations:
-        gpus = f" GPU {', '.join(map(str, item.gpus))}" if item.gpus else ""
-        where = f"{' + '.join(item.nodes)}{gpus}"
-        places[f"{item.deployment}: {format_resources(item.reserved)}, on {where}"] += 1
-    broken = {text.partition(": promised")[0] for text in proof.mismatches}
-    lines = [f"✗ {text}" for text in proof.mismatches]
-    for text, count in places.items():
-        mark = "✗" if text.partition(": ")[0] in broken else "✓"
-        lines.append(f"{mark} Reserved by {text}" + f" ({count} replicas)" * (count > 1))
+        name, amounts = item.deployment, format_resources(item.reserved)
+        broken = any(text.startswith(f"{name}: promised") for text in proof.mismatches)
+        where = " + ".join(item.nodes)
+        where += f" GPU {', '.join(map(str, item.gpus))}" if item.gpus else ""
+        places[f"{'✗' if broken else '✓'} Reserved by {name}: {amounts}, on {where}"] += 1
+    lines += [f"{text} ({n} replicas)" if n > 1 else text for text, n in places.items()]
     for answer in proof.answers:
         first = f", first token after {answer.first_token_s:.2f} s" if answer.first_token_s else ""
         who = f" to {answer.model_id}" if answer.model_id else ""
         lines.append(f"✓ {answer.request}{who}: answered in {answer.total_s:.2f} s{first}")
-    return [*lines, *proof.notes] + [f"✗ Not verified: {proof.unverified}"] * bool(proof.unverified)
+    lines += proof.notes
+    lines += [f"✗ Not verified: {proof.unverified}"] if proof.unverified else []
+    return [f"   {line}" for line in lines]
 
 
 def format_cause(cause: Cause | None) -> list[str]:
-    """A cause's lines, and its hint."""
     if cause is None:
         return []
-    first, *rest = cause.text.splitlines() or [""]
-    lines = [f"   Cause: {first}", *(f"          {line}" for line in rest)]
+    lines = [f"   Cause: {cause.text}".replace("\n", "\n          ")]
     return [*lines, f"   Hint: {cause.hint}"] if cause.hint else lines
 
 
-def format_unfinished(action: Action, report: Report) -> list[str]:
+def format_unfinished(action: Action) -> list[str]:
     """The summary of one application that does not run: what happened, why, where to look."""
-    name, result, details = action.name, action.result, action.details
-    lines = [f"• {name}: {result.value if result else ''} after {format_seconds(action.seconds())}"]
+    result, details = action.result or Result.UNKNOWN, action.details
+    lines = [f"• {action.name}: {result.value} after {format_seconds(action.seconds())}"]
     lines += format_cause(action.cause)
-    doing = "deleting" if action.change is Change.DELETE else "deploying"
     if result is Result.UNKNOWN:
-        lines.append("   The cluster was lost: whether it runs, or ever will, is not known")
+        return [*lines, "   The cluster was lost: whether it runs, or ever will, is not known"]
+    doing = "deleting" if action.change is Change.DELETE else "deploying"
+    if action.deleted:
+        lines.append("   It was deleted again (--on-failure delete)")
+    elif result is Result.STILL_DEPLOYING and details:
+        state = describe_state(details, action.waits_for, "")
+        lines.append(f"   Last state: {' · '.join(filter(None, state))}")
+        lines.append(f"   The cluster goes on {doing} it")
     elif result is Result.INTERRUPTED:
-        texts = {
+        submitted = {
             "yes": f"It was submitted and goes on {doing}; this program no longer watches it",
             "perhaps": "It was being handed over: whether Serve has it is not known",
             "": "It was not submitted",
         }
-        lines.append(f"   {texts[action.sent]}")
-    elif result is Result.STILL_DEPLOYING and details and not action.deleted:
-        state = describe_state(details, action.waits_for, "")
-        lines.append(f"   Last state: {' · '.join(filter(None, state))}")
-        lines.append(f"   The cluster goes on {doing} it")
-    lines += ["   It was deleted again (--on-failure delete)"] if action.deleted else []
-    if action.before and action.change is not Change.DELETE and result is not Result.UNKNOWN:
-        now = {r.replica_id for r in replicas_of(details) if r.state == "RUNNING"}
-        old = [r.replica_id for r in replicas_of(action.before.details)]
-        left = sum(replica_id in now for replica_id in old)
-        serving = f"Still serving from before the edit: {left} of {len(old)} replicas"
+        lines.append(f"   {submitted[action.sent]}")
+    if action.before and action.change is not Change.DELETE:
+        old = {replica.replica_id for replica in replicas_of(action.before.details)}
+        left = [r for r in replicas_of(details) if r.replica_id in old and r.state == "RUNNING"]
+        serving = f"Still serving from before the edit: {len(left)} of {len(old)} replicas"
         lines.append(f"   {serving if action.sent else 'What ran before was not touched'}")
     lines += [f"   No log: {action.no_log}"] if action.no_log else []
     lines += [f"   Logs: {command}" for command in log_commands(action)]
-    if action.sent and report.dashboard_url and result is not Result.UNKNOWN:
-        address = f"{report.dashboard_url}/#/serve/applications/{quote(name, safe='')}"
-        lines.append(f"   Dashboard: {address}")
     return lines
 
 
 def log_commands(action: Action) -> list[str]:
     """The commands that print what the replica that died last wrote: its stderr, its stdout (the
     engine writes to either), and its log in Serve's words."""
-    dead = failed_replicas(action) if action.result is not Result.RUNNING else []
-    if not dead:
-        return []
-    actor = f"ray logs actor --id {dead[0].actor_id} --tail {LOG_LINES}"
-    return [f"{actor} --err", actor, f"ray logs {(dead[0].log_file_path or '').lstrip('/')}"]
+    for replica in failed_replicas(action)[:1]:
+        actor = f"ray logs actor --id {replica.actor_id} --tail {LOG_LINES}"
+        return [f"{actor} --err", actor, f"ray logs {(replica.log_file_path or '').lstrip('/')}"]
+    return []
+
+
+def format_deleted(action: Action) -> list[str]:
+    text = "deleted; what it held is free" if action.before else "it was not there"
+    return [f"• {action.name}: {text}", *(f"   Note: {note}" for note in action.reasons[1:])]
 
 
 def format_summary(report: Report) -> list[str]:
-    """The whole summary, line by line."""
     running = [a for a in report.actions if a.result is Result.RUNNING]
     deleted = [a for a in report.actions if a.result is Result.DELETED]
     failed = [a for a in report.actions if a.result not in (Result.RUNNING, Result.DELETED)]
@@ -3739,23 +3703,14 @@ def format_summary(report: Report) -> list[str]:
     for done, count, total in (("deployed", running, wanted), ("deleted", deleted, doomed)):
         if total:
             lines.append(f"Total applications {done}: {len(count)}/{total} in {seconds}")
-    gone = []
-    for action in deleted:
-        text = "deleted; what it held is free" if action.before else "it was not there"
-        notes = [f"   Note: {note}" for note in action.reasons[1:]]
-        gone.append([f"• {action.name}: {text}", *notes])
-    groups = {
-        "📋 Successfully Deployed Applications:": [
-            format_running(action, report.base_url) for action in running
-        ],
-        "🗑️  Deleted Applications:": gone,
-        f"❌ Not {'Running' if wanted else 'Deleted'}:": [
-            format_unfinished(action, report) for action in failed
-        ],
+    parts = {
+        "📋 Successfully Deployed Applications:": [format_running(a, report) for a in running],
+        "🗑️  Deleted Applications:": [format_deleted(a) for a in deleted],
+        f"❌ Not {'Running' if wanted else 'Deleted'}:": [format_unfinished(a) for a in failed],
     }
-    for title, items in groups.items():
+    for title, items in parts.items():
         lines += ["", title, THIN_RULE] if items else []
-        lines += itertools.chain.from_iterable(["", *item] for item in items)
+        lines += itertools.chain(*(["", *item] for item in items))
     if report.others and report.base_url is not None:
         names = ", ".join(f"{d.name} ({d.status.value})" for d in report.others)
         lines += ["", f"💡 Not in the file, left alone: {names}; --prune deletes them"]
@@ -3777,11 +3732,10 @@ def format_plan(report: Report) -> list[str]:
         for model in action.application.models:
             lines += [f"   Note: {note}" for note in model.notes]
             if model.measures_memory and action.submits:
-                lines.append(
+                lines += [
                     f"   ⚠️  {model.model_id} shares its GPU and measures at its start what is free "
-                    "there: engines that start with it disturb that; set "
-                    "engine_kwargs.kv_cache_memory_bytes, or deploy with --max-workers 1"
-                )
+                    "there: set engine_kwargs.kv_cache_memory_bytes, or use --max-workers 1"
+                ]
     for details in report.others:
         lines += ["", f"• {details.name}  {details.route_prefix or '(no HTTP route)'}"]
         status = details.status.value
@@ -3793,34 +3747,29 @@ def format_plan(report: Report) -> list[str]:
 def report_json(report: Report) -> Config:
     """The report for programs; the README documents it. A key that is gone or means another thing
     raises the version, a new one does not."""
-    others = report.others
     return {
         "version": JSON_VERSION,
         "exit_code": report.code,
         "seconds": round(report.seconds, 1),
         "dashboard": report.dashboard_url,
         "applications": [action_json(action, report.base_url) for action in report.actions],
-        "not_in_file": [{"name": d.name, "status": d.status.value} for d in others],
+        "not_in_file": [{"name": d.name, "status": d.status.value} for d in report.others],
         "packing": format_prediction(report.plan) if report.plan else None,
         "misfits": list(map(format_misfit, report.plan.misfits)) if report.plan else None,
     }
 
 
 def action_json(action: Action, base_url: str | None) -> Config:
-    """One application of the report, or of the plan."""
-    application, cause = action.application, action.cause
-    address, paths = endpoints(application, base_url)
+    address, paths = endpoints(action.application, base_url)
+    demands = [(demand, dataclasses.asdict(demand)) for demand in action.demands]
     return {
         "name": action.name,
         "change": action.change.value,
         "reasons": list(action.reasons),
         "gap": gap(action) or None,
-        "route_prefix": application.route_prefix,
-        "models": [dataclasses.asdict(model) for model in application.models],
-        "deployments": [
-            {**dataclasses.asdict(demand), "reserved_per_replica": demand.reserved}
-            for demand in action.demands
-        ],
+        "route_prefix": action.application.route_prefix,
+        "models": [dataclasses.asdict(model) for model in action.application.models],
+        "deployments": [{**row, "reserved_per_replica": d.reserved} for d, row in demands],
         "result": action.result.value if action.result else None,
         "seconds": round(action.seconds(), 1),
         "attempts": action.attempt,
@@ -3829,97 +3778,91 @@ def action_json(action: Action, base_url: str | None) -> Config:
         "deleted": action.deleted or action.result is Result.DELETED,
         "proof": dataclasses.asdict(action.proof) if action.proof else None,
         "status": action.details.status.value if action.details else None,
-        "cause": cause.text if cause else None,
-        "hint": cause.hint if cause else None,
+        "cause": action.cause.text if action.cause else None,
+        "hint": action.cause.hint if action.cause else None,
         "waits_for": action.waits_for or None,
         "logs": log_commands(action),
         "base_url": address or None,
-        "endpoints": [" ".join(path.split()) for path in paths],
+        "endpoints": paths,
     }
+
+
+class Redacted(io.TextIOBase):
+    """A stream on which nobody writes a secret, nor Ray, which prints its workers' lines there."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.secrets = stream, frozenset[str]()
+
+    def write(self, text: str) -> int:
+        return self.stream.write(redact(text, self.secrets))
+
+    def flush(self) -> None:
+        self.stream.flush()
 
 
 class Terminal:
     """The one place that writes: progress and messages to stderr, the report to stdout."""
 
     def __init__(self, clock: Callable[[], float], out: TextIO, err: TextIO) -> None:
-        self.clock, self.out = clock, out
-        self.console = Console(file=err, highlight=False, soft_wrap=True)
-        self.live: Live | None = None
+        self.clock, self.out, self.err = clock, out, Redacted(err)
+        # What others print while the live view is there goes through the console, too.
+        how: dict[str, Any] = {"file": self.err, "force_terminal": err.isatty()}
+        self.console = Console(**how, highlight=False, soft_wrap=True)
+        self.live = Live(console=self.console, auto_refresh=False)
         self.shown: dict[int, tuple[str, str]] = {}
-        self.secrets: frozenset[str] = frozenset()
         self.plans = False
+
+    def redact(self, text: str) -> str:
+        return redact(text, self.err.secrets)
 
     def say(self, *lines: str) -> None:
         """A message about the run as a whole, above the live view where there is one."""
-        text = redact("\n".join(lines), self.secrets)
-        self.console.print(text, markup=False, emoji=False)
+        self.console.print("\n".join(lines), markup=False, emoji=False)
+
+    def took(self, action: Action) -> str:
+        return format_seconds(action.seconds(self.clock()))
 
     def show(self, actions: Sequence[Action]) -> None:
         """The progress of all applications: a block when one's turn comes, a line when it ends, and
         in between a live view, or a line a change."""
         for action in actions:
-            before, now = self.shown.get(id(action)), (action.words, action.detail)
+            before = self.shown.get(id(action), ("queued", ""))
+            now = self.shown[id(action)] = action.words, action.detail
             if now == before:
                 continue
-            self.shown[id(action)] = now
-            begins = action.started is not None and (before is None or before[0] == "queued")
+            begins = action.started is not None and before[0] == "queued"
             if begins and action.submits and not self.plans:
                 self.say(*format_start(action))
             if action.result:
                 self.say(format_end(action))
-            elif not self.console.is_terminal and (now[0] != "queued" or now[1]):
-                stamp, took = (
-                    time.strftime("%H:%M:%S"),
-                    format_seconds(action.seconds(self.clock())),
-                )
-                self.say("  ".join(filter(None, [stamp, action.name, now[0], took, now[1]])))
+            elif not self.console.is_terminal:
+                parts = time.strftime("%H:%M:%S"), action.name, now[0], self.took(action), now[1]
+                self.say("  ".join(filter(None, parts)))
         if self.console.is_terminal:
             self.draw(actions)
 
     def draw(self, actions: Sequence[Action]) -> None:
         """Redraw the live lines, one an application."""
-        if self.live is None:
-            self.live = Live(console=self.console, auto_refresh=False)
-            self.live.start()
+        self.live.start()
         table = Table.grid(padding=(0, 2))
         for action in actions:
-            took = (
-                format_seconds(action.seconds(self.clock())) if action.started is not None else ""
-            )
-            icon, style = LOOKS.get(action.words, ("🚀", "yellow"))
-            detail = Text(redact(action.detail, self.secrets), style="dim", overflow="ellipsis")
-            detail.no_wrap = True
-            words = Text(action.words, style=style)
-            table.add_row(icon, Text(action.name, style="bold"), words, Text(took), detail)
+            icon, name = ICONS.get(action.words, "🚀"), Text(action.name, style="bold")
+            detail = self.redact(action.detail)  # which the ellipsis may cut short
+            line = Text(detail, style="dim", overflow="ellipsis", no_wrap=True)
+            table.add_row(icon, name, action.words, self.took(action), line)
         self.live.update(table, refresh=True)
-
-    def close(self) -> None:
-        """End the live view; its last picture stays on the screen."""
-        if self.live is not None:
-            self.live.stop()
-            self.live = None
 
     def report(self, report: Report, options: Options) -> None:
         """The plan or the summary, or its JSON, to stdout; tracebacks where `--logs` asks."""
-        self.close()
         if options.json:
-            plain = map_texts(report_json(report), partial(redact, secrets=self.secrets))
-            text = json.dumps(plain, indent=2)
+            text = json.dumps(map_texts(report_json(report), self.redact), indent=2)
         else:
             lines = format_plan(report) if report.plan else format_summary(report)
-            text = redact("\n".join(lines), self.secrets)
+            text = self.redact("\n".join(lines))
         print(text, file=self.out, flush=True)
         for action in report.actions:
             if options.logs and action.trace:
                 self.say(f"--- {action.name}\n{action.trace}")
-
-
-LOOKS = {
-    "queued": ("⏳", "dim"),
-    "RUNNING": ("✅", "green"),
-    "DELETED": ("✅", "green"),
-    "FAILED": ("❌", "red"),
-}
 
 
 # ======================================================================================
@@ -3942,14 +3885,9 @@ def parse_options(argv: Sequence[str] | None) -> Options:
     given = parser.parse_args(argv)
     if given.max_workers < 0 or not 0 <= given.timeout < math.inf:
         parser.error("--max-workers and --timeout are numbers, 0 or more")
-    against = [name for name in ("prune", "force", "no_downtime") if getattr(given, name)]
-    if given.delete and against:
-        parser.error(f"--delete and --{against[0].replace('_', '-')} exclude each other")
+    if given.delete and (given.prune or given.force or given.no_downtime):
+        parser.error("--delete excludes --prune, --force and --no-downtime")
     return Options(**vars(given))
-
-
-def is_chosen(name: str, options: Options) -> bool:
-    return not options.only or any(fnmatch.fnmatchcase(name, p) for p in options.only)
 
 
 def check_config(
@@ -3972,57 +3910,63 @@ def check_config(
 
 
 class Session:
-    """One run of the program, from its options to its exit code."""
+    """One run of the program, from its options to its exit code, which is None until it ends."""
 
-    def __init__(self, options: Options, terminal: Terminal, cluster: RayCluster, run: Run) -> None:
-        self.options, self.terminal, self.cluster, self.run = options, terminal, cluster, run
-        self.started = run.clock()
+    def __init__(self, options: Options, cluster: RayCluster, out: TextIO, err: TextIO) -> None:
+        self.options, self.cluster, self.run = options, cluster, Run(options, cluster)
+        self.terminal = Terminal(self.run.clock, out, err)
+        self.say = self.terminal.say
+        self.started = self.run.clock()
+        self.document: Document  # as soon as it is loaded
         self.others: list[ApplicationDetails] = []
         self.code: int | None = None
 
     def work(self) -> None:
         """Do all of it, and turn every known exception into one clear message and its exit code."""
-        say = self.terminal.say
         try:
             self.code = self.deploy()
         except ConfigError as error:
-            for problem in error.problems:
-                say(f"{'⚠️ ' if problem.warning else '❌'} {format_problem(problem)}")
+            self.say_problems(error.problems)
             self.code = EXIT_CONFIG
         except ClusterError as error:
-            say(f"❌ {error}" + (f"\n   {error.hint}" if error.hint else ""))
+            self.say(f"❌ {error}" + (f"\n   {error.hint}" if error.hint else ""))
             self.code = EXIT_CLUSTER
-        except (Stopped, DeadlinePassed):
-            say(f"🛑 {self.run.stop_reason or 'Time ran out'}: nothing was deployed")
-            self.code = self.run.stop_code or EXIT_TIMEOUT
+        except Stopped:
+            pass  # `main` says it
         except OSError as error:
             # Whoever read the output has gone, as `| head` does, or there is no room for it.
             if not isinstance(error, BrokenPipeError):
-                say(f"❌ the report can't be written: {error.strerror}")
-            self.code = self.run.stop_code or EXIT_FAILED
-        except Exception as error:  # noqa: BLE001
-            say(f"❌ this program has a defect: {error!r}")
-            if self.options.logs:
-                say(traceback.format_exc())
+                self.say(f"❌ the report can't be written: {error.strerror}")
             self.code = EXIT_FAILED
+        except Exception as error:  # noqa: BLE001
+            self.say(f"❌ this program has a defect: {error!r}")
+            if self.options.logs:
+                self.say(traceback.format_exc())
+            self.code = EXIT_FAILED
+
+    def say_problems(self, problems: Problems) -> None:
+        for problem in problems:
+            self.say(f"{'⚠️ ' if problem.warning else '❌'} {format_problem(problem)}")
 
     def deploy(self) -> int:
         """Load, check, connect, decide, deploy, report. Returns the exit code.
 
         Raises ConfigError (nothing was touched), ClusterError, Stopped and OSError.
         """
-        options, cluster, run, say = self.options, self.cluster, self.run, self.terminal.say
+        options, cluster, run, say = self.options, self.cluster, self.run, self.say
         say("🔧 Initializing Ray and Ray Serve...")
         say(f"📖 Loading config from: {options.config}")
-        document, everything = self.load()
-        applications = [item for item in everything if is_chosen(item.name, options)]
+        everything = self.load()
+        applications = [item for item in everything if self.is_chosen(item.name)]
         purpose = "plan" if options.plan else "delete" if options.delete else "deploy"
         say(f"📦 Found {len(applications)} application(s) to {purpose}")
-        claims = [] if options.plan else [item.name for item in applications]
-        cluster.connect(options.address, claims)
-        actions = self.decide(document, everything, applications)
+        names = [] if options.plan else [item.name for item in applications]
+        cluster.connect(options.address, names)
+        self.wait_for_others(names)
+        actions = self.decide(applications, {item.name for item in everything})
         if run.stop_code:
             raise Stopped
+        cluster.prepare(action.application for action in actions if action.submits)
         growth = cluster.growth()
         if growth is None:
             say("⚠️  An autoscaler is active: what no node can hold yet is deployed and waits")
@@ -4030,110 +3974,99 @@ class Session:
         run.growth = growth or []
         if options.plan:
             return self.plan(actions)
+        self.refuse_claimed(actions)
         doomed = [a.name for a in actions if a.change is Change.DELETE and a.before]
         if doomed:
             say(f"🗑️  Deleting {', '.join(doomed)}")
         if not options.delete:
-            self.start_serve(document, actions)
+            self.start_serve()
         cores = sum(node.total.get("CPU", 0.0) for node in cluster.nodes())
         workers = worker_count(len(actions), int(cores), options.max_workers)
         deploy(actions, run, workers, self.terminal.show)
         return self.report()
 
-    def load(self) -> tuple[Document, tuple[ApplicationSpec, ...]]:
-        """The config and its applications; warnings go to the terminal. Raises ConfigError."""
-        document, problems = load_document(self.options.config, os.environ)
-        self.terminal.secrets = document.secrets
-        applications, problems = check_config(document, problems, self.cluster.check_values)
+    def load(self) -> tuple[ApplicationSpec, ...]:
+        """The config's applications; warnings go to the terminal. Raises ConfigError."""
+        self.document, problems = load_document(self.options.config, os.environ)
+        self.terminal.err.secrets = self.document.secrets
+        applications, problems = check_config(self.document, problems, self.cluster.check_values)
         if not all(problem.warning for problem in problems):
             raise ConfigError(problems)
-        for problem in problems:
-            self.terminal.say(f"⚠️  {format_problem(problem)}")
+        self.say_problems(problems)
         names = [item.name for item in applications]
-        for pattern in self.options.only or () if not self.options.prune else ():
-            if not fnmatch.filter(names, pattern):
+        for pattern in self.options.only or ():
+            if not self.options.prune and not fnmatch.filter(names, pattern):
                 message = f"--only {pattern}: no application has that name"
                 raise unusable(message, f"there are {', '.join(names)}", ("command line", 0, 0))
-        return document, applications
+        return applications
 
-    def decide(
-        self,
-        document: Document,
-        everything: Sequence[ApplicationSpec],
-        applications: Sequence[ApplicationSpec],
-    ) -> list[Action]:
-        """What to do with each application; `everything` is what the file names, `applications`
-        what --only leaves of that. Raises ConfigError for a route that another application has."""
-        options, cluster, names = self.options, self.cluster, [item.name for item in applications]
-        claims = {} if options.plan else self.claims(names)
-        states = cluster.states()
-        known = {application.name for application in everything}
-        others = [d for d in states.values() if d.name not in known and d.status != "DELETING"]
-        pruned = [d for d in others if options.prune and is_chosen(d.name, options)]
+    def is_chosen(self, name: str) -> bool:
+        patterns = self.options.only or ["*"]
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+    def wait_for_others(self, names: Sequence[str]) -> None:
+        """With --wait, wait within --timeout for another run that works on the same."""
+        until = self.run.clock() + (self.options.timeout or math.inf)
+        claims = self.cluster.claims(names) if self.options.wait else {}
+        if claims:
+            who = next(iter(claims.values()))
+            self.say(f"⏳ Waiting for another run that works on the same: {who}")
+        while claims and self.run.clock() < until:
+            if self.run.stop_code:
+                raise Stopped
+            time.sleep(POLL_INTERVAL_S)
+            claims = self.cluster.claims(names)
+
+    def decide(self, chosen: Sequence[ApplicationSpec], known: Collection[str]) -> list[Action]:
+        """What to do with each application; `known` are the names in the file, `chosen` is what
+        --only leaves of them. Raises ConfigError for a route that another application has."""
+        options, cluster = self.options, self.cluster
+        states = {n: d for n, d in cluster.states().items() if d.status != "DELETING"}
+        others = [d for name, d in states.items() if name not in known]
+        pruned = [d for d in others if options.prune and self.is_chosen(d.name)]
         self.others = [d for d in others if d not in pruned]
-        doomed = {d.route_prefix: d.name for d in pruned if d.route_prefix}
-        claims |= {} if options.plan else cluster.claims([d.name for d in pruned])
-        names += [d.name for d in pruned]
-        mine = [states[name] for name in names if name in states]
-        running = cluster.running(d for d in mine if d.status != "DELETING")
+        staying = {name: d for name, d in states.items() if d not in pruned}
+        names = [item.name for item in [*chosen, *pruned]]
+        running = cluster.running(states[name] for name in names if name in states)
+        if options.delete:
+            return [deletion(item, running.get(item.name), "--delete") for item in chosen]
+        if problems := taken_routes(chosen, staying):
+            raise ConfigError(located(self.document, problems))
         specs = [ApplicationSpec(-1, d.name, d.route_prefix, {}) for d in pruned]
         actions = [deletion(spec, running.get(spec.name), PRUNED) for spec in specs]
-        if options.delete:
-            actions = [deletion(item, running.get(item.name), "--delete") for item in applications]
-        else:
-            staying = {name: d for name, d in states.items() if d not in pruned}
-            if problems := taken_routes(applications, staying):
-                raise ConfigError(located(document, problems))
-            key = cluster.fingerprint_key(make=not options.plan)
-            for item in applications:
-                before = running.get(item.name)
-                actions.append(decide(item, before, options, document.secrets, key))
-        for action in actions:
-            route = action.application.route_prefix
-            if action.submits and route in doomed:
-                text = f"{doomed[route]} has its route and goes first: 404 until this one runs"
+        doomed = {d.route_prefix: d.name for d in pruned if d.route_prefix}
+        key = cluster.fingerprint_key(make=not options.plan)
+        for item in chosen:
+            action = decide(item, running.get(item.name), options, self.document.secrets, key)
+            if action.submits and item.route_prefix in doomed:
+                old = doomed[item.route_prefix]
+                text = f"{old} has its route and goes first: 404 until this one runs"
                 action.reasons = (*action.reasons, text)
+            actions.append(action)
+        return actions
+
+    def refuse_claimed(self, actions: Sequence[Action]) -> None:
+        """Leave alone what another run works on."""
+        claims = self.cluster.claims([action.name for action in actions])
+        for action in actions:
             if action.name in claims and action.change is not Change.UNCHANGED:
                 text = f"another run of this program works on it: {claims[action.name]}"
                 hint = "wait until it has ended (--wait does), or stop it, and run this again"
                 action.refusal = Cause(text, hint)
-        return actions
 
-    def claims(self, names: Sequence[str]) -> dict[str, str]:
-        """The applications that another run works on, once --wait, where it is given, has waited
-        for it in vain."""
-        until = self.run.clock() + (self.options.timeout or math.inf)
-        said = False
-        while claims := self.cluster.claims(names):
-            if not self.options.wait or self.run.clock() >= until:
-                return claims
-            if not said:
-                who = next(iter(claims.values()))
-                self.terminal.say(f"⏳ Waiting for another run that works on the same: {who}")
-            said = True
-            if self.run.stop_code:
-                raise Stopped
-            time.sleep(POLL_INTERVAL_S)
-        return {}
-
-    def start_serve(self, document: Document, actions: Sequence[Action]) -> None:
-        """Start what takes long: the builders' imports, and Serve."""
-        say = self.terminal.say
-        self.cluster.prepare(action.application for action in actions if action.submits)
-        ignored = self.cluster.start_serve(document.data)
-        if ignored:
-            say(
+    def start_serve(self) -> None:
+        if ignored := self.cluster.start_serve(self.document.data):
+            self.say(
                 f"⚠️  Serve is already running and keeps its own http_options "
                 f"({', '.join(ignored)}); `serve shutdown` and a new run would change them"
             )
-        say("🔄 Starting concurrent deployment...")
+        self.say("🔄 Starting concurrent deployment...")
 
     def plan(self, actions: list[Action]) -> int:
         """Build, predict, print. Returns the exit code: 1 when something does not fit."""
         cluster, run = self.cluster, self.run
         changing = [action for action in actions if action.submits]
         run.actions, self.terminal.plans = actions, True
-        cluster.prepare(action.application for action in changing)
         in_workers(changing, partial(carry_out, run=run), run, len(changing), self.terminal.show)
         if run.stop_code:
             raise Stopped
@@ -4143,40 +4076,23 @@ class Session:
         demands = [demand for action in changing for demand in demands_at_once(action)]
         return self.report(predict(demands, [*cluster.nodes(giving_way(actions)), *run.growth]))
 
-    def report(self, plan: Plan | None = None) -> int:
-        """Print how the run ended. Returns the exit code."""
-        base_url: str | None = None
-        if self.run.stop_code != EXIT_CLUSTER:
+    def report(self, plan: Plan | None = None, *, lost: bool = False) -> int:
+        """Print how the run ended, and return the exit code. Nothing is asked of Ray when it is
+        `lost`: its calls may hang."""
+        run, base_url = self.run, None
+        if not lost and run.stop_code != EXIT_CLUSTER:
             with contextlib.suppress(ClusterError):
                 base_url = self.cluster.endpoint(POLL_TIMEOUT_S)
-        return self.print_report(base_url, plan)
-
-    def print_report(self, base_url: str | None, plan: Plan | None = None) -> int:
-        """The same without a call of Ray, which may hang."""
-        run, actions = self.run, self.run.actions
-        code = exit_code(actions, run.stop_code)
+        code = exit_code(run.actions, run.stop_code)
         if plan and plan.misfits and not code:
             code = EXIT_FAILED
-        self.terminal.close()
+        self.terminal.live.stop()  # its last picture stays on the screen
         if run.stop_code:
-            self.terminal.say(f"🛑 Stopped: {run.stop_reason}")
+            self.say(f"🛑 Stopped: {run.stop_reason}")
         url, seconds = self.cluster.dashboard_url, run.clock() - self.started
-        report = Report(actions, code, base_url, url, seconds, self.others, plan)
+        report = Report(run.actions, code, base_url, url, seconds, self.others, plan)
         self.terminal.report(report, self.options)
         return code
-
-
-class Redacted(io.TextIOBase):
-    """A stream on which nobody writes a secret: Ray prints its workers' lines there, too."""
-
-    def __init__(self, stream: TextIO, terminal: Terminal) -> None:
-        self.stream, self.terminal = stream, terminal
-
-    def write(self, text: str) -> int:
-        return self.stream.write(redact(text, self.terminal.secrets))
-
-    def flush(self) -> None:
-        self.stream.flush()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -4190,12 +4106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without emoji shows question marks
     options = parse_options(argv)
-    cluster = RayCluster(options.logs)
-    run = Run(options, cluster)
-    terminal = Terminal(run.clock, sys.stdout, sys.stderr)
+    session = Session(options, RayCluster(options.logs), sys.stdout, sys.stderr)
+    run = session.run
     # Ray prints what raylets say; only the report belongs on stdout.
-    sys.stdout = sys.stderr = Redacted(sys.stderr, terminal)
-    session = Session(options, terminal, cluster, run)
+    sys.stdout = sys.stderr = session.terminal.err
 
     def stop(number: int, _: object) -> None:
         if run.stop_code:
@@ -4210,10 +4124,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     while thread.is_alive() and not run.stop_code:
         thread.join(0.1)
     thread.join(2 * STOP_GRACE_S + POLL_TIMEOUT_S if run.actions else STOP_GRACE_S)
-    if session.code is None and run.actions:
-        session.print_report(None)
+    if session.code is None and run.actions and not options.plan:
+        session.report(lost=True)
     elif session.code is None:
-        terminal.say(f"🛑 {run.stop_reason}: nothing was deployed")
+        session.say(f"🛑 {run.stop_reason}: nothing was deployed")
     return run.stop_code or session.code or EXIT_OK
 
 

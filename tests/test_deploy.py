@@ -396,8 +396,7 @@ def test_a_stop_ends_every_wait_and_says_what_was_submitted() -> None:
     assert time.monotonic() - started < 5
     assert set(results(run).values()) == {"INTERRUPTED"}
     assert (code(run), run.stop_reason) == (130, "SIGINT")
-    report = app.Report(run.actions, 130, HTTP, "", 1.0)
-    said = [app.format_unfinished(action, report)[1] for action in run.actions]
+    said = [app.format_unfinished(action)[1] for action in run.actions]
     assert said == [
         "   It was submitted and goes on deploying; this program no longer watches it",
         "   It was being handed over: whether Serve has it is not known",

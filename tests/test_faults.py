@@ -169,9 +169,7 @@ def test_a_wrong_file_is_refused_before_anything_is_sent(
     Path("config.yaml").write_bytes(text.encode() if isinstance(text, str) else text)
     options = app_v5.parse_options(["config.yaml"])
     out, err = io.StringIO(), io.StringIO()
-    cluster = Unsent()
-    run = app_v5.Run(options, cluster)
-    session = app_v5.Session(options, app_v5.Terminal(run.clock, out, err), cluster, run)
+    session = app_v5.Session(options, Unsent(), out, err)
     started = time.monotonic()
     session.work()
     assert time.monotonic() - started < 10

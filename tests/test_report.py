@@ -7,12 +7,14 @@ import json
 import os
 import re
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.live import Live
 
 import app_v5 as app
 from cluster import PYTHON, ROOT
@@ -135,7 +137,6 @@ def test_a_failure_says_why_what_would_help_and_where_to_look() -> None:
         "   Logs: ray logs actor --id abc --tail 400 --err",
         "   Logs: ray logs actor --id abc --tail 400",
         "   Logs: ray logs serve/replica_r.log",
-        "   Dashboard: http://localhost:8265/#/serve/applications/falcon3-1b-instruct-app",
     ]
 
 
@@ -172,7 +173,7 @@ def test_a_failure_says_why_what_would_help_and_where_to_look() -> None:
     ],
 )
 def test_what_became_of_the_others(keys: dict[str, Any], line: str) -> None:
-    assert f"   {line}" in app.format_unfinished(failed(**keys), report())
+    assert f"   {line}" in app.format_unfinished(failed(**keys))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +192,7 @@ def test_a_failed_edit_says_what_is_left(keys: dict[str, Any], line: str) -> Non
     old = state("a", "RUNNING", "", deployment("D", "HEALTHY", replica("r1"), replica("r2")))
     now = deployment("D", "DEPLOY_FAILED", replica("r1"), replica("new", "STARTING"))
     given = {"details": state("a", "DEPLOY_FAILED", "", now), "before": app.Running(old), **keys}
-    assert f"   {line}" in app.format_unfinished(failed(**given), report())
+    assert f"   {line}" in app.format_unfinished(failed(**given))
 
 
 def test_deletions_have_their_own_part() -> None:
@@ -205,7 +206,7 @@ def test_deletions_have_their_own_part() -> None:
     assert "🔥 All deletions completed!" in lines
     assert not any("deployed" in line for line in lines)
     left = replace(gone, result=app.Result.INTERRUPTED, cause=None)
-    assert app.format_unfinished(left, report())[1] == (
+    assert app.format_unfinished(left)[1] == (
         "   It was submitted and goes on deleting; this program no longer watches it"
     )
 
@@ -223,7 +224,7 @@ def test_what_else_runs_and_a_lost_cluster_are_said() -> None:
 def test_other_applications_say_where_they_answer_and_what_they_hold() -> None:
     demand = app.Demand("a", "D", ({"CPU": 1.0, "GPU": 0.45}, {"GPU": 0.45}), max_replicas=2)
     plain = replace(running(), demands=(demand,), application=app.ApplicationSpec(0, "a", "/", {}))
-    assert app.format_running(plain, HTTP) == [
+    assert app.format_running(plain, report()) == [
         "• a",
         "   D: 1.0 CPUs, 0.9 GPUs in all: [1.0 CPUs, 0.45 GPUs] + [0.45 GPUs], PACK per replica, "
         "replicas 2",
@@ -232,7 +233,7 @@ def test_other_applications_say_where_they_answer_and_what_they_hold() -> None:
         "     • ANY  /",
     ]
     mute = replace(plain, application=app.ApplicationSpec(0, "a", None, {}))
-    assert app.format_running(mute, HTTP)[-1] == "   No HTTP route (route_prefix: null)"
+    assert app.format_running(mute, report())[-1] == "   No HTTP route (route_prefix: null)"
 
 
 @pytest.mark.parametrize(
@@ -258,7 +259,7 @@ def test_other_applications_say_where_they_answer_and_what_they_hold() -> None:
 def test_what_was_done_with_it_stands_below_its_name(
     changes: dict[str, Any], expected: list[str]
 ) -> None:
-    lines = app.format_running(replace(running(), **changes), HTTP)
+    lines = app.format_running(replace(running(), **changes), report())
     assert lines[1 : 1 + len(expected)] == expected
 
 
@@ -280,13 +281,13 @@ PROOF = app.Proof(
 
 def test_the_proof_reads_as_what_one_would_have_looked_up() -> None:
     assert app.format_proof(PROOF) == [
-        "✗ OpenAiIngress: promised 1 CPU, reserved 2 (why)",
-        "✓ Reserved by LLMServer:m: 1.0 CPUs, 0.45 GPUs, on 10.0.0.1 GPU 0 (2 replicas)",
-        "✗ Reserved by OpenAiIngress: 2.0 CPUs, on 10.0.0.2",
-        "✓ GET /v1/models: answered in 0.01 s",
-        "✓ POST /v1/chat/completions to m: answered in 0.31 s, first token after 0.30 s",
-        "Engine of m says: KV cache 1,024 tokens",
-        "✗ Not verified: connection refused",
+        "   ✗ OpenAiIngress: promised 1 CPU, reserved 2 (why)",
+        "   ✓ Reserved by LLMServer:m: 1.0 CPUs, 0.45 GPUs, on 10.0.0.1 GPU 0 (2 replicas)",
+        "   ✗ Reserved by OpenAiIngress: 2.0 CPUs, on 10.0.0.2",
+        "   ✓ GET /v1/models: answered in 0.01 s",
+        "   ✓ POST /v1/chat/completions to m: answered in 0.31 s, first token after 0.30 s",
+        "   Engine of m says: KV cache 1,024 tokens",
+        "   ✗ Not verified: connection refused",
     ]
 
 
@@ -375,9 +376,9 @@ def terminal(*, live: bool = False) -> tuple[app.Terminal, io.StringIO, io.Strin
     """A terminal of 80 columns, or none; its stderr and its stdout."""
     screen, out = io.StringIO(), io.StringIO()
     made = app.Terminal(lambda: 10.0, out, screen)
-    made.console = Console(
-        file=screen, width=80, height=30, force_terminal=live, soft_wrap=True, highlight=False
-    )
+    how: dict[str, Any] = {"file": made.err, "force_terminal": live}
+    made.console = Console(**how, width=80, height=30, soft_wrap=True, highlight=False)
+    made.live = Live(console=made.console, auto_refresh=False)
     return made, screen, out
 
 
@@ -402,7 +403,7 @@ def course(shown: app.Terminal) -> None:
     two.words, two.result, two.cause = "FAILED", app.Result.FAILED, app.Cause("ValueError: no")
     two.detail, two.ended = "ValueError: no " * 9, 10.0
     shown.show([one, two])
-    shown.close()
+    shown.live.stop()
 
 
 BLOCKS = """
@@ -492,7 +493,7 @@ def test_on_a_terminal_the_blocks_stand_whole_above_the_live_lines() -> None:
 )
 def test_the_line_at_the_end(change: str, result: str, line: str) -> None:
     action = app.Action(app.ApplicationSpec(0, "a", "/a", {}), app.Change(change))
-    action.result = app.Result(result)
+    action.result, action.words = app.Result(result), result
     action.cause = None if "✅" in line else app.Cause("why")
     assert app.format_end(action) == line
 
@@ -506,13 +507,27 @@ def test_no_secret_is_written_anywhere() -> None:
     plan = app.predict(action.demands, [])
     for live, as_json, seen in ((False, False, None), (True, True, None), (False, False, plan)):
         made, screen, out = terminal(live=live)
-        made.secrets = hidden
+        made.err.secrets = hidden
         made.show([action])
         made.say(f"said {secret}")
         made.report(report(action, plan=seen), app.Options("c", json=as_json, logs=True))
         text = screen.getvalue() + out.getvalue()
         assert not re.search("hf_secret|word|me:pw|12345", text)
         assert text.count("***") > 3
+
+
+def test_no_secret_that_a_worker_logs_is_shown_below_the_live_view(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, screen, _ = terminal(live=True)
+    made.err.secrets = frozenset({"hf_secret"})
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, made.err)
+    made.show([replace(running(), result=None, words="building", ended=None)])
+    print("(worker) the token is hf_secret")
+    made.live.stop()
+    assert "(worker) the token is ***" in screen.getvalue()
+    assert "hf_secret" not in screen.getvalue()
 
 
 # -- whoever reads it is gone --------------------------------------------------------------------
@@ -525,7 +540,8 @@ class Cluster:  # nothing runs there
     dashboard_url = ""
     def __getattr__(self, name):
         found = {"check_values": [], "claims": {}, "states": {}, "running": {}, "nodes": [],
-                 "growth": [], "endpoint": "", "alive": True, "connect": None}[name]
+                 "growth": [], "endpoint": "", "alive": True, "connect": None,
+                 "prepare": None}[name]
         return lambda *arguments, **keys: found
 
 app.RayCluster = lambda worker_logs: Cluster()

@@ -1,0 +1,157 @@
+"""Section 13: what a run decides beside another one, and what a signal leaves: without Ray."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import app_v5 as app
+from cluster import PYTHON, ROOT
+from test_deploy import state
+
+CONFIG = """
+applications:
+- {name: mine, route_prefix: /mine, import_path: 'm:a'}
+- {name: new, route_prefix: /old, import_path: 'm:a'}
+"""
+HOLDER = "process 7 on 10.0.0.1, since 2026-11-24 12:00:00"
+
+
+class Cluster:
+    """What a session asks before it deploys; `claimed` is what each call of `claims` knows."""
+
+    dashboard_url = ""
+
+    def __init__(self, *claimed: set[str]) -> None:
+        self.claimed = [set(names) for names in claimed] or [set[str]()]
+        self.connected_for: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        found: app.Config = {"check_values": [], "nodes": [], "growth": [], "endpoint": ""}
+        return lambda *arguments, **keys: found.get(name)
+
+    def connect(self, address: str, claims: list[str]) -> None:
+        self.connected_for = claims
+
+    def claims(self, names: list[str]) -> dict[str, str]:
+        held = self.claimed.pop(0) if len(self.claimed) > 1 else self.claimed[0]
+        return {name: HOLDER for name in names if name in held}
+
+    def states(self) -> dict[str, Any]:
+        states = [state("old", "RUNNING"), state("gone", "DELETING")]
+        return {details.name: details for details in states}
+
+    def running(self, found: Any) -> dict[str, app.Running]:
+        return {details.name: app.Running(details) for details in found}
+
+    def fingerprint_key(self, *, make: bool) -> bytes:
+        return b"key"
+
+
+def session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: Any, *options: str
+) -> tuple[app.Session, list[app.Action], str]:
+    """A session that has come to its deployment: its actions, and what it has said."""
+    monkeypatch.setattr(app, "POLL_INTERVAL_S", 0.01)
+    actions: list[app.Action] = []
+
+    def deploy(given: list[app.Action], run: app.Run, workers: int, show: app.Show) -> None:
+        actions.extend(given)
+
+    monkeypatch.setattr(app, "deploy", deploy)
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG)
+    err = io.StringIO()
+    made = app.Session(app.parse_options([str(config), *options]), cluster, io.StringIO(), err)
+    made.work()
+    return made, actions, err.getvalue()
+
+
+def test_what_another_run_works_on_is_refused_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = Cluster({"mine", "old"})
+    _, actions, said = session(tmp_path, monkeypatch, cluster, "--prune")
+    assert cluster.connected_for == ["mine", "new"]
+    refused = {action.name: action.refusal and action.refusal.text for action in actions}
+    text = f"another run of this program works on it: {HOLDER}"
+    assert refused == {"old": text, "mine": text, "new": None}
+    assert "Waiting" not in said
+
+
+def test_another_run_is_waited_for_within_the_timeout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = Cluster({"mine"}, {"mine"}, set())
+    _, actions, said = session(tmp_path, monkeypatch, ends, "--wait", "--prune")
+    assert said.count(f"⏳ Waiting for another run that works on the same: {HOLDER}") == 1
+    assert not any(action.refusal for action in actions)
+    stays = Cluster({"mine"})
+    _, actions, _ = session(tmp_path, monkeypatch, stays, "--wait", "--prune", "--timeout", "0.1")
+    assert [action.name for action in actions if action.refusal] == ["mine"]
+
+
+def test_a_route_is_free_once_its_owner_is_pruned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, actions, said = session(tmp_path, monkeypatch, Cluster())
+    assert (made.code, actions) == (2, [])
+    assert "config.yaml:4:15: applications[1].route_prefix: /old is the route of old" in said
+    made, actions, said = session(tmp_path, monkeypatch, Cluster(), "--prune")
+    assert [(action.name, action.change.value) for action in actions] == [
+        ("old", "delete"),
+        ("mine", "create"),
+        ("new", "create"),
+    ]
+    assert actions[2].reasons == ("old has its route and goes first: 404 until this one runs",)
+    assert "🗑️  Deleting old" in said
+    kept, actions, _ = session(tmp_path, monkeypatch, Cluster(), "--only", "mine")
+    assert [action.name for action in actions] == ["mine"]
+    assert [details.name for details in kept.others] == ["old"]
+    _, actions, _ = session(tmp_path, monkeypatch, Cluster(), "--delete")
+    assert [(action.name, action.change.value) for action in actions] == [
+        ("mine", "delete"),
+        ("new", "delete"),
+    ]
+
+
+PROGRAM = """
+import os, sys, time
+import app_v5 as app
+from test_session import Cluster
+
+class Hanging(Cluster):
+    def build(self, application, check):
+        time.sleep(600)
+
+app.RayCluster = lambda worker_logs: Hanging()
+os._exit(app.main(sys.argv[1:]))
+"""
+
+
+def test_a_plan_that_hangs_ends_with_a_signal_and_has_deployed_nothing(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG)
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    process = subprocess.Popen(
+        [PYTHON, "-c", PROGRAM, str(config), "--plan", "--only", "mine"],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stderr
+        assert process.stdout
+        while "building" not in (line := process.stderr.readline()):
+            assert line, "it has ended too early"
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr.read().splitlines()[-1] == "🛑 SIGTERM: nothing was deployed"
+        assert process.stdout.read() == ""
+    assert process.returncode == 143
