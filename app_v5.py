@@ -10,7 +10,8 @@ fails does not touch the others, and its real cause is printed.
 
 Exit codes: 0 every application runs and answers; 1 one failed, or could not be verified; 2 the
 config or the command line is wrong and nothing was touched; 3 no Ray cluster, or it was lost;
-4 time ran out with one still deploying; 129 SIGHUP; 130 Ctrl-C; 143 SIGTERM.
+4 time ran out with one still deploying; 5 a run would change something (--detailed-exitcode);
+129 SIGHUP; 130 Ctrl-C; 143 SIGTERM.
 """
 # To find a section: grep -A1 "^# =====" app_v5.py. To change ...
 #   a timeout, an interval, a limit:               section 1 (Settings)
@@ -58,6 +59,7 @@ import math
 import re
 import socket
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -121,7 +123,8 @@ stops, max(20%, 1) (ray/serve/_private/deployment_state.py)."""
 # ======================================================================================
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-EXIT_OK, EXIT_FAILED, EXIT_CONFIG, EXIT_CLUSTER, EXIT_TIMEOUT, EXIT_SIGNAL = 0, 1, 2, 3, 4, 128
+EXIT_OK, EXIT_FAILED, EXIT_CONFIG, EXIT_CLUSTER, EXIT_TIMEOUT, EXIT_CHANGES = 0, 1, 2, 3, 4, 5
+EXIT_SIGNAL = 128
 
 Config = dict[str, Any]
 """One mapping as YAML gives it: keys are strings, values are plain data."""
@@ -433,6 +436,12 @@ class Options:
     )
     timeout: float = option(
         30 * 60.0, "seconds for each application (1800; 0: for ever)", type=float
+    )
+    detailed_exitcode: bool = option(False, "with --plan: 5 when a run would change something")
+    export: str | None = option(
+        None,
+        "print the config, exact shares and all, for others; litellm: what runs, as a model_list",
+        choices=("serve", "rayservice", "litellm"),
     )
     no_smoke_test: bool = option(False, "do not ask the applications anything over HTTP")
     address: str = option("", "HOST:PORT of the cluster (RAY_ADDRESS, or this machine's)")
@@ -3787,6 +3796,86 @@ def action_json(action: Action, base_url: str | None) -> Config:
     }
 
 
+# -- a config for others ---------------------------------------------------------------------------
+
+MANIFEST = """\
+apiVersion: ray.io/v1
+kind: RayService
+metadata:
+  name: {name}
+spec:
+  # The cluster is yours, a rayClusterConfig like this one at the least:
+  # rayClusterConfig:
+  #   headGroupSpec:
+  #     rayStartParams: {{}}
+  #     template: {{spec: {{containers: [{{name: head, image: "rayproject/ray-llm:2.60.0"}}]}}}}
+  serveConfigV2: |
+{config}"""
+PLACEHOLDER = re.compile(r"\$\{(\w+)\}")
+
+
+def variables_by_name(environ: Mapping[str, str]) -> dict[str, str]:
+    """An environment in which a variable that holds a text stands for itself: "${NAME}"."""
+    tag = partial(yaml.SafeLoader("").resolve, yaml.ScalarNode, implicit=(True, False))
+    return {n: f"${{{n}}}" if tag(value=text) == TEXT_TAG else text for n, text in environ.items()}
+
+
+def without_secrets(value: Any, key: str = "") -> Any:
+    """A copy of plain data in which a variable's name stands for each secret."""
+    if isinstance(value, dict):
+        return {name: without_secrets(item, str(name)) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_secrets(item, key) for item in value]
+    if not isinstance(value, str) or PLACEHOLDER.search(value):
+        return value
+    name = re.sub(r"\W", "_", key).upper()
+    return f"${{{name}}}" if secrets_in(value, key) else redact(value, frozenset())
+
+
+def export_config(
+    document: Document, applications: Sequence[ApplicationSpec]
+) -> tuple[str, list[str]]:
+    """A checked config as this program would deploy it, for `serve deploy`: YAML, with comments
+    that name all that was moved or added; and the variables that nobody will fill in there."""
+    data = without_secrets({**document.data, "applications": [app.config for app in applications]})
+    before = without_secrets(document.data["applications"])
+    names = sorted(set(PLACEHOLDER.findall(json.dumps(data))))
+    lines = [
+        f"{Path(document.file).name}, changed so that plain Ray reserves what a replica asks for:",
+        "its GPUs are in the bundles of the engine's workers, which else get a whole one each, and",
+        "engines that share a card get VLLM_RAY_PER_WORKER_GPUS and gpu_memory_utilization.",
+    ]
+    for app, config in zip(applications, data["applications"], strict=True):
+        edits = differences(before[app.index], config)
+        lines += [f"  {app.name}: {text}" for _, text in edits]
+    lines += [f"Fill in before, with `envsubst` for example: {', '.join(names)}"] if names else []
+    comments = "".join(f"# {line}\n" for line in lines)
+    return comments + yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100), names
+
+
+def export_manifest(document: Document, config: str) -> str:
+    """A config as the `serveConfigV2` of a RayService."""
+    name = re.sub(r"[^a-z0-9]+", "-", Path(document.file).stem.lower()).strip("-")
+    return MANIFEST.format(name=name or "llms", config=textwrap.indent(config, "    "))
+
+
+def export_models(
+    applications: Sequence[ApplicationSpec],
+    states: Mapping[str, ApplicationDetails],
+    base_url: str,
+) -> str:
+    """The models that run, as the `model_list` of a LiteLLM gateway."""
+    rows = []
+    for application in applications:
+        address, _ = endpoints(application, base_url)
+        found = states.get(application.name)
+        for model in application.models if address and found and found.status == "RUNNING" else ():
+            where = {"api_base": f"{address.rstrip('/')}/v1", "api_key": "none"}
+            params = {"model": f"openai/{model.model_id}", **where}
+            rows.append({"model_name": model.model_id, "litellm_params": params})
+    return yaml.safe_dump({"model_list": rows}, sort_keys=False)
+
+
 class Redacted(io.TextIOBase):
     """A stream on which nobody writes a secret, nor Ray, which prints its workers' lines there."""
 
@@ -3958,6 +4047,8 @@ class Session:
         say(f"📖 Loading config from: {options.config}")
         everything = self.load()
         applications = [item for item in everything if self.is_chosen(item.name)]
+        if options.export:
+            return self.export(applications)
         purpose = "plan" if options.plan else "delete" if options.delete else "deploy"
         say(f"📦 Found {len(applications)} application(s) to {purpose}")
         names = [] if options.plan else [item.name for item in applications]
@@ -3987,7 +4078,10 @@ class Session:
 
     def load(self) -> tuple[ApplicationSpec, ...]:
         """The config's applications; warnings go to the terminal. Raises ConfigError."""
-        self.document, problems = load_document(self.options.config, os.environ)
+        environ: Mapping[str, str] = os.environ
+        if self.options.export:
+            environ = variables_by_name(environ)
+        self.document, problems = load_document(self.options.config, environ)
         self.terminal.err.secrets = self.document.secrets
         applications, problems = check_config(self.document, problems, self.cluster.check_values)
         if not all(problem.warning for problem in problems):
@@ -3999,6 +4093,21 @@ class Session:
                 message = f"--only {pattern}: no application has that name"
                 raise unusable(message, f"there are {', '.join(names)}", ("command line", 0, 0))
         return applications
+
+    def export(self, applications: Sequence[ApplicationSpec]) -> int:
+        """Print a config for others. Only that of a gateway asks the cluster."""
+        if self.options.export == "litellm":
+            self.cluster.connect(self.options.address)
+            states, base_url = self.cluster.states(), self.cluster.endpoint()
+            text = export_models(applications, states, base_url)
+        else:
+            text, names = export_config(self.document, applications)
+            if names:
+                self.say(f"⚠️  {', '.join(names)}: to be filled in, Ray does not do it")
+            if self.options.export == "rayservice":
+                text = export_manifest(self.document, text)
+        print(text, end="", file=self.terminal.out, flush=True)
+        return EXIT_OK
 
     def is_chosen(self, name: str) -> bool:
         patterns = self.options.only or ["*"]
@@ -4084,8 +4193,10 @@ class Session:
             with contextlib.suppress(ClusterError):
                 base_url = self.cluster.endpoint(POLL_TIMEOUT_S)
         code = exit_code(run.actions, run.stop_code)
-        if plan and plan.misfits and not code:
-            code = EXIT_FAILED
+        if plan and not code:
+            changes = any(action.change is not Change.UNCHANGED for action in run.actions)
+            would = EXIT_CHANGES if changes and self.options.detailed_exitcode else EXIT_OK
+            code = EXIT_FAILED if plan.misfits else would
         self.terminal.live.stop()  # its last picture stays on the screen
         if run.stop_code:
             self.say(f"🛑 Stopped: {run.stop_reason}")

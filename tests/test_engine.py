@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from cluster import RayHead, chat, run_app_v5, wait_until
+from user import serve_deploy
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -150,3 +151,30 @@ def test_tensor_parallel_workers_share_what_the_replica_declares(
     assert reserved(gpu_serve_head) == [[{"CPU": 1.0, "GPU": 0.45}, {"GPU": 0.45}]]
     wait_for_gpu_line(gpu_serve_head, r" GPU \(0\.9 used of 0\.9 reserved")
     assert isinstance(chat(f"http://localhost:{http_port}/falcon3", "falcon3"), str)
+
+
+def test_a_plain_config_reserves_the_same_without_this_program(
+    gpu_serve_head: RayHead, tmp_path: Path, http_port: int, tiny_llama: Path, tiny_falcon_h1: Path
+) -> None:
+    share = {"num_cpus": 1, "num_gpus": 0.45}
+    models = {"falcon3": tiny_llama, "falcon-h1": tiny_falcon_h1}
+    applications = [application(name, model, share) for name, model in models.items()]
+    config, plain = tmp_path / "config.yaml", tmp_path / "plain.yaml"
+    options = {"host": "127.0.0.1", "port": http_port}
+    config.write_text(json.dumps({"http_options": options, "applications": applications}))
+    exported = run_app_v5(config, "--export", "serve", head=gpu_serve_head)
+    plain.write_text(exported.stdout)
+    serve_deploy(gpu_serve_head, plain)
+
+    def all_run() -> bool:
+        found = gpu_serve_head.serve_details()["applications"].values()
+        return [row["status"] for row in found] == ["RUNNING"] * 2
+
+    wait_until(all_run, 400, "both applications to run")
+    assert reserved(gpu_serve_head) == [[{"CPU": 1.0, "GPU": 0.45}]] * 2
+    for name in models:
+        assert isinstance(chat(f"http://localhost:{http_port}/{name}", name), str)
+    planned = run_app_v5(config, "--plan", head=gpu_serve_head)
+    assert planned.stdout.count("RESTART because it was deployed by `serve deploy`") == 2
+    listed = run_app_v5(config, "--export", "litellm", head=gpu_serve_head)
+    assert f"api_base: http://localhost:{http_port}/falcon3/v1" in listed.stdout

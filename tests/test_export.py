@@ -1,0 +1,144 @@
+"""A config for others: what comes out, and what never does."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import app_v5 as app
+from cluster import run_app_v5
+from test_deploy import state
+
+SECRET = "hf_abcdefgh12345678"
+CONFIG = f"""
+applications:
+- name: one
+  route_prefix: /one
+  import_path: ray.serve.llm:build_openai_app
+  runtime_env: {{env_vars: {{HF_TOKEN: "{SECRET}", HUB: "https://me:{SECRET}@hub/x"}}}}
+  args:
+    llm_configs:
+    - other.yaml
+    - model_loading_config: {{model_id: second, model_source: "${{MODELS}}/second"}}
+      deployment_config:
+        cpus: 1
+        gpus: ${{SHARE}}
+- name: two
+  route_prefix: /two
+  import_path: m:a
+"""
+OTHER = """
+model_loading_config: {model_id: first, model_source: "${NOT_THERE:-/models}/first"}
+deployment_config: {num_cpus: 1, num_gpus: 0.45}
+"""
+VARIABLES = {"MODELS": "/a/secret/place", "SHARE": "0.3"}
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, text in VARIABLES.items():
+        monkeypatch.setenv(name, text)
+    (tmp_path / "other.yaml").write_text(OTHER)
+    file = tmp_path / "My config.yaml"
+    file.write_text(CONFIG)
+    return file
+
+
+def export(config: Path, *arguments: str) -> tuple[int | None, str, str]:
+    """The exit code, stdout and stderr; no cluster is there to be asked."""
+    options = app.parse_options([str(config), "--export", *arguments])
+    out, err = io.StringIO(), io.StringIO()
+    session = app.Session(options, app.RayCluster(), out, err)
+    session.work()
+    return session.code, out.getvalue(), err.getvalue()
+
+
+def llms(text: str) -> list[Any]:
+    [application, *_] = yaml.safe_load(text)["applications"]
+    found: list[Any] = application["args"]["llm_configs"]
+    return found
+
+
+def test_a_plain_config_has_what_a_deployment_would_have(config: Path) -> None:
+    code, out, _ = export(config, "serve")
+    assert code == 0
+    first, second = llms(out)
+    assert first["model_loading_config"]["model_source"] == "/models/first"
+    for llm, share in ((first, 0.45), (second, 0.3)):
+        assert llm["deployment_config"] == {"ray_actor_options": {"num_cpus": 1.0, "num_gpus": 0.0}}
+        assert llm["placement_group_config"] == {"bundle_per_worker": {"GPU": share}}
+        assert llm["engine_kwargs"] == {"gpu_memory_utilization": round(0.9 * share, 4)}
+        # It hides what the application has, and so repeats it.
+        assert llm["runtime_env"]["env_vars"]["VLLM_RAY_PER_WORKER_GPUS"] == str(share)
+        assert llm["runtime_env"]["env_vars"]["HF_TOKEN"] == "${HF_TOKEN}"
+    comments = [line for line in out.splitlines() if line.startswith("#")]
+    assert any("one: args.llm_configs[1].deployment_config.gpus: 0.3 →" in c for c in comments)
+    assert any("placement_group_config" in line for line in comments)
+    assert not any(" two: " in line for line in comments)
+
+
+def test_secrets_are_not_written_and_variables_stay(config: Path) -> None:
+    _, out, err = export(config, "serve")
+    assert SECRET not in out + err
+    assert VARIABLES["MODELS"] not in out + err
+    assert llms(out)[1]["model_loading_config"]["model_source"] == "${MODELS}/second"
+    [application, _] = yaml.safe_load(out)["applications"]
+    variables = application["runtime_env"]["env_vars"]
+    assert variables == {"HF_TOKEN": "${HF_TOKEN}", "HUB": "https://***@hub/x"}
+    for text in (out, err):
+        assert "HF_TOKEN, MODELS" in text
+
+
+def test_what_comes_out_goes_in_and_needs_no_change(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, out, _ = export(config, "serve")
+    again = tmp_path / "again.yaml"
+    again.write_text(out)
+    code, _, err = export(again, "serve")
+    assert (code, "environment variable HF_TOKEN is not set" in err) == (2, True)
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    code, twice, err = export(again, "serve")
+    assert (code, yaml.safe_load(twice)) == (0, yaml.safe_load(out))
+    assert SECRET not in twice + err
+    assert " → " not in twice
+
+
+def test_only_what_is_chosen_and_nothing_of_a_wrong_file(config: Path) -> None:
+    _, out, _ = export(config, "serve", "--only", "two")
+    assert [item["name"] for item in yaml.safe_load(out)["applications"]] == ["two"]
+    config.write_text(CONFIG.replace("route_prefix: /two", "rout_prefix: /two"))
+    code, out, err = export(config, "rayservice")
+    assert (code, out) == (2, "")
+    assert "did you mean 'route_prefix'" in err
+
+
+def test_a_manifest_holds_the_same_config(config: Path) -> None:
+    _, plain, _ = export(config, "serve")
+    _, out, _ = export(config, "rayservice")
+    manifest = yaml.safe_load(out)
+    assert (manifest["kind"], manifest["metadata"]) == ("RayService", {"name": "my-config"})
+    assert manifest["spec"] == {"serveConfigV2": plain}
+
+
+def test_a_gateways_models_are_those_that_run() -> None:
+    model = app.ModelSpec("org/m", "/m", "m")
+    apps = [app.ApplicationSpec(i, n, f"/{n}", {}, (model,)) for i, n in enumerate("ab")]
+    states = {"a": state("a", "RUNNING"), "b": state("b", "DEPLOYING")}
+    rows = yaml.safe_load(app.export_models(apps, states, "http://localhost:8000"))
+    params = {"model": "openai/org/m", "api_base": "http://localhost:8000/a/v1", "api_key": "none"}
+    assert rows == {"model_list": [{"model_name": "org/m", "litellm_params": params}]}
+
+
+def test_as_a_user_calls_it(config: Path) -> None:
+    finished = run_app_v5(config, "--export", "serve", "--only", "two")
+    assert finished.returncode == 0
+    assert yaml.safe_load(finished.stdout)["applications"][0]["name"] == "two"
+    refused = run_app_v5(config, "--export", "helm")
+    assert refused.returncode == 2
+    assert json.dumps("helm")[1:-1] in refused.stderr
