@@ -1164,18 +1164,17 @@ def read_applications(document: Document) -> tuple[tuple[ApplicationSpec, ...], 
         if config.get("logging_config") is None and data.get("logging_config"):
             config["logging_config"] = data["logging_config"]
         config.setdefault("name", DEFAULT_APPLICATION)
-    models: dict[int, list[ModelSpec]] = {}
+    models: list[list[ModelSpec]] = [[] for _ in applications]
     for path, llm, _ in llm_places(data):
         application = applications[index := int(path[1])]
-        if not is_rays_builder(application) and not are_options(llm):
-            continue
-        llm["deployment_config"] = llm.get("deployment_config") or {}
-        problems += move_short_keys(llm["deployment_config"], (*path, "deployment_config"))
-        problems += fit_engine(llm, path, as_dict(application.get("runtime_env")))
-        models.setdefault(index, []).append(describe_model(llm))
+        if is_rays_builder(application) or are_options(llm):
+            llm["deployment_config"] = llm.get("deployment_config") or {}
+            problems += move_short_keys(llm["deployment_config"], (*path, "deployment_config"))
+            problems += fit_engine(llm, path, as_dict(application.get("runtime_env")))
+            models[index].append(describe_model(llm))
     specs = []
     for index, config in enumerate(applications):
-        route, mine = config.get("route_prefix", DEFAULT_ROUTE), tuple(models.get(index, ()))
+        route, mine = config.get("route_prefix", DEFAULT_ROUTE), tuple(models[index])
         specs.append(ApplicationSpec(index, config["name"], route, config, mine))
     return tuple(specs), problems
 
@@ -1183,10 +1182,10 @@ def read_applications(document: Document) -> tuple[tuple[ApplicationSpec, ...], 
 def move_short_keys(options: Config, path: KeyPath) -> Problems:
     """Move `num_cpus`/`cpus` and `num_gpus`/`gpus` into `ray_actor_options`, as floats."""
     problems: Problems = []
-    actor = dict(options.get("ray_actor_options") or {})
+    actor = as_dict(options.get("ray_actor_options"))
     for option, spellings in SHORT_KEYS.items():
-        given: dict[KeyPath, Any] = {(k,): options.pop(k) for k in spellings if k in options}
-        given[("ray_actor_options", option)] = actor.get(option)
+        given: dict[KeyPath, Any] = {(key,): options.pop(key, None) for key in spellings}
+        given["ray_actor_options", option] = actor.get(option)
         values = {where: float(value) for where, value in given.items() if value is not None}
         if len(set(values.values())) > 1:
             texts = [f"{format_key(where)}: {short(value)}" for where, value in values.items()]
@@ -1194,8 +1193,7 @@ def move_short_keys(options: Config, path: KeyPath) -> Problems:
             problems.append(Problem((*path, *next(iter(values))), message, "give one of them"))
         if values:
             actor[option] = next(iter(values.values()))
-    if actor:
-        options["ray_actor_options"] = actor
+            options["ray_actor_options"] = actor
     return problems
 
 
@@ -1205,10 +1203,9 @@ def actor_options(llm: Config) -> Config:
 
 def accelerator_kind(llm: Config) -> str:
     """ "cpu", "gpu", "tpu", or "" when the config does not say."""
-    declared = as_dict(llm.get("accelerator_config")).get("kind")
     accelerator = str(llm.get("accelerator_type") or "")
     implied = "tpu" if accelerator.startswith("TPU") else "gpu" if accelerator else ""
-    return str(declared or implied)
+    return str(as_dict(llm.get("accelerator_config")).get("kind") or implied)
 
 
 def engine_workers(llm: Config) -> int:
@@ -1221,9 +1218,8 @@ def engine_workers(llm: Config) -> int:
 def worker_bundles(llm: Config) -> list[Config]:
     """The bundles of the engine's workers, as `placement_group_config` asks for them."""
     config = as_dict(llm.get("placement_group_config"))
-    if config.get("bundle_per_worker") is not None:
-        return [dict(config["bundle_per_worker"])] * engine_workers(llm)
-    return [dict(bundle) for bundle in config.get("bundles") or []]
+    each = config.get("bundle_per_worker")
+    return (config.get("bundles") or []) if each is None else [each] * engine_workers(llm)
 
 
 def worker_share(llm: Config) -> float:
@@ -1241,9 +1237,9 @@ def fit_engine(llm: Config, path: KeyPath, application_env: Config) -> Problems:
     gpus, place = actor_options(llm).get("num_gpus"), (*path, "deployment_config")
     if llm.get("server_cls") or accelerator_kind(llm) == "tpu":
         return []
+    problems: Problems = []
     if llm.get("placement_group_config"):
         # The user's own stays as it is.
-        problems: Problems = []
         workers = sum(float(bundle.get("GPU") or 0) for bundle in worker_bundles(llm))
         if workers and gpus:
             message = (
@@ -1251,30 +1247,27 @@ def fit_engine(llm: Config, path: KeyPath, application_env: Config) -> Problems:
                 f"reserves {short(workers + gpus)} GPU"
             )
             hint = "set num_gpus: 0, or leave out placement_group_config"
-            problems.append(Problem((*path, "placement_group_config"), message, hint, warning=True))
+            problems = [Problem((*path, "placement_group_config"), message, hint, warning=True)]
     elif accelerator_kind(llm) == "cpu" or gpus == 0:
         problems = fit_cpu_engine(llm, place)
     elif gpus is not None:
-        problems = fit_gpu_engine(llm, place, float(gpus))
-    else:
-        return []
+        problems = fit_gpu_engine(llm, place, gpus)
     return problems + share_memory(llm, path, application_env)
 
 
 def fit_cpu_engine(llm: Config, place: KeyPath) -> Problems:
     """One bundle with nothing in it for the workers: they are local processes of the replica."""
-    options = actor_options(llm)
-    gpus = options.get("num_gpus")
     if accelerator_kind(llm) == "gpu":
         key = "accelerator_type" if llm.get("accelerator_type") else "accelerator_config"
         message = f"num_gpus: 0 asks for the CPU engine, but {key} asks for GPUs"
         hint = "remove one of them, or give num_gpus the share that a replica takes"
         return [Problem(place, message, hint)]
     llm["accelerator_config"] = {"kind": "cpu"}
-    if options.get("num_cpus") is not None or gpus is not None:
-        worker: Config = {"CPU": 0}
-        if gpus:
-            worker["GPU"], options["num_gpus"] = gpus, 0.0
+    options, worker = actor_options(llm), {"CPU": 0}
+    given = (options.get("num_cpus"), options.get("num_gpus"))
+    if options.get("num_gpus"):
+        worker["GPU"], options["num_gpus"] = options["num_gpus"], 0.0
+    if given != (None, None):
         llm["placement_group_config"] = {"bundles": [worker]}
     return []
 
@@ -1319,27 +1312,25 @@ def share_memory(llm: Config, path: KeyPath, application_env: Config) -> Problem
         return []
     # LLMServer lays the LLM's runtime_env over the actor's and the application's key by key, so
     # an `env_vars` here would hide theirs: it has to repeat them.
-    runtime_env = dict(as_dict(llm.get("runtime_env")))
-    sources = (runtime_env, as_dict(actor_options(llm).get("runtime_env")), application_env)
+    own = as_dict(llm.get("runtime_env"))
+    sources = (own, as_dict(actor_options(llm).get("runtime_env")), application_env)
     inherited = next(filter(None, (as_dict(env.get("env_vars")) for env in sources)), {})
-    runtime_env["env_vars"] = {"VLLM_RAY_PER_WORKER_GPUS": str(share), **inherited}
-    llm["runtime_env"] = runtime_env
+    variables = {"VLLM_RAY_PER_WORKER_GPUS": str(share), **inherited}
+    llm["runtime_env"] = {**own, "env_vars": variables}
     if accelerator_kind(llm) == "cpu":
         return []
-    engine = llm["engine_kwargs"] = dict(llm.get("engine_kwargs") or {})
-    fitting = round(WHOLE_GPU_MEMORY_FRACTION * share, 4)
-    if engine.get("gpu_memory_utilization") is None:
-        engine["gpu_memory_utilization"] = fitting
-    asked = engine["gpu_memory_utilization"]
-    if float(asked) <= share:
+    engine = llm["engine_kwargs"] = as_dict(llm.get("engine_kwargs"))
+    fitting, key = round(WHOLE_GPU_MEMORY_FRACTION * share, 4), "gpu_memory_utilization"
+    if engine.get(key) is None:
+        engine[key] = fitting
+    if float(engine[key]) <= share:
         return []
     message = (
-        f"{short(float(asked))} of the card's memory is more than the {short(share)} GPU that a "
-        "worker reserves: engines that share the card may run out of memory"
+        f"{short(float(engine[key]))} of the card's memory is more than the {short(share)} GPU "
+        "that a worker reserves: engines that share the card may run out of memory"
     )
     hint = f"leave it out (it becomes {short(fitting)}) or lower it"
-    place = (*path, "engine_kwargs", "gpu_memory_utilization")
-    return [Problem(place, message, hint, warning=True)]
+    return [Problem((*path, "engine_kwargs", key), message, hint, warning=True)]
 
 
 def describe_model(llm: Config) -> ModelSpec:
@@ -1355,22 +1346,20 @@ def describe_model(llm: Config) -> ModelSpec:
         held = round(sum(float(bundle.get(resource) or 0) for bundle in workers), 4)
         if options.get(option) is not None or held:
             promised[resource] = float(options.get(option) or 0) + held
-    notes = []
+    notes: tuple[str, ...] = ()
     if options.get("num_gpus") is None and not workers:
-        notes.append("num_gpus is not given: Ray's default of 1 GPU for each engine worker")
+        notes = ("num_gpus is not given: Ray's default of 1 GPU for each engine worker",)
     if shares and "gpu_memory_utilization" in engine:
         fraction = short(float(engine["gpu_memory_utilization"]))
-        notes.append(
-            f"gpu_memory_utilization {fraction} for a share of {short(share)} GPU a worker"
-        )
+        notes = (f"gpu_memory_utilization {fraction} for a share of {short(share)} GPU a worker",)
+    name = as_dict(llm["deployment_config"]).get("name")
     return ModelSpec(
         model_id,
         source=str(source.get("bucket_uri", "") if isinstance(source, dict) else source),
-        deployment_name=as_dict(llm["deployment_config"]).get("name")
-        or model_id.replace("/", "--").replace(".", "_"),
+        deployment_name=name or model_id.replace("/", "--").replace(".", "_"),
         promised={} if llm.get("server_cls") else promised,
         measures_memory=shares and not engine.get("kv_cache_memory_bytes"),
-        notes=tuple(notes),
+        notes=notes,
     )
 
 
@@ -1390,7 +1379,7 @@ def format_amount(resource: str, amount: float) -> str:
 def format_resources(resources: Resources) -> str:
     """ "1.0 CPUs, 0.45 GPUs" and then whatever else: "memory 2 GB, custom 1"."""
     parts = [f"{round(float(resources[k]), 4)} {k}s" for k in ("CPU", "GPU") if k in resources]
-    others = sorted(resource for resource in resources if resource not in ("CPU", "GPU"))
+    others = sorted(resources.keys() - {"CPU", "GPU"})
     parts += [f"{resource} {format_amount(resource, resources[resource])}" for resource in others]
     return ", ".join(parts) or "nothing"
 
@@ -1424,8 +1413,9 @@ Bundle = tuple[Mapping[str, int], Mapping[str, str]]
 
 @dataclass(frozen=True)
 class Slot:
-    """One bundle's place: the node, what it takes there, and which GPUs with which shares."""
+    """What one bundle of "application/deployment" takes of a node, and of which GPUs."""
 
+    label: str
     node: int
     resources: Resources
     gpus: Mapping[int, float]
@@ -1433,11 +1423,11 @@ class Slot:
 
 @dataclass
 class Fit:
-    """What became of one demand: where its minimum of replicas goes, and if not all of it does,
-    whether it `never` will, and why."""
+    """What became of one demand: how many of its minimum of replicas fit, and if not all of them
+    do, whether they `never` will, and why."""
 
     demand: Demand
-    slots: tuple[tuple[Slot, ...], ...]  # one tuple a replica
+    replicas: int
     never: bool
     slow: bool
     reason: str = ""
@@ -1492,8 +1482,7 @@ def node_of(
 
 
 AUTOSCALER = re.compile(
-    r"^[^\n]* StandardAutoscaler: (\{.*\})$|Using Autoscaling Config: \n(.*?)^\d{4}-\d\d-\d\d ",
-    re.MULTILINE | re.DOTALL,
+    r"(?ms)StandardAutoscaler: (\{[^\n]*\})$|Using Autoscaling Config: \n(.*?)^\d{4}-\d\d-\d\d "
 )
 """How the head's monitor.log tells its configuration, with v1 and with v2."""
 
@@ -1572,6 +1561,7 @@ class Plan:
 
     nodes: Sequence[Node]
     free: list[dict[str, Devices]]
+    slots: list[Slot] = field(default_factory=list)
     fits: list[Fit] = field(default_factory=list)
     slow: bool = False
 
@@ -1579,36 +1569,27 @@ class Plan:
     def misfits(self) -> list[Fit]:
         return [fit for fit in self.fits if fit.reason]
 
-    def placed(self, node: int) -> list[tuple[str, Slot]]:
-        """What the plan puts on a node: ("application/deployment", slot)."""
-        pairs = [(fit.demand.label, replica) for fit in self.fits for replica in fit.slots]
-        return [(label, slot) for label, slots in pairs for slot in slots if slot.node == node]
-
-    def place(self, demand: Demand) -> tuple[Slot, ...]:
-        """One replica, a slot a bundle; none, and nothing is taken, where it has no place."""
-        before, bundles, slots = list(self.free), bundles_of(demand), dict[int, Slot]()
+    def place(self, demand: Demand) -> bool:
+        """Place one more replica; nothing is taken when there is no place for it."""
+        before, begin = list(self.free), len(self.slots)
         for free in self.free:
             free.setdefault(IMPLICIT + demand.label, (STEPS,))
+        bundles = bundles_of(demand)
         # The scarcest first, as GCS does (bundle_scheduling_policy.cc, SortRequiredResources).
         named = sorted({r for needs, _ in bundles for r in needs} - {"GPU", "memory", "CPU"})
         scarcest = ("GPU", *named, "memory", "CPU")
-        order = sorted(
-            range(len(bundles)), key=lambda i: [-bundles[i][0].get(r, 0) for r in scarcest]
-        )
-        for group in [order] if demand.strategy == "STRICT_PACK" else [[i] for i in order]:
-            used = list(dict.fromkeys(slot.node for slot in slots.values()))
+        bundles.sort(key=lambda bundle: [-bundle[0].get(r, 0) for r in scarcest])
+        for wanted in [bundles] if demand.strategy == "STRICT_PACK" else [[b] for b in bundles]:
+            used = list(dict.fromkeys(slot.node for slot in self.slots[begin:]))
             unused = [node for node in range(len(self.nodes)) if node not in used]
             tries = {"PACK": [*([node] for node in used), unused], "SPREAD": [unused, used]}
-            wanted = [bundles[i] for i in group]
-            granted = (self.grant(wanted, nodes) for nodes in tries.get(demand.strategy, [unused]))
-            found = next(filter(None, granted), [])
-            if not found:
-                self.free = before
-                return ()
-            slots.update(zip(group, found, strict=True))
-        return tuple(slots[i] for i in range(len(bundles)))
+            one_after_the_other = tries.get(demand.strategy, [unused])
+            if not any(self.grant(demand.label, wanted, nodes) for nodes in one_after_the_other):
+                self.free, self.slots = before, self.slots[:begin]
+                return False
+        return True
 
-    def grant(self, wanted: Sequence[Bundle], nodes: Iterable[int]) -> list[Slot]:
+    def grant(self, label: str, wanted: Sequence[Bundle], nodes: Iterable[int]) -> bool:
         """Put some bundles together on that of the nodes which keeps most of what is free there
         (scorer.cc, LeastResourceScorer; rounded, since Ray adds in any order)."""
         total: Counter[str] = Counter()
@@ -1622,23 +1603,26 @@ class Plan:
                 scored.append((round(sum(need / sums[r] for r, need in total.items()), 9), node))
         for _, node in sorted(scored):
             free = dict(self.free[node])
-            slots = [allocate(node, free, needs) for needs, _ in wanted]
+            slots = [allocate(label, node, free, needs) for needs, _ in wanted]
             if all(slots):
                 self.free[node] = free
-                return [slot for slot in slots if slot]
+                self.slots += filter(None, slots)
+                return True
             self.slow = True
-        return []
+        return False
 
 
-def allocate(node: int, free: dict[str, Devices], needs: Mapping[str, int]) -> Slot | None:
-    """Take a bundle from what is free on a node; None where its devices refuse."""
+def allocate(
+    label: str, node: int, free: dict[str, Devices], needs: Mapping[str, int]
+) -> Slot | None:
+    """Take a bundle from what is `free` on a node; None where its devices refuse."""
     left = {r: take(free.get(r, ()), need) for r, need in needs.items()}
     if not all(left.values()):
         return None
     gpus = zip(free.get("GPU", ()), left.get("GPU", ()), strict=False)
     taken = {i: (had - has) / STEPS for i, (had, has) in enumerate(gpus) if had > has}
     free.update(left)
-    return Slot(node, {r: need / STEPS for r, need in needs.items()}, taken)
+    return Slot(label, node, {r: need / STEPS for r, need in needs.items()}, taken)
 
 
 def predict(demands: Sequence[Demand], nodes: Sequence[Node]) -> Plan:
@@ -1648,13 +1632,13 @@ def predict(demands: Sequence[Demand], nodes: Sequence[Node]) -> Plan:
     for demand in demands:
         # GCS tries a misfit that sums allow again and again, and what comes after waits with it.
         plan.slow = any(fit.slow for fit in plan.misfits)
-        found = [plan.place(demand) for _ in range(demand.min_replicas)]
+        replicas = sum(plan.place(demand) for _ in range(demand.min_replicas))
         # What scales from zero must be able to have one replica.
         empty = Plan(nodes, [stock(node, node.total) for node in nodes])
         never = not all(empty.place(demand) for _ in range(max(1, demand.min_replicas)))
-        fit = Fit(demand, tuple(slots for slots in found if slots), never, plan.slow)
+        fit = Fit(demand, replicas, never, plan.slow)
         plan.fits.append(fit)
-        if never or not all(found):
+        if never or replicas < demand.min_replicas:
             fit.reason = shortage(plan, demand, empty.free if never else plan.free)
     return plan
 
@@ -1706,9 +1690,9 @@ def nearest(plan: Plan, resource: str, need: int, free: Mapping[int, Devices]) -
 def holders_of(plan: Plan, node: int, resource: str, gpu: int | None) -> str:
     """Who has a resource of a node, or a GPU of it: by this plan, and what already runs."""
     held: Counter[str] = Counter()
-    for label, slot in plan.placed(node):
+    for slot in plan.slots:
         taken = slot.resources.get(resource, 0.0) if gpu is None else slot.gpus.get(gpu, 0.0)
-        held.update({label: taken})
+        held.update({slot.label: taken} if slot.node == node else {})
     for label, amounts in plan.nodes[node].holders:
         held.update({label: amounts.get(resource, 0.0)})
     texts = [f"{label} {format_amount(resource, n)}" for label, n in held.most_common() if n]
@@ -1723,7 +1707,7 @@ def format_prediction(plan: Plan) -> list[str]:
         lines += [] if node.new else format_node(plan, index)
     lines += dict.fromkeys(f"node {node.name}" for node in plan.nodes if node.new)
     for fit in plan.fits:
-        demand, count = fit.demand, len(fit.slots)
+        demand, count = fit.demand, fit.replicas
         if fit.reason:
             lines.append(format_misfit(fit))
             continue
@@ -1738,10 +1722,11 @@ def format_prediction(plan: Plan) -> list[str]:
 
 def format_node(plan: Plan, index: int) -> list[str]:
     """One line a GPU, and one for the CPUs: who has which share, and what is free."""
-    node, free, placed = plan.nodes[index], plan.free[index], plan.placed(index)
+    node, free = plan.nodes[index], plan.free[index]
+    slots = [slot for slot in plan.slots if slot.node == index]
     lines, amount = [], partial(format_amount, "GPU")
     for gpu, left in enumerate(free.get("GPU", ())):
-        shares = Counter((label, slot.gpus[gpu]) for label, slot in placed if gpu in slot.gpus)
+        shares = Counter((slot.label, slot.gpus[gpu]) for slot in slots if gpu in slot.gpus)
         running, parts = 1 - left / STEPS, []
         for (label, share), count in shares.items():
             running -= share * count
@@ -1751,7 +1736,7 @@ def format_node(plan: Plan, index: int) -> list[str]:
         held = f"{' + '.join(parts)} · " if parts else ""
         lines.append(f"node {node.name} · GPU {gpu}: {held}{amount(left / STEPS)} free")
     if total := node.total.get("CPU"):
-        planned = sum(slot.resources.get("CPU", 0.0) for _, slot in placed)
+        planned = sum(slot.resources.get("CPU", 0.0) for slot in slots)
         idle = free["CPU"][0] / STEPS
         running = total - idle - planned
         others = f", {amount(running)} by what runs" if round(running, 4) > 0 else ""
@@ -1763,7 +1748,7 @@ def format_node(plan: Plan, index: int) -> list[str]:
 def format_misfit(fit: Fit) -> str:
     """ "app/D: predicted: does not fit now; 1 of 2 replicas fit; needs 0.45 GPU; ..."."""
     verdict = "can never fit" if fit.never else "does not fit now"
-    some = f"{len(fit.slots)} of {fit.demand.min_replicas} replicas fit; " if fit.slots else ""
+    some = f"{fit.replicas} of {fit.demand.min_replicas} replicas fit; " if fit.replicas else ""
     return f"{fit.demand.label}: predicted: {verdict}; {some}{fit.reason}"
 
 
