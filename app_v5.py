@@ -1388,10 +1388,9 @@ def format_resources(resources: Resources) -> str:
 # 6. Plan: demands × nodes → placement
 # ======================================================================================
 #
-# GCS picks nodes by each node's *sums*; each picked raylet then allocates *devices* (a share of a
-# GPU comes from one GPU), and may refuse, upon which GCS tries others (ray-project/ray#52133). Here
-# a node counts only if its devices do. Where Ray would first pick one whose devices don't, its
-# answer may come late, which the plan says. Compared with raylets in test_plan_against_ray.py.
+# GCS picks nodes by each node's *sums*; the raylets then allocate *devices* (a share of a GPU comes
+# from one GPU), and may refuse, upon which GCS tries others, perhaps for seconds: "slow" here
+# (ray-project/ray#52133). Compared with raylets in test_plan_against_ray.py.
 
 PER_DEVICE = ("GPU", "TPU", "neuron_cores", "NPU", "HPU", "RBLN", "FURIOSA", "TTNPU", "MBLT")
 """Resources that Ray allocates device by device (ray_config_def.h, unit_instance_resources)."""
@@ -1492,13 +1491,11 @@ def new_nodes(monitor_log: str) -> list[Node]:
     found = AUTOSCALER.search(monitor_log)
     config = as_dict(found and yaml.safe_load(found[1] or found[2]))
     nodes: list[Node] = []
-    if as_dict(config.get("provider")).get("type") == "readonly":
-        return nodes
     for name, kind in as_dict(config.get("available_node_types")).items():
         most = kind.get("max_workers", config.get("max_workers", 0))
         label, total = f"{name} (the autoscaler may add it)", kind.get("resources") or {}
         nodes += [Node(label, total, {}, new=True)] * min(most, MOST_NEW_NODES)
-    return nodes
+    return [] if as_dict(config.get("provider")).get("type") == "readonly" else nodes
 
 
 def describe_deployment(name: str, info: Any) -> Config:
@@ -1556,8 +1553,8 @@ def matches(node: Node, selector: Mapping[str, str]) -> bool:
 
 @dataclass
 class Plan:
-    """Where everything goes, and what is `free` on each node after that. `slow`: on the way there
-    a node had enough in sum and its devices refused, which GCS tries again, for seconds."""
+    """Where everything goes, and what is `free` on each node after that; `slow` once a node had
+    enough in sum and its devices refused."""
 
     nodes: Sequence[Node]
     free: list[dict[str, Devices]]

@@ -40,8 +40,8 @@ def demand(
 
 
 def where(demands: Sequence[Demand], nodes: Sequence[Node]) -> list[str]:
-    """Each demand's places in the order in which they are found, "A0 B" being GPU 0 of A and something
-    on B; or its verdict."""
+    """Each demand's places as they are found, "A0 B" being GPU 0 of A and something on B; or its
+    verdict."""
     found, plan = [], predict(demands, nodes)
     slots = iter(plan.slots)
     for fit in plan.fits:
