@@ -1242,9 +1242,9 @@ def fit_engine(llm: Config, path: KeyPath, application_env: Config) -> Problems:
         # The user's own stays as it is.
         workers = sum(float(bundle.get("GPU") or 0) for bundle in worker_bundles(llm))
         if workers and gpus:
+            total = short(workers + gpus)
             message = (
-                f"{short(workers)} GPU here and num_gpus: {short(gpus)} count twice: a replica "
-                f"reserves {short(workers + gpus)} GPU"
+                f"this and num_gpus: {short(gpus)} count twice: a replica reserves {total} GPU"
             )
             hint = "set num_gpus: 0, or leave out placement_group_config"
             problems = [Problem((*path, "placement_group_config"), message, hint, warning=True)]
@@ -1289,10 +1289,7 @@ def fit_gpu_engine(llm: Config, place: KeyPath, gpus: float) -> Problems:
         total = short(share * workers)
         problems.append(warn(f"{each}, cut to four digits: a replica reserves {total} GPU"))
     if workers > 1 and share <= MOST_SHARE_FOR_TWO:
-        message = (
-            f"{workers} engine workers of {short(share)} GPU fit on one card, and Ray may put "
-            "them there; on real GPUs NCCL refuses two workers on one"
-        )
+        message = f"Ray may put two workers of {short(share)} GPU on one card, where NCCL fails"
         hint = "give each worker more than half a GPU, or use one worker"
         problems.append(warn(message, hint))
     actor_options(llm)["num_gpus"] = 0.0
@@ -1323,12 +1320,10 @@ def share_memory(llm: Config, path: KeyPath, application_env: Config) -> Problem
     fitting, key = round(WHOLE_GPU_MEMORY_FRACTION * share, 4), "gpu_memory_utilization"
     if engine.get(key) is None:
         engine[key] = fitting
+    asked = short(float(engine[key]))
     if float(engine[key]) <= share:
         return []
-    message = (
-        f"{short(float(engine[key]))} of the card's memory is more than the {short(share)} GPU "
-        "that a worker reserves: engines that share the card may run out of memory"
-    )
+    message = f"{asked} of the card's memory is more than the {short(share)} GPU that a worker has"
     hint = f"leave it out (it becomes {short(fitting)}) or lower it"
     return [Problem((*path, "engine_kwargs", key), message, hint, warning=True)]
 
@@ -1398,10 +1393,7 @@ PER_DEVICE = ("GPU", "TPU", "neuron_cores", "NPU", "HPU", "RBLN", "FURIOSA", "TT
 IMPLICIT = "node:__internal_implicit_resource_"
 """Every node has 1 of each resource named so; Serve's `max_replicas_per_node` takes 1/n of it."""
 
-SLOW = (
-    "fits, but Ray may be slow to see it: it picks nodes by the sum of their free GPU shares, and "
-    "single GPUs refuse (ray-project/ray#52133)"
-)
+SLOW = "fits, but Ray, which sees only sums of GPU shares, may be slow to place it (ray#52133)"
 
 Devices = tuple[int, ...]
 """What is free of a resource, device by device; one "device" for what is not counted so."""

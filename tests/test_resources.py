@@ -233,13 +233,12 @@ def test_an_engine_never_demands_more_than_its_share(engine: Config, expected: f
     [
         pytest.param(
             llm({"num_gpus": 0.45}, engine_kwargs={"gpu_memory_utilization": 0.9}),
-            "0.9 of the card's memory is more than the 0.45 GPU that a worker reserves: "
-            "engines that share the card may run out of memory",
+            "0.9 of the card's memory is more than the 0.45 GPU that a worker has",
             id="more memory than the share",
         ),
         pytest.param(
             llm({"num_gpus": 0.45}, placement_group_config={"bundle_per_worker": {"GPU": 1}}),
-            "1 GPU here and num_gpus: 0.45 count twice: a replica reserves 1.45 GPU",
+            "this and num_gpus: 0.45 count twice: a replica reserves 1.45 GPU",
             id="counted twice",
         ),
         pytest.param(
@@ -261,8 +260,7 @@ def test_an_engine_never_demands_more_than_its_share(engine: Config, expected: f
         ),
         pytest.param(
             llm({"num_gpus": 1}, engine_kwargs={"tensor_parallel_size": 2}),
-            "2 engine workers of 0.5 GPU fit on one card, and Ray may put them there; "
-            "on real GPUs NCCL refuses two workers on one",
+            "Ray may put two workers of 0.5 GPU on one card, where NCCL fails",
             id="two workers that fit on one card",
         ),
         pytest.param(
