@@ -1571,9 +1571,10 @@ class Plan:
         for wanted in [bundles] if demand.strategy == "STRICT_PACK" else [[b] for b in bundles]:
             used = list(dict.fromkeys(slot.node for slot in self.slots[begin:]))
             unused = [node for node in range(len(self.nodes)) if node not in used]
+            # The groups of nodes that are tried, one after the other.
             tries = {"PACK": [*([node] for node in used), unused], "SPREAD": [unused, used]}
-            one_after_the_other = tries.get(demand.strategy, [unused])
-            if not any(self.grant(demand.label, wanted, nodes) for nodes in one_after_the_other):
+            groups = tries.get(demand.strategy, [unused])
+            if not any(self.grant(demand.label, wanted, nodes) for nodes in groups):
                 self.free, self.slots = before, self.slots[:begin]
                 return False
         return True
