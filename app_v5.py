@@ -1344,7 +1344,7 @@ def describe_model(llm: Config) -> ModelSpec:
     notes: tuple[str, ...] = ()
     if options.get("num_gpus") is None and not workers:
         notes = ("num_gpus is not given: Ray's default of 1 GPU for each engine worker",)
-    if shares and "gpu_memory_utilization" in engine:
+    if shares and engine.get("gpu_memory_utilization"):
         fraction = short(float(engine["gpu_memory_utilization"]))
         notes = (f"gpu_memory_utilization {fraction} for a share of {short(share)} GPU a worker",)
     name = as_dict(llm["deployment_config"]).get("name")

@@ -157,6 +157,17 @@ def test_normalising_never_changes_its_input_nor_shares_an_object() -> None:
             id="a server class of the user's own is left alone",
         ),
         pytest.param(
+            llm(
+                {"num_cpus": 1},
+                server_cls="my.Server",
+                placement_group_config={"bundle_per_worker": {"GPU": 0.3}},
+                engine_kwargs={"gpu_memory_utilization": None},
+            ),
+            {"bundle_per_worker": {"GPU": 0.3}},
+            {"num_cpus": 1.0},
+            id="with its own bundles and no fraction, too",
+        ),
+        pytest.param(
             llm({"num_cpus": 1}, accelerator_config={"kind": "tpu"}),
             None,
             {"num_cpus": 1.0},
