@@ -1161,18 +1161,17 @@ def read_applications(document: Document) -> tuple[tuple[ApplicationSpec, ...], 
         if config.get("logging_config") is None and data.get("logging_config"):
             config["logging_config"] = data["logging_config"]
         config.setdefault("name", DEFAULT_APPLICATION)
-    models: dict[int, list[ModelSpec]] = {}
+    models: list[list[ModelSpec]] = [[] for _ in applications]
     for path, llm, _ in llm_places(data):
         application = applications[index := int(path[1])]
-        if not is_rays_builder(application) and not are_options(llm):
-            continue
-        llm["deployment_config"] = llm.get("deployment_config") or {}
-        problems += move_short_keys(llm["deployment_config"], (*path, "deployment_config"))
-        problems += fit_engine(llm, path, as_dict(application.get("runtime_env")))
-        models.setdefault(index, []).append(describe_model(llm))
+        if is_rays_builder(application) or are_options(llm):
+            llm["deployment_config"] = llm.get("deployment_config") or {}
+            problems += move_short_keys(llm["deployment_config"], (*path, "deployment_config"))
+            problems += fit_engine(llm, path, as_dict(application.get("runtime_env")))
+            models[index].append(describe_model(llm))
     specs = []
     for index, config in enumerate(applications):
-        route, mine = config.get("route_prefix", DEFAULT_ROUTE), tuple(models.get(index, ()))
+        route, mine = config.get("route_prefix", DEFAULT_ROUTE), tuple(models[index])
         specs.append(ApplicationSpec(index, config["name"], route, config, mine))
     return tuple(specs), problems
 
@@ -1180,10 +1179,10 @@ def read_applications(document: Document) -> tuple[tuple[ApplicationSpec, ...], 
 def move_short_keys(options: Config, path: KeyPath) -> Problems:
     """Move `num_cpus`/`cpus` and `num_gpus`/`gpus` into `ray_actor_options`, as floats."""
     problems: Problems = []
-    actor = dict(options.get("ray_actor_options") or {})
+    actor = as_dict(options.get("ray_actor_options"))
     for option, spellings in SHORT_KEYS.items():
-        given: dict[KeyPath, Any] = {(k,): options.pop(k) for k in spellings if k in options}
-        given[("ray_actor_options", option)] = actor.get(option)
+        given: dict[KeyPath, Any] = {(key,): options.pop(key, None) for key in spellings}
+        given["ray_actor_options", option] = actor.get(option)
         values = {where: float(value) for where, value in given.items() if value is not None}
         if len(set(values.values())) > 1:
             texts = [f"{format_key(where)}: {short(value)}" for where, value in values.items()]
@@ -1191,8 +1190,7 @@ def move_short_keys(options: Config, path: KeyPath) -> Problems:
             problems.append(Problem((*path, *next(iter(values))), message, "give one of them"))
         if values:
             actor[option] = next(iter(values.values()))
-    if actor:
-        options["ray_actor_options"] = actor
+            options["ray_actor_options"] = actor
     return problems
 
 
@@ -1202,10 +1200,9 @@ def actor_options(llm: Config) -> Config:
 
 def accelerator_kind(llm: Config) -> str:
     """ "cpu", "gpu", "tpu", or "" when the config does not say."""
-    declared = as_dict(llm.get("accelerator_config")).get("kind")
     accelerator = str(llm.get("accelerator_type") or "")
     implied = "tpu" if accelerator.startswith("TPU") else "gpu" if accelerator else ""
-    return str(declared or implied)
+    return str(as_dict(llm.get("accelerator_config")).get("kind") or implied)
 
 
 def engine_workers(llm: Config) -> int:
@@ -1218,9 +1215,8 @@ def engine_workers(llm: Config) -> int:
 def worker_bundles(llm: Config) -> list[Config]:
     """The bundles of the engine's workers, as `placement_group_config` asks for them."""
     config = as_dict(llm.get("placement_group_config"))
-    if config.get("bundle_per_worker") is not None:
-        return [dict(config["bundle_per_worker"])] * engine_workers(llm)
-    return [dict(bundle) for bundle in config.get("bundles") or []]
+    each = config.get("bundle_per_worker")
+    return (config.get("bundles") or []) if each is None else [each] * engine_workers(llm)
 
 
 def worker_share(llm: Config) -> float:
@@ -1238,40 +1234,37 @@ def fit_engine(llm: Config, path: KeyPath, application_env: Config) -> Problems:
     gpus, place = actor_options(llm).get("num_gpus"), (*path, "deployment_config")
     if llm.get("server_cls") or accelerator_kind(llm) == "tpu":
         return []
+    problems: Problems = []
     if llm.get("placement_group_config"):
         # The user's own stays as it is.
-        problems: Problems = []
         workers = sum(float(bundle.get("GPU") or 0) for bundle in worker_bundles(llm))
         if workers and gpus:
+            total = short(workers + gpus)
             message = (
-                f"{short(workers)} GPU here and num_gpus: {short(gpus)} count twice: a replica "
-                f"reserves {short(workers + gpus)} GPU"
+                f"this and num_gpus: {short(gpus)} count twice: a replica reserves {total} GPU"
             )
             hint = "set num_gpus: 0, or leave out placement_group_config"
-            problems.append(Problem((*path, "placement_group_config"), message, hint, warning=True))
+            problems = [Problem((*path, "placement_group_config"), message, hint, warning=True)]
     elif accelerator_kind(llm) == "cpu" or gpus == 0:
         problems = fit_cpu_engine(llm, place)
     elif gpus is not None:
-        problems = fit_gpu_engine(llm, place, float(gpus))
-    else:
-        return []
+        problems = fit_gpu_engine(llm, place, gpus)
     return problems + share_memory(llm, path, application_env)
 
 
 def fit_cpu_engine(llm: Config, place: KeyPath) -> Problems:
     """One bundle with nothing in it for the workers: they are local processes of the replica."""
-    options = actor_options(llm)
-    gpus = options.get("num_gpus")
     if accelerator_kind(llm) == "gpu":
         key = "accelerator_type" if llm.get("accelerator_type") else "accelerator_config"
         message = f"num_gpus: 0 asks for the CPU engine, but {key} asks for GPUs"
         hint = "remove one of them, or give num_gpus the share that a replica takes"
         return [Problem(place, message, hint)]
     llm["accelerator_config"] = {"kind": "cpu"}
-    if options.get("num_cpus") is not None or gpus is not None:
-        worker: Config = {"CPU": 0}
-        if gpus:
-            worker["GPU"], options["num_gpus"] = gpus, 0.0
+    options, worker = actor_options(llm), {"CPU": 0}
+    given = (options.get("num_cpus"), options.get("num_gpus"))
+    if options.get("num_gpus"):
+        worker["GPU"], options["num_gpus"] = options["num_gpus"], 0.0
+    if given != (None, None):
         llm["placement_group_config"] = {"bundles": [worker]}
     return []
 
@@ -1293,10 +1286,7 @@ def fit_gpu_engine(llm: Config, place: KeyPath, gpus: float) -> Problems:
         total = short(share * workers)
         problems.append(warn(f"{each}, cut to four digits: a replica reserves {total} GPU"))
     if workers > 1 and share <= MOST_SHARE_FOR_TWO:
-        message = (
-            f"{workers} engine workers of {short(share)} GPU fit on one card, and Ray may put "
-            "them there; on real GPUs NCCL refuses two workers on one"
-        )
+        message = f"Ray may put two workers of {short(share)} GPU on one card, where NCCL fails"
         hint = "give each worker more than half a GPU, or use one worker"
         problems.append(warn(message, hint))
     actor_options(llm)["num_gpus"] = 0.0
@@ -1316,27 +1306,23 @@ def share_memory(llm: Config, path: KeyPath, application_env: Config) -> Problem
         return []
     # LLMServer lays the LLM's runtime_env over the actor's and the application's key by key, so
     # an `env_vars` here would hide theirs: it has to repeat them.
-    runtime_env = dict(as_dict(llm.get("runtime_env")))
-    sources = (runtime_env, as_dict(actor_options(llm).get("runtime_env")), application_env)
+    own = as_dict(llm.get("runtime_env"))
+    sources = (own, as_dict(actor_options(llm).get("runtime_env")), application_env)
     inherited = next(filter(None, (as_dict(env.get("env_vars")) for env in sources)), {})
-    runtime_env["env_vars"] = {"VLLM_RAY_PER_WORKER_GPUS": str(share), **inherited}
-    llm["runtime_env"] = runtime_env
+    variables = {"VLLM_RAY_PER_WORKER_GPUS": str(share), **inherited}
+    llm["runtime_env"] = {**own, "env_vars": variables}
     if accelerator_kind(llm) == "cpu":
         return []
-    engine = llm["engine_kwargs"] = dict(llm.get("engine_kwargs") or {})
-    fitting = round(WHOLE_GPU_MEMORY_FRACTION * share, 4)
-    if engine.get("gpu_memory_utilization") is None:
-        engine["gpu_memory_utilization"] = fitting
-    asked = engine["gpu_memory_utilization"]
-    if float(asked) <= share:
+    engine = llm["engine_kwargs"] = as_dict(llm.get("engine_kwargs"))
+    fitting, key = round(WHOLE_GPU_MEMORY_FRACTION * share, 4), "gpu_memory_utilization"
+    if engine.get(key) is None:
+        engine[key] = fitting
+    asked = short(float(engine[key]))
+    if float(engine[key]) <= share:
         return []
-    message = (
-        f"{short(float(asked))} of the card's memory is more than the {short(share)} GPU that a "
-        "worker reserves: engines that share the card may run out of memory"
-    )
+    message = f"{asked} of the card's memory is more than the {short(share)} GPU that a worker has"
     hint = f"leave it out (it becomes {short(fitting)}) or lower it"
-    place = (*path, "engine_kwargs", "gpu_memory_utilization")
-    return [Problem(place, message, hint, warning=True)]
+    return [Problem((*path, "engine_kwargs", key), message, hint, warning=True)]
 
 
 def describe_model(llm: Config) -> ModelSpec:
@@ -1352,22 +1338,20 @@ def describe_model(llm: Config) -> ModelSpec:
         held = round(sum(float(bundle.get(resource) or 0) for bundle in workers), 4)
         if options.get(option) is not None or held:
             promised[resource] = float(options.get(option) or 0) + held
-    notes = []
+    notes: tuple[str, ...] = ()
     if options.get("num_gpus") is None and not workers:
-        notes.append("num_gpus is not given: Ray's default of 1 GPU for each engine worker")
-    if shares and "gpu_memory_utilization" in engine:
+        notes = ("num_gpus is not given: Ray's default of 1 GPU for each engine worker",)
+    if shares and engine.get("gpu_memory_utilization"):
         fraction = short(float(engine["gpu_memory_utilization"]))
-        notes.append(
-            f"gpu_memory_utilization {fraction} for a share of {short(share)} GPU a worker"
-        )
+        notes = (f"gpu_memory_utilization {fraction} for a share of {short(share)} GPU a worker",)
+    name = as_dict(llm["deployment_config"]).get("name")
     return ModelSpec(
         model_id,
         source=str(source.get("bucket_uri", "") if isinstance(source, dict) else source),
-        deployment_name=as_dict(llm["deployment_config"]).get("name")
-        or model_id.replace("/", "--").replace(".", "_"),
+        deployment_name=name or model_id.replace("/", "--").replace(".", "_"),
         promised={} if llm.get("server_cls") else promised,
         measures_memory=shares and not engine.get("kv_cache_memory_bytes"),
-        notes=tuple(notes),
+        notes=notes,
     )
 
 
@@ -1387,7 +1371,7 @@ def format_amount(resource: str, amount: float) -> str:
 def format_resources(resources: Resources) -> str:
     """ "1.0 CPUs, 0.45 GPUs" and then whatever else: "memory 2 GB, custom 1"."""
     parts = [f"{round(float(resources[k]), 4)} {k}s" for k in ("CPU", "GPU") if k in resources]
-    others = sorted(resource for resource in resources if resource not in ("CPU", "GPU"))
+    others = sorted(resources.keys() - {"CPU", "GPU"})
     parts += [f"{resource} {format_amount(resource, resources[resource])}" for resource in others]
     return ", ".join(parts) or "nothing"
 
@@ -1396,81 +1380,75 @@ def format_resources(resources: Resources) -> str:
 # 6. Plan: demands × nodes → placement
 # ======================================================================================
 #
-# GCS picks nodes by each node's *sums*; each picked raylet then allocates *devices* (a share of a
-# GPU comes from one GPU), and may refuse, upon which GCS tries others (ray-project/ray#52133). Here
-# a node counts only if its devices do. Where Ray would first pick one whose devices don't, its
-# answer may come late, which the plan says. Compared with raylets in test_plan_against_ray.py.
+# GCS picks nodes by each node's *sums*; the raylets then allocate *devices* (a share of a GPU comes
+# from one GPU), and may refuse, upon which GCS tries others, perhaps for seconds: "slow" here
+# (ray-project/ray#52133). Compared with raylets in test_plan_against_ray.py.
 
-PER_DEVICE = frozenset(
-    ("GPU", "TPU", "neuron_cores", "NPU", "HPU", "RBLN", "FURIOSA", "TTNPU", "MBLT")
-)
+PER_DEVICE = ("GPU", "TPU", "neuron_cores", "NPU", "HPU", "RBLN", "FURIOSA", "TTNPU", "MBLT")
 """Resources that Ray allocates device by device (ray_config_def.h, unit_instance_resources)."""
 
 IMPLICIT = "node:__internal_implicit_resource_"
 """Every node has 1 of each resource named so; Serve's `max_replicas_per_node` takes 1/n of it."""
 
-SLOW = (
-    "fits, but Ray may be slow to see it: it picks nodes by the sum of their free GPU shares, and "
-    "single GPUs refuse (ray-project/ray#52133)"
-)
+SLOW = "fits, but Ray, which sees only sums of GPU shares, may be slow to place it (ray#52133)"
 
 Devices = tuple[int, ...]
 """What is free of a resource, device by device; one "device" for what is not counted so."""
 
+Bundle = tuple[Mapping[str, int], Mapping[str, str]]
+"""What a bundle needs of each resource, in Ray's steps, and the labels its node must have."""
+
 
 @dataclass(frozen=True)
 class Slot:
-    """One bundle's place: the node, what it takes there, and which GPUs with which shares."""
+    """What one bundle of "application/deployment" takes of a node, and of which GPUs."""
 
+    label: str
     node: int
     resources: Resources
     gpus: Mapping[int, float]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Fit:
-    """What became of one demand: where its minimum of replicas goes, and if not all of it does,
-    whether it `never` will, and why."""
+    """What became of one demand: how many of its minimum of replicas fit, and if not all of them
+    do, whether they `never` will, and why."""
 
     demand: Demand
-    slots: tuple[tuple[Slot, ...], ...]  # one tuple a replica
+    replicas: int
+    never: bool
+    slow: bool
     reason: str = ""
-    never: bool = False
-    slow: bool = False
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Where everything goes, and what is free on each node after that."""
-
-    nodes: Sequence[Node]
-    fits: tuple[Fit, ...]
-    free: Sequence[Mapping[str, Devices]]
-
-    @property
-    def misfits(self) -> list[Fit]:
-        return [fit for fit in self.fits if fit.reason]
-
-    def placed(self, node: int) -> list[tuple[str, Slot]]:
-        """What the plan puts on a node: ("application/deployment", slot)."""
-        pairs = [(fit.demand.label, replica) for fit in self.fits for replica in fit.slots]
-        return [(label, slot) for label, slots in pairs for slot in slots if slot.node == node]
+def take(devices: Devices, need: int) -> Devices:
+    """What a raylet leaves of each device: it takes whole free ones for the whole part of a need,
+    the rest from the one that it fits best (NodeResourceInstanceSet::TryAllocate). () when they
+    refuse."""
+    left = list(devices)
+    for index, free in enumerate(devices):
+        if need >= STEPS and free == STEPS:
+            left[index] = 0
+            need -= STEPS
+    fitting = [(free, index) for index, free in enumerate(left) if free >= need]
+    if not fitting:
+        return ()
+    left[min(fitting)[1]] -= need
+    return tuple(left)
 
 
 def free_gpus(total: float, held: Iterable[float], free: float) -> tuple[float, ...]:
     """Guess the free share of each GPU of a node from the GPU demands that run on it, in the order
     in which they came; Ray itself reports only their sum (`free`). What nobody is known to hold is
     taken from the freest GPUs, so that the guess promises too little."""
-    devices: Devices = (STEPS,) * int(total)
+    known: Devices = (STEPS,) * int(total)
     for amount in held:
-        devices = minus(devices, take(devices, int(amount * STEPS)) or (0,) * len(devices))
-    unknown = sum(devices) - round(free * STEPS)
-    while unknown > 0 and any(devices):
-        freest = max(range(len(devices)), key=lambda index: devices[index])
-        part = min(unknown, devices[freest])
-        devices = minus(devices, tuple(part * (i == freest) for i in range(len(devices))))
-        unknown -= part
-    return tuple(device / STEPS for device in devices)
+        known = take(known, int(amount * STEPS)) or known
+    left, unknown = list(known), max(0, sum(known) - round(free * STEPS))
+    for index in sorted(range(len(left)), key=lambda index: -known[index]):
+        left[index] -= min(unknown, known[index])
+        unknown -= known[index] - left[index]
+    return tuple(share / STEPS for share in left)
 
 
 def node_of(
@@ -1482,19 +1460,17 @@ def node_of(
 ) -> Node:
     """A node from a row of `ray.nodes()`. Ray tells what is free on it only in sums; a GPU's own
     free share is worked out from the replicas that hold parts of it."""
-    staying = [item for item in held if item[0].split("/")[0] not in giving_way]
-    sums = Counter(free)
+    staying = tuple(item for item in held if item[0].split("/")[0] not in giving_way)
+    sums, total = Counter(free), row["Resources"]
     for item in held:
         sums.update(item[1] if item not in staying else {})
     shares = [amounts["GPU"] for _, amounts in staying if amounts.get("GPU")]
-    total = row["Resources"]
     gpus = free_gpus(total.get("GPU", 0.0), shares, sums["GPU"])
-    return Node(name, total, sums, gpus, row.get("Labels") or {}, tuple(staying))
+    return Node(name, total, sums, gpus, row.get("Labels") or {}, staying)
 
 
 AUTOSCALER = re.compile(
-    r"^[^\n]* StandardAutoscaler: (\{.*\})$|Using Autoscaling Config: \n(.*?)^\d{4}-\d\d-\d\d ",
-    re.MULTILINE | re.DOTALL,
+    r"(?ms)StandardAutoscaler: (\{[^\n]*\})$|Using Autoscaling Config: \n(.*?)^\d{4}-\d\d-\d\d "
 )
 """How the head's monitor.log tells its configuration, with v1 and with v2."""
 
@@ -1503,37 +1479,33 @@ def new_nodes(monitor_log: str) -> list[Node]:
     """The nodes that an autoscaler with this log may add, a few of each type."""
     found = AUTOSCALER.search(monitor_log)
     config = as_dict(found and yaml.safe_load(found[1] or found[2]))
-    nodes = []
-    readonly = as_dict(config.get("provider")).get("type") == "readonly"
-    for name, kind in as_dict(config.get("available_node_types")).items() if not readonly else ():
+    nodes: list[Node] = []
+    for name, kind in as_dict(config.get("available_node_types")).items():
         most = kind.get("max_workers", config.get("max_workers", 0))
-        node = Node(
-            f"{name} (the autoscaler may add it)", kind.get("resources") or {}, {}, new=True
-        )
-        nodes += [node] * min(most, MOST_NEW_NODES)
-    return nodes
+        label, total = f"{name} (the autoscaler may add it)", kind.get("resources") or {}
+        nodes += [Node(label, total, {}, new=True)] * min(most, MOST_NEW_NODES)
+    return [] if as_dict(config.get("provider")).get("type") == "readonly" else nodes
 
 
-def take(devices: Devices, need: int) -> Devices | None:
-    """What a raylet takes from each device: whole free ones for the whole part of the need, the
-    rest from the one that it fits best (NodeResourceInstanceSet::TryAllocate)."""
-    if len(devices) == 1:
-        return (need,) if devices[0] >= need else None
-    taken = [0] * len(devices)
-    for index, free in enumerate(devices):
-        if need >= STEPS and free == STEPS:
-            taken[index] = STEPS
-            need -= STEPS
-    rooms = [(free - t - need, i) for i, (free, t) in enumerate(zip(devices, taken, strict=True))]
-    fitting = [room for room in rooms if room[0] >= 0]
-    if need >= STEPS or not fitting:
-        return None
-    taken[min(fitting)[1]] += need
-    return tuple(taken)
-
-
-def minus(devices: Devices, taken: Devices) -> Devices:
-    return tuple(have - part for have, part in zip(devices, taken, strict=True))
+def describe_deployment(name: str, info: Any) -> Config:
+    """The fields of a `Demand`, as plain data, from Serve's `DeploymentInfo`."""
+    replica, options = info.replica_config, info.deployment_config
+    scaling, bundles = options.autoscaling_config, replica.placement_group_bundles
+    selectors = replica.placement_group_bundle_label_selector or []
+    if not bundles:
+        bundles = [replica.resource_dict]
+        selectors = [replica.ray_actor_options.get("label_selector") or {}]
+    return {
+        "deployment": name,
+        "ingress": info.ingress,
+        "bundles": [{r: float(amount) for r, amount in b.items() if amount} for b in bundles],
+        "label_selectors": selectors,
+        "strategy": replica.placement_group_strategy or "PACK",
+        "max_replicas_per_node": replica.max_replicas_per_node,
+        "min_replicas": scaling.min_replicas if scaling else options.num_replicas,
+        "max_replicas": scaling.max_replicas if scaling else options.num_replicas,
+        "autoscaling": scaling is not None,
+    }
 
 
 def stock(node: Node, amounts: Resources, gpus: Sequence[float] = ()) -> dict[str, Devices]:
@@ -1541,20 +1513,21 @@ def stock(node: Node, amounts: Resources, gpus: Sequence[float] = ()) -> dict[st
     found = {}
     for resource, total in node.total.items():
         amount = amounts.get(resource, 0.0)
-        devices = (amount,) if resource not in PER_DEVICE else free_gpus(total, (), amount)
+        devices = free_gpus(total, (), amount) if resource in PER_DEVICE else (amount,)
         known = gpus if resource == "GPU" and gpus else devices
         found[resource] = tuple(round(device * STEPS) for device in known)
     return found
 
 
-def bundles_of(demand: Demand) -> list[dict[str, int]]:
+def bundles_of(demand: Demand) -> list[Bundle]:
     """What each of a replica's bundles needs. Ray cuts off what is below its step, so seven
     replicas of 1/7 do fit on one node (fixed_point.h)."""
     bundles = [{r: int(amount * STEPS) for r, amount in b.items()} for b in demand.bundles]
     if demand.max_replicas_per_node:
         # As Serve does it: deployment_scheduler.py, `_schedule_replica`.
         bundles[0][IMPLICIT + demand.label] = int(STEPS / demand.max_replicas_per_node)
-    return [{r: need for r, need in bundle.items() if need > 0} for bundle in bundles]
+    needs = [{r: need for r, need in bundle.items() if need > 0} for bundle in bundles]
+    return list(zip(needs, demand.label_selectors or ({},) * len(needs), strict=True))
 
 
 def matches(node: Node, selector: Mapping[str, str]) -> bool:
@@ -1567,209 +1540,167 @@ def matches(node: Node, selector: Mapping[str, str]) -> bool:
     return True
 
 
-class Placer:
-    """Places replicas one after the other; `free` is what is left, node by node."""
+@dataclass
+class Plan:
+    """Where everything goes, and what is `free` on each node after that; `slow` once a node had
+    enough in sum and its devices refused."""
 
-    def __init__(self, nodes: Sequence[Node], free: Sequence[Mapping[str, Devices]]) -> None:
-        self.nodes = nodes
-        self.free = [dict(stock) for stock in free]
-        self.slow = False
+    nodes: Sequence[Node]
+    free: list[dict[str, Devices]]
+    slots: list[Slot] = field(default_factory=list)
+    fits: list[Fit] = field(default_factory=list)
+    slow: bool = False
 
-    def place(self, demand: Demand) -> tuple[Slot, ...] | None:
-        """One replica; None, and nothing is taken, when there is no place for it."""
-        bundles, before = bundles_of(demand), [dict(stock) for stock in self.free]
-        selectors = demand.label_selectors or ({},) * len(bundles)
-        named = sorted({resource for bundle in bundles for resource in bundle} - {"GPU"})
-        order = ("GPU", *(r for r in named if r not in ("memory", "CPU")), "memory", "CPU")
+    @property
+    def misfits(self) -> list[Fit]:
+        return [fit for fit in self.fits if fit.reason]
+
+    def place(self, demand: Demand) -> bool:
+        """Place one more replica; nothing is taken when there is no place for it."""
+        before, begin = list(self.free), len(self.slots)
+        for free in self.free:
+            free.setdefault(IMPLICIT + demand.label, (STEPS,))
+        bundles = bundles_of(demand)
         # The scarcest first, as GCS does (bundle_scheduling_policy.cc, SortRequiredResources).
-        waiting = sorted(range(len(bundles)), key=lambda i: [-bundles[i].get(r, 0) for r in order])
-        every, slots = range(len(self.nodes)), dict[int, Slot]()
-        unused = list(every)
-        while waiting:
-            together = waiting if demand.strategy == "STRICT_PACK" else waiting[:1]
-            wanted = [(bundles[index], selectors[index]) for index in together]
-            node = self.best(wanted, unused)
-            if node is None and demand.strategy == "SPREAD":
-                node = self.best(wanted, every)
-            if node is None:
-                self.free = before
-                return None
-            unused = [other for other in unused if other != node]
-            for index in tuple(waiting if demand.strategy.endswith("PACK") else together):
-                slot = self.grant(node, bundles[index], selectors[index])
-                if slot is not None:
-                    slots[index] = slot
-                    waiting.remove(index)
-                else:
-                    self.slow |= self.seems_free(node, bundles[index], selectors[index])
-        return tuple(slots[index] for index in range(len(bundles)))
+        named = sorted({r for needs, _ in bundles for r in needs} - {"GPU", "memory", "CPU"})
+        scarcest = ("GPU", *named, "memory", "CPU")
+        bundles.sort(key=lambda bundle: [-bundle[0].get(r, 0) for r in scarcest])
+        for wanted in [bundles] if demand.strategy == "STRICT_PACK" else [[b] for b in bundles]:
+            used = list(dict.fromkeys(slot.node for slot in self.slots[begin:]))
+            unused = [node for node in range(len(self.nodes)) if node not in used]
+            # The groups of nodes that are tried, one after the other.
+            tries = {"PACK": [*([node] for node in used), unused], "SPREAD": [unused, used]}
+            groups = tries.get(demand.strategy, [unused])
+            if not any(self.grant(demand.label, wanted, nodes) for nodes in groups):
+                self.free, self.slots = before, self.slots[:begin]
+                return False
+        return True
 
-    def grant(self, node: int, bundle: Mapping[str, int], selector: Any) -> Slot | None:
-        """Give a bundle its place on a node, device by device; None, where there is none."""
-        if not matches(self.nodes[node], selector):
-            return None
-        found = {r: take(self.devices(node, r), need) for r, need in bundle.items()}
-        taken = {resource: parts for resource, parts in found.items() if parts is not None}
-        if len(taken) < len(bundle):
-            return None
-        for resource, parts in taken.items():
-            self.free[node][resource] = minus(self.devices(node, resource), parts)
-        gpus = {i: part / STEPS for i, part in enumerate(taken.get("GPU", ())) if part}
-        amounts = {r: need / STEPS for r, need in bundle.items() if not r.startswith(IMPLICIT)}
-        return Slot(node, amounts, gpus)
-
-    def devices(self, node: int, resource: str) -> Devices:
-        default = (STEPS,) if resource.startswith(IMPLICIT) else (0,)
-        return self.free[node].get(resource) or default
-
-    def seems_free(self, node: int, bundle: Mapping[str, int], selector: Any) -> bool:
-        """What GCS believes of a node, of which it knows the sums alone: if a GPU refuses, it tries
-        the same again, for seconds."""
-        enough = all(sum(self.devices(node, r)) >= need for r, need in bundle.items())
-        return enough and matches(self.nodes[node], selector)
-
-    def best(
-        self, wanted: Sequence[tuple[dict[str, int], Any]], nodes: Iterable[int]
-    ) -> int | None:
-        """The node that takes some bundles and keeps the largest part of what they ask for
-        (scorer.cc, LeastResourceScorer); scores are rounded, since Ray adds in any order."""
-        needs: Counter[str] = Counter()
-        for bundle, _ in wanted:
-            needs.update(bundle)
+    def grant(self, label: str, wanted: Sequence[Bundle], nodes: Iterable[int]) -> bool:
+        """Put some bundles together on that of the nodes which keeps most of what is free there
+        (scorer.cc, LeastResourceScorer; rounded, since Ray adds in any order)."""
+        total: Counter[str] = Counter()
+        for needs, _ in wanted:
+            total.update(needs)
         scored = []
         for node in nodes:
-            sums = {resource: sum(self.devices(node, resource)) for resource in needs}
-            if all(sums[r] >= need for r, need in needs.items()):
-                score = round(sum(1 - need / sums[r] for r, need in needs.items()), 9)
-                scored.append((-score, node))
+            sums = {r: sum(self.free[node].get(r, ())) for r in total}
+            fits = all(sums[r] >= need for r, need in total.items())
+            if fits and all(matches(self.nodes[node], selector) for _, selector in wanted):
+                scored.append((round(sum(need / sums[r] for r, need in total.items()), 9), node))
         for _, node in sorted(scored):
-            before = dict(self.free[node])
-            granted = [self.grant(node, bundle, selector) for bundle, selector in wanted]
-            self.free[node] = before
-            if all(granted):
-                return node
-            self.slow |= all(matches(self.nodes[node], selector) for _, selector in wanted)
+            free = dict(self.free[node])
+            slots = [allocate(label, node, free, needs) for needs, _ in wanted]
+            if all(slots):
+                self.free[node] = free
+                self.slots += filter(None, slots)
+                return True
+            self.slow = True
+        return False
+
+
+def allocate(
+    label: str, node: int, free: dict[str, Devices], needs: Mapping[str, int]
+) -> Slot | None:
+    """Take a bundle from what is `free` on a node; None where its devices refuse."""
+    left = {r: take(free.get(r, ()), need) for r, need in needs.items()}
+    if not all(left.values()):
         return None
-
-
-def describe_deployment(name: str, info: Any) -> Config:
-    """The fields of a `Demand`, as plain data, from Serve's `DeploymentInfo`."""
-    replica, options = info.replica_config, info.deployment_config
-    autoscaling, bundles = options.autoscaling_config, replica.placement_group_bundles
-    selectors = [replica.ray_actor_options.get("label_selector") or {}]
-    return {
-        "deployment": name,
-        "ingress": info.ingress,
-        "bundles": [
-            {key: float(amount) for key, amount in bundle.items() if amount}
-            for bundle in bundles or [replica.resource_dict]
-        ],
-        "label_selectors": replica.placement_group_bundle_label_selector or []
-        if bundles
-        else selectors,
-        "strategy": replica.placement_group_strategy or "PACK",
-        "max_replicas_per_node": replica.max_replicas_per_node,
-        "min_replicas": autoscaling.min_replicas if autoscaling else options.num_replicas,
-        "max_replicas": autoscaling.max_replicas if autoscaling else options.num_replicas,
-        "autoscaling": autoscaling is not None,
-    }
+    gpus = zip(free.get("GPU", ()), left.get("GPU", ()), strict=False)
+    taken = {i: (had - has) / STEPS for i, (had, has) in enumerate(gpus) if had > has}
+    free.update(left)
+    return Slot(label, node, {r: need / STEPS for r, need in needs.items()}, taken)
 
 
 def predict(demands: Sequence[Demand], nodes: Sequence[Node]) -> Plan:
     """Place every demand's minimum in the given order; those that fit stay placed even if others
     do not."""
-    placer = Placer(nodes, [stock(node, node.free, node.free_gpus) for node in nodes])
-    plan = Plan(nodes, (), placer.free)
+    plan = Plan(nodes, [stock(node, node.free, node.free_gpus) for node in nodes])
     for demand in demands:
-        before = plan.fits
         # GCS tries a misfit that sums allow again and again, and what comes after waits with it.
-        placer.slow = any(fit.reason and fit.slow for fit in before)
-        found = [placer.place(demand) for _ in range(demand.min_replicas)]
+        plan.slow = any(fit.slow for fit in plan.misfits)
+        replicas = sum(plan.place(demand) for _ in range(demand.min_replicas))
         # What scales from zero must be able to have one replica.
-        empty = Placer(nodes, [stock(node, node.total) for node in nodes])
+        empty = Plan(nodes, [stock(node, node.total) for node in nodes])
         never = not all(empty.place(demand) for _ in range(max(1, demand.min_replicas)))
-        fit = Fit(demand, tuple(slots for slots in found if slots), "", never, placer.slow)
-        plan = Plan(nodes, (*before, fit), placer.free)
-        if never or not all(found):
-            fit = replace(fit, reason=shortage(plan, demand, empty if never else placer))
-            plan = replace(plan, fits=(*before, fit))
+        fit = Fit(demand, replicas, never, plan.slow)
+        plan.fits.append(fit)
+        if never or replicas < demand.min_replicas:
+            fit.reason = shortage(plan, demand, empty.free if never else plan.free)
     return plan
 
 
-def shortage(plan: Plan, demand: Demand, placer: Placer) -> str:
-    """Why one more replica does not fit: the scarcest resource that no node has enough of, the
-    nearest that one comes to it, and who holds the rest there."""
-    selectors = demand.label_selectors or ({},) * len(demand.bundles)
-    for bundle, selector in zip(bundles_of(demand), selectors, strict=True):
+def shortage(plan: Plan, demand: Demand, free: Sequence[Mapping[str, Devices]]) -> str:
+    """Why one more replica does not fit into what is `free`: the first resource that no node has
+    enough of, or all that it needs together."""
+    for needs, selector in bundles_of(demand):
         nodes = [n for n, node in enumerate(plan.nodes) if matches(node, selector)]
         if not nodes:
             labels = ", ".join(f"{key}: {value}" for key, value in selector.items())
             return f"no node matches the labels {labels}" if labels else "there is no live node"
-        for resource in sorted(bundle, key=lambda r: (r == "CPU", r != "GPU", r)):
-            need, name = bundle[resource], resource.removeprefix(IMPLICIT)
-            if any(take(placer.devices(n, resource), need) for n in nodes):
-                continue
-            share = resource in PER_DEVICE and need < STEPS
-            free = {
-                (n, d): part for n in nodes for d, part in enumerate(placer.devices(n, resource))
-            }
-            if resource in PER_DEVICE and not share:
-                whole = {n: placer.devices(n, resource).count(STEPS) * STEPS for n in nodes}
-                free = {(n, 0): amount for n, amount in whole.items()}
-            (node, device), most = max(
-                free.items(), key=lambda item: (item[1], not plan.nodes[item[0][0]].new)
-            )
-            amount = format_amount(resource, need / STEPS)
-            total = max(plan.nodes[n].total.get(resource, 0.0) for n in nodes)
-            where = f"node {plan.nodes[node].name}"
-            if total < need / STEPS and name == resource:
-                largest = f"the largest has {format_amount(resource, total)} ({where})"
-                return f"needs {amount} {name}; no node has {amount} {name}: {largest}"
-            where += f", {resource} {device}" if share else ""
-            held = holders_of(plan, node, resource, device if share else None)
-            where += f", held by {' + '.join(held)}" if held else ""
-            kind = "largest free share" if share else "most that one node has free"
-            found = format_amount(resource, most / STEPS)
-            return f"needs {amount} {name}; the {kind} is {found} ({where})"
+        for resource in sorted(needs, key=lambda r: (r == "CPU", r != "GPU", r)):
+            devices = {n: free[n].get(resource) or (0,) for n in nodes}
+            enough = any(take(each, needs[resource]) for each in devices.values())
+            if not enough and not resource.startswith(IMPLICIT):
+                return nearest(plan, resource, needs[resource], devices)
     amounts = " + ".join(f"{format_amount(r, a)} {r}" for r, a in sorted(demand.reserved.items()))
     where = "on one node" if len(demand.bundles) == 1 else f"in {len(demand.bundles)} bundles"
-    totals: Counter[str] = Counter()
-    for each in plan.nodes:
-        totals.update(each.total)
-    short_of = [r for r, amount in demand.reserved.items() if totals[r] < amount]
-    have = " + ".join(f"{format_amount(r, totals[r])} {r}" for r in short_of)
-    lack = f"; all nodes have {have}" if have else ""
-    return f"needs {amounts} {where} ({demand.strategy}){lack}"
+    most = demand.max_replicas_per_node
+    limit = f", max_replicas_per_node: {most}" if most else ""
+    have = {r: sum(node.total.get(r, 0.0) for node in plan.nodes) for r in demand.reserved}
+    lacking = [r for r, amount in demand.reserved.items() if have[r] < amount]
+    lack = " + ".join(f"{format_amount(r, have[r])} {r}" for r in lacking)
+    all_have = f"; all nodes have {lack}" if lack else ""
+    return f"needs {amounts} {where} ({demand.strategy}{limit}){all_have}"
 
 
-def holders_of(plan: Plan, node: int, resource: str, device: int | None) -> list[str]:
-    """Who has a resource of a node: by this plan (on that device), and what already runs."""
-    held: dict[str, float] = {}
-    for label, slot in plan.placed(node):
-        on_device = resource == "GPU" and device is not None
-        amount = slot.gpus.get(device or 0, 0.0) if on_device else slot.resources.get(resource, 0.0)
-        held[label] = held.get(label, 0.0) + amount
+def nearest(plan: Plan, resource: str, need: int, free: Mapping[int, Devices]) -> str:
+    """The nearest that a node comes to what is needed of a resource, and who holds the rest."""
+    if resource in PER_DEVICE and need >= STEPS:
+        free = {n: (devices.count(STEPS) * STEPS,) for n, devices in free.items()}
+    index = max(free, key=lambda n: (max(free[n]), resource in plan.nodes[n].total))
+    most, total = max(free[index]), plan.nodes[index].total.get(resource, 0.0)
+    wanted = f"{format_amount(resource, need / STEPS)} {resource}"
+    where = f"node {plan.nodes[index].name}"
+    if max(plan.nodes[n].total.get(resource, 0.0) for n in free) < need / STEPS:
+        largest = f"the largest has {format_amount(resource, total)} ({where})"
+        return f"needs {wanted}; no node has {wanted}: {largest}"
+    gpu, kind = None, "most that one node has free"
+    if resource == "GPU" and need < STEPS:
+        gpu, kind = free[index].index(most), "largest free share"
+        where += f", GPU {gpu}"
+    held = holders_of(plan, index, resource, gpu)
+    where += f", held by {held}" if held else ""
+    return f"needs {wanted}; the {kind} is {format_amount(resource, most / STEPS)} ({where})"
+
+
+def holders_of(plan: Plan, node: int, resource: str, gpu: int | None) -> str:
+    """Who has a resource of a node, or a GPU of it: by this plan, and what already runs."""
+    held: Counter[str] = Counter()
+    for slot in plan.slots:
+        taken = slot.resources.get(resource, 0.0) if gpu is None else slot.gpus.get(gpu, 0.0)
+        held.update({slot.label: taken} if slot.node == node else {})
     for label, amounts in plan.nodes[node].holders:
-        held[label] = held.get(label, 0.0) + amounts.get(resource, 0.0)
-    most = sorted((label for label in held if held[label]), key=lambda label: -held[label])
-    texts = [f"{label} {format_amount(resource, held[label])}" for label in most[:MOST_LOGS]]
-    return texts + [f"{len(most) - MOST_LOGS} others"] * (len(most) > MOST_LOGS)
+        held.update({label: amounts.get(resource, 0.0)})
+    texts = [f"{label} {format_amount(resource, n)}" for label, n in held.most_common() if n]
+    others = [f"{len(texts) - MOST_LOGS} others"] * (len(texts) > MOST_LOGS)
+    return " + ".join(texts[:MOST_LOGS] + others)
 
 
 def format_prediction(plan: Plan) -> list[str]:
     """The packing node by node, how far the deployments could grow, and what does not fit."""
     lines = ["predicted packing at min replicas (Ray decides in the end):"]
     for index, node in enumerate(plan.nodes):
-        lines += format_node(plan, index) if not node.new else []
-    new = dict.fromkeys(f"node {node.name}" for node in plan.nodes if node.new)
-    lines += new
+        lines += [] if node.new else format_node(plan, index)
+    lines += dict.fromkeys(f"node {node.name}" for node in plan.nodes if node.new)
     for fit in plan.fits:
-        demand, count, placer = fit.demand, len(fit.slots), Placer(plan.nodes, plan.free)
+        demand, count = fit.demand, fit.replicas
         if fit.reason:
             lines.append(format_misfit(fit))
             continue
         lines += [f"{demand.label}: {SLOW}"] * fit.slow
-        while count < demand.max_replicas and placer.place(demand):
+        trial = Plan(plan.nodes, list(plan.free))
+        while count < demand.max_replicas and trial.place(demand):
             count += 1
         if demand.max_replicas > demand.min_replicas:
             lines.append(f"{demand.label}: room for {count} of {demand.max_replicas} replicas")
@@ -1778,33 +1709,34 @@ def format_prediction(plan: Plan) -> list[str]:
 
 def format_node(plan: Plan, index: int) -> list[str]:
     """One line a GPU, and one for the CPUs: who has which share, and what is free."""
-    lines, node, free = [], plan.nodes[index], plan.free[index]
-    for device, left in enumerate(free.get("GPU", ())):
-        shares = Counter((label, slot.gpus.get(device, 0.0)) for label, slot in plan.placed(index))
-        held, running = [], 1 - left / STEPS
+    node, free = plan.nodes[index], plan.free[index]
+    slots = [slot for slot in plan.slots if slot.node == index]
+    lines, amount = [], partial(format_amount, "GPU")
+    for gpu, left in enumerate(free.get("GPU", ())):
+        shares = Counter((slot.label, slot.gpus[gpu]) for slot in slots if gpu in slot.gpus)
+        running, parts = 1 - left / STEPS, []
         for (label, share), count in shares.items():
             running -= share * count
             times = f"{count} x " if count > 1 else ""
-            held += [f"{label} {times}{format_amount('GPU', share)}"] if share else []
-        held += [f"already running {format_amount('GPU', running)}"] * (round(running, 4) > 0)
-        parts = [" + ".join(held), f"{format_amount('GPU', left / STEPS)} free"]
-        lines.append(f"node {node.name} · GPU {device}: {' · '.join(filter(None, parts))}")
-    if node.total.get("CPU"):
-        planned = sum(slot.resources.get("CPU", 0.0) for _, slot in plan.placed(index))
-        total, left_cpus = node.total["CPU"], free["CPU"][0] / STEPS
-        used, running = format_amount("CPU", planned), total - left_cpus - planned
-        others = f", {format_amount('CPU', running)} by what runs" if round(running, 4) > 0 else ""
-        text = f"{used} of {format_amount('CPU', total)} used by this plan{others}"
-        lines.append(f"node {node.name} · CPU: {text}, {format_amount('CPU', left_cpus)} free")
+            parts.append(f"{label} {times}{amount(share)}")
+        parts += [f"already running {amount(running)}"] * (round(running, 4) > 0)
+        held = f"{' + '.join(parts)} · " if parts else ""
+        lines.append(f"node {node.name} · GPU {gpu}: {held}{amount(left / STEPS)} free")
+    if total := node.total.get("CPU"):
+        planned = sum(slot.resources.get("CPU", 0.0) for slot in slots)
+        idle = free["CPU"][0] / STEPS
+        running = total - idle - planned
+        others = f", {amount(running)} by what runs" if round(running, 4) > 0 else ""
+        text = f"{amount(planned)} of {amount(total)} used by this plan{others}"
+        lines.append(f"node {node.name} · CPU: {text}, {amount(idle)} free")
     return lines
 
 
 def format_misfit(fit: Fit) -> str:
     """ "app/D: predicted: does not fit now; 1 of 2 replicas fit; needs 0.45 GPU; ..."."""
-    parts = [f"predicted: {'can never fit' if fit.never else 'does not fit now'}"]
-    if fit.slots:
-        parts.append(f"{len(fit.slots)} of {fit.demand.min_replicas} replicas fit")
-    return f"{fit.demand.label}: {'; '.join([*parts, fit.reason])}"
+    verdict = "can never fit" if fit.never else "does not fit now"
+    some = f"{fit.replicas} of {fit.demand.min_replicas} replicas fit; " if fit.replicas else ""
+    return f"{fit.demand.label}: predicted: {verdict}; {some}{fit.reason}"
 
 
 # ======================================================================================

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -39,14 +40,13 @@ def demand(
 
 
 def where(demands: Sequence[Demand], nodes: Sequence[Node]) -> list[str]:
-    """Each demand's places, "A0 B" being GPU 0 of A and something on B; or its verdict."""
-    found = []
-    for fit in predict(demands, nodes).fits:
-        places = [
-            nodes[slot.node].name + "".join(map(str, slot.gpus))
-            for replica in fit.slots
-            for slot in replica
-        ]
+    """Each demand's places as they are found, "A0 B" being GPU 0 of A and something on B; or its
+    verdict."""
+    found, plan = [], predict(demands, nodes)
+    slots = iter(plan.slots)
+    for fit in plan.fits:
+        mine = itertools.islice(slots, fit.replicas * len(fit.demand.bundles))
+        places = [nodes[slot.node].name + "".join(map(str, slot.gpus)) for slot in mine]
         verdict = "NEVER" if fit.never else "NOT NOW"
         assert bool(fit.reason) or not fit.never
         found.append(verdict if fit.reason else " ".join(places))
@@ -58,9 +58,9 @@ def where(demands: Sequence[Demand], nodes: Sequence[Node]) -> list[str]:
     [
         pytest.param((1, 1), 0.45, (0.45, 0), id="a share comes from one GPU"),
         pytest.param((1, 0.55), 0.45, (0, 0.45), id="from the GPU that it fits best"),
-        pytest.param((0.55, 0.55), 0.9, None, id="not from two"),
+        pytest.param((0.55, 0.55), 0.9, (), id="not from two"),
         pytest.param((0.5, 1, 1), 2, (0, 1, 1), id="whole GPUs that are wholly free"),
-        pytest.param((0.5, 1, 0.5), 2, None, id="halves are no whole"),
+        pytest.param((0.5, 1, 0.5), 2, (), id="halves are no whole"),
         pytest.param((1, 1), 1.45, (1, 0.45), id="a whole one and a share"),
         pytest.param((0.5, 1), 1.45, (0.45, 1), id="the share beside another"),
         pytest.param((0.6,), 0.6, (0.6,), id="exactly what is left"),
@@ -68,10 +68,12 @@ def where(demands: Sequence[Demand], nodes: Sequence[Node]) -> list[str]:
     ],
 )
 def test_a_raylet_allocates_gpus_one_by_one(
-    free: tuple[float, ...], wanted: float, taken: tuple[float, ...] | None
+    free: tuple[float, ...], wanted: float, taken: tuple[float, ...]
 ) -> None:
-    found = take(tuple(round(share * STEPS) for share in free), round(wanted * STEPS))
-    assert found == (None if taken is None else tuple(round(share * STEPS) for share in taken))
+    devices = tuple(round(share * STEPS) for share in free)
+    left = take(devices, round(wanted * STEPS))
+    found = tuple(had - has for had, has in zip(devices, left, strict=False))
+    assert found == tuple(round(share * STEPS) for share in taken)
 
 
 A, B = node("A", CPU=8, GPU=2), node("B", CPU=8, GPU=1)
@@ -190,7 +192,7 @@ def test_bundles_that_ray_packs_on_a_node_whose_gpus_refuse_may_take_long() -> N
     """Ray packs both on B, by the sum of what is free there."""
     nodes = [node("A", (0.9,), CPU=4, GPU=1), node("B", (0.2, 1), CPU=4, GPU=2)]
     two = demand("x", {"CPU": 1, "GPU": 0.5}, {"CPU": 2, "GPU": 0.55})
-    assert where([two], nodes) == ["A0 B1"]
+    assert where([two], nodes) == ["B1 A0"]
     assert predict([two], nodes).fits[0].slow
     assert not predict([two], [nodes[0], node("B", (1, 1), CPU=4, GPU=2)]).fits[0].slow
 
@@ -340,6 +342,18 @@ def test_the_text_of_a_tight_cluster() -> None:
             id="labels",
         ),
         pytest.param([demand("x", CPU)], [], "there is no live node", id="no node"),
+        pytest.param(
+            [demand("x", {"GPU": 0.1})],
+            [node("A", CPU=8), node("B", (0,), CPU=8, GPU=1)],
+            "needs 0.10 GPU; the largest free share is 0 (node B, GPU 0)",
+            id="a node without a GPU does not count",
+        ),
+        pytest.param(
+            [demand("x", {"CPU": 0.1}, replicas=2, max_replicas_per_node=1)],
+            TWINS[:1],
+            "needs 0.10 CPU on one node (PACK, max_replicas_per_node: 1)",
+            id="a limit of replicas a node",
+        ),
         pytest.param(
             [demand("x", CPU, CPU, CPU, strategy="STRICT_SPREAD")],
             TWINS,

@@ -22,7 +22,7 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from app_v5 import Demand, Node, Placer, bundles_of, predict, stock
+from app_v5 import Demand, Node, Plan, bundles_of, predict, stock
 
 untyped_ray: Any = ray
 pytestmark = pytest.mark.serve
@@ -139,44 +139,42 @@ def touch_nodes() -> None:
         remove_placement_group(touch)
 
 
-def said(demand: Demand, nodes: tuple[Node, ...], placer: Placer) -> tuple[str, list[str]]:
-    """The plan's verdict, and the nodes that it chooses; `placer` stays as it is."""
+def said(demand: Demand, nodes: tuple[Node, ...], plan: Plan) -> tuple[str, list[str]]:
+    """The plan's verdict, and the nodes that it chooses; `plan` stays as it is."""
     empty = predict([demand], nodes).fits[0]  # all of them is free
-    trial = Placer(nodes, placer.free)
-    slots = trial.place(demand)
-    if slots is None:
+    trial = Plan(nodes, list(plan.free))
+    if not trial.place(demand):
         return "never" if empty.never else "refused" if trial.slow else "not now", []
-    return "fits, slowly" if trial.slow else "fits", [nodes[slot.node].name for slot in slots]
+    return "fits, slowly" if trial.slow else "fits", [nodes[slot.node].name for slot in trial.slots]
 
 
-def actually(placer: Placer, demand: Demand, names: list[str]) -> None:
+def actually(plan: Plan, demand: Demand, names: list[str]) -> None:
     """Take what the group has where Ray has put it: among equal nodes Ray picks at random."""
-    index = {node.name: number for number, node in enumerate(placer.nodes)}
-    selectors = demand.label_selectors
-    for name, bundle, selector in zip(names, bundles_of(demand), selectors, strict=True):
-        free = placer.free[index[name]]
-        granted = placer.grant(index[name], bundle, selector)
+    index = {node.name: number for number, node in enumerate(plan.nodes)}
+    for name, bundle in zip(names, bundles_of(demand), strict=True):
+        free = plan.free[index[name]]
+        granted = plan.grant(demand.label, [bundle], [index[name]])
         assert granted, f"Ray gave {bundle} on {free}: the model is wrong"
 
 
 def disagreements(rng: random.Random, nodes: tuple[Node, ...], stats: Counter[str]) -> list[str]:
     """Play one case: the demands one after the other, what does not fit stays pending."""
-    placer, found = Placer(nodes, [stock(node, node.free) for node in nodes]), []
+    plan, found = Plan(nodes, [stock(node, node.free) for node in nodes]), list[str]()
     groups: list[PlacementGroup] = []
     pending: list[PlacementGroup] = []
     for index in range(rng.randint(3, 9)):
         demand = random_demand(rng, index)
-        verdict, chosen = said(demand, nodes, placer)
+        verdict, chosen = said(demand, nodes, plan)
         groups.append(create(demand))
         placed = is_placed(groups[-1], PATIENCE_S[verdict])
         stats[f"{verdict}: {'placed' if placed else 'pending'}"] += 1
         if placed != verdict.startswith("fits") and verdict != "fits, slowly":
-            free = {n.name[:4]: f for n, f in zip(nodes, placer.free, strict=True)}
+            free = {n.name[:4]: f for n, f in zip(nodes, plan.free, strict=True)}
             found.append(f"{verdict}, Ray placed: {placed}: {demand} on {free}")
         if placed:
             names = placement_group_table(groups[-1])["bundles_to_node_id"]
-            stats["other node"] += chosen != list(names.values())
-            actually(placer, demand, [names[i] for i in range(len(names))])
+            stats["other node"] += sorted(chosen) != sorted(names.values())
+            actually(plan, demand, [names[i] for i in range(len(names))])
         elif verdict in ("fits, slowly", "refused"):
             # It might come at any time, and GCS's attempts at it hide from the others what is free.
             remove_placement_group(groups.pop())

@@ -157,6 +157,17 @@ def test_normalising_never_changes_its_input_nor_shares_an_object() -> None:
             id="a server class of the user's own is left alone",
         ),
         pytest.param(
+            llm(
+                {"num_cpus": 1},
+                server_cls="my.Server",
+                placement_group_config={"bundle_per_worker": {"GPU": 0.3}},
+                engine_kwargs={"gpu_memory_utilization": None},
+            ),
+            {"bundle_per_worker": {"GPU": 0.3}},
+            {"num_cpus": 1.0},
+            id="with its own bundles and no fraction, too",
+        ),
+        pytest.param(
             llm({"num_cpus": 1}, accelerator_config={"kind": "tpu"}),
             None,
             {"num_cpus": 1.0},
@@ -233,13 +244,12 @@ def test_an_engine_never_demands_more_than_its_share(engine: Config, expected: f
     [
         pytest.param(
             llm({"num_gpus": 0.45}, engine_kwargs={"gpu_memory_utilization": 0.9}),
-            "0.9 of the card's memory is more than the 0.45 GPU that a worker reserves: "
-            "engines that share the card may run out of memory",
+            "0.9 of the card's memory is more than the 0.45 GPU that a worker has",
             id="more memory than the share",
         ),
         pytest.param(
             llm({"num_gpus": 0.45}, placement_group_config={"bundle_per_worker": {"GPU": 1}}),
-            "1 GPU here and num_gpus: 0.45 count twice: a replica reserves 1.45 GPU",
+            "this and num_gpus: 0.45 count twice: a replica reserves 1.45 GPU",
             id="counted twice",
         ),
         pytest.param(
@@ -261,8 +271,7 @@ def test_an_engine_never_demands_more_than_its_share(engine: Config, expected: f
         ),
         pytest.param(
             llm({"num_gpus": 1}, engine_kwargs={"tensor_parallel_size": 2}),
-            "2 engine workers of 0.5 GPU fit on one card, and Ray may put them there; "
-            "on real GPUs NCCL refuses two workers on one",
+            "Ray may put two workers of 0.5 GPU on one card, where NCCL fails",
             id="two workers that fit on one card",
         ),
         pytest.param(
