@@ -553,13 +553,13 @@ class DocumentLoader:
             for index, item in enumerate(node.value):
                 self.places[(*path, index)] = self.place(item.start_mark)
                 self.walk(item, (*path, index))
-        given: dict[str, int] = {}
+        given: dict[tuple[str, str], int] = {}
         for key_node, value in node.value if isinstance(node, yaml.MappingNode) else ():
             if key_node.tag == MERGE_TAG:
                 self.walk(value, path)
                 continue
-            key, place = str(key_node.value), self.place(key_node.start_mark)
-            here = (*path, key)
+            key, place = (key_node.tag, str(key_node.value)), self.place(key_node.start_mark)
+            here = (*path, key[1])
             self.construct(key_node, place)
             if key in given:
                 message = f"is given twice, in line {given[key]} and in line {place[1]}"
@@ -577,9 +577,10 @@ class DocumentLoader:
         self.construct(node, place)
 
     def construct(self, node: yaml.Node, place: Place) -> None:
+        """Raise ConfigError for a scalar that is not what it looks like."""
         try:
             self.yaml.construct_object(node)
-        except (ValueError, KeyError, AttributeError) as error:  # PyYAML raises what comes
+        except (ValueError, KeyError, AttributeError) as error:
             raise unusable(f"a value can't be read: {error}", "", place) from None
 
     def tag_of(self, text: str) -> str:
@@ -810,7 +811,7 @@ Schemas = Mapping[str, Mapping[str, str]]
 and is not checked."""
 
 Rule = tuple[str, str, Callable[[Any], bool]]
-"""What a value has to be, what to do about one that is not, and whether one is."""
+"""What to say about a wrong value ({}), a hint, and whether a value is right."""
 
 
 @functools.cache
@@ -847,7 +848,7 @@ def fields_of(schema: str, nodes: Mapping[str, ast.ClassDef]) -> dict[str, str]:
 # -- document → problems -------------------------------------------------------------------------
 
 NAME: Rule = (
-    "a name that Ray can bear",
+    "Ray can't bear the name {}",
     "use printable ASCII without '#', and at most 231 characters",
     lambda value: isinstance(value, str) and bool(re.fullmatch(r"[ -\"$-~]{1,231}", value)),
 )
@@ -863,11 +864,11 @@ def number(needed: str, least: float, most: float = 1e18) -> Rule:
             return not isinstance(value, bool) and least <= float(value) <= most
         return False
 
-    return needed, "", is_right
+    return f"{{}} is not {needed}", "", is_right
 
 
 RULES: Mapping[str, Rule] = {
-    **dict.fromkeys(LISTS, ("a list", "", lambda value: isinstance(value, list))),
+    **dict.fromkeys(LISTS, ("{} is not a list", "", lambda value: isinstance(value, list))),
     **dict.fromkeys((*SHORT_RESOURCES, "memory", AMOUNTS), number("a number, 0 or more", 0)),
     "tensor_parallel_size": number("a number, 1 to 9999", 1, 9999),
     "pipeline_parallel_size": number("a number, 1 to 9999", 1, 9999),
@@ -876,14 +877,18 @@ RULES: Mapping[str, Rule] = {
     "name": NAME,
     "model_id": NAME,
     "route_prefix": (
-        "ASCII",
-        "Serve would answer 500 to every request under it",
+        "Serve answers 500 to every request under a route that is not ASCII",
+        "",
         lambda value: str(value).isascii(),
     ),
-    VARIABLES: ("a text", "put it in quotes", lambda value: isinstance(value, str)),
+    VARIABLES: ("{} is not a text", "put it in quotes", lambda value: isinstance(value, str)),
     **dict.fromkeys(
         ("target_capacity", "autoscaling_policy"),
-        ("supported here", "leave it out, or use `serve deploy`", lambda _: False),
+        (
+            "is only supported by `serve deploy`: Serve does not take it for single applications",
+            "leave it out, or deploy this file with `serve deploy`",
+            lambda _: False,
+        ),
     ),
 }
 """Key, or schema of which every value counts -> the rule, where this program itself reads a value,
@@ -923,8 +928,8 @@ def check_keys(value: Any, schema: str, path: KeyPath, schemas: Schemas) -> Prob
 
 
 def check_value(value: Any, rule: Any, path: KeyPath) -> Problems:
-    needed, hint, is_right = RULES.get(rule, ("", "", lambda _: True))
-    return [] if is_right(value) else [Problem(path, f"{show_value(value)} is not {needed}", hint)]
+    wrong, hint, is_right = RULES.get(rule, ("", "", lambda _: True))
+    return [] if is_right(value) else [Problem(path, wrong.format(show_value(value)), hint)]
 
 
 def check_name(name: str, path: KeyPath) -> Problems:
@@ -996,10 +1001,10 @@ def located(document: Document, problems: Problems) -> Problems:
 def format_problem(problem: Problem) -> str:
     """ "config.yaml:14:9: applications[0].name: what is wrong; what would be right"."""
     file, line, column = problem.place or ("", 0, 0)
-    parts = [f"{file}:{line}:{column}" if line else file]
-    parts += ["warning"] * problem.warning
-    parts += [format_key(problem.path)] * bool(problem.path)
-    return ": ".join([*parts, problem.message]) + (f"; {problem.hint}" if problem.hint else "")
+    place = f"{file}:{line}:{column}" if line else file
+    said = f"{problem.message}; {problem.hint}" if problem.hint else problem.message
+    parts = (place, "warning" if problem.warning else "", format_key(problem.path), said)
+    return ": ".join(filter(None, parts))
 
 
 def format_key(path: KeyPath) -> str:

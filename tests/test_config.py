@@ -195,7 +195,9 @@ BROKEN = [
     ),
     pytest.param(
         "target_capacity: 50\napplications: []\n",
-        [":1:1: target_capacity: 50 is not supported here; leave it out, or use `serve deploy`"],
+        [
+            ":1:1: target_capacity: is only supported by `serve deploy`: Serve does not take it for single applications; leave it out, or deploy this file with `serve deploy`"
+        ],
         id="target_capacity",
     ),
     pytest.param(
@@ -242,21 +244,21 @@ BROKEN = [
     pytest.param(
         "applications:\n- {name: 'a#b', import_path: m:a}\n",
         [
-            ":2:4: applications[0].name: 'a#b' is not a name that Ray can bear; use printable ASCII without '#', and at most 231 characters"
+            ":2:4: applications[0].name: Ray can't bear the name 'a#b'; use printable ASCII without '#', and at most 231 characters"
         ],
         id="name with #",
     ),
     pytest.param(
         "applications:\n- {name: '', import_path: m:a}\n",
         [
-            ":2:4: applications[0].name: '' is not a name that Ray can bear; use printable ASCII without '#', and at most 231 characters"
+            ":2:4: applications[0].name: Ray can't bear the name ''; use printable ASCII without '#', and at most 231 characters"
         ],
         id="name empty",
     ),
     pytest.param(
         "applications:\n- {name: 5, import_path: m:a}\n",
         [
-            ":2:4: applications[0].name: 5 is not a name that Ray can bear; use printable ASCII without '#', and at most 231 characters"
+            ":2:4: applications[0].name: Ray can't bear the name 5; use printable ASCII without '#', and at most 231 characters"
         ],
         id="name a number",
     ),
@@ -310,7 +312,7 @@ BROKEN = [
     pytest.param(
         ONE + ", autoscaling_policy: {policy_function: m:f}}\n",
         [
-            ":2:31: applications[0].autoscaling_policy: {'policy_function': 'm:f'} is not supported here; leave it out, or use `serve deploy`"
+            ":2:31: applications[0].autoscaling_policy: is only supported by `serve deploy`: Serve does not take it for single applications; leave it out, or deploy this file with `serve deploy`"
         ],
         id="autoscaling_policy",
     ),
@@ -758,6 +760,10 @@ ACCEPTED = [
     pytest.param("applications:\n- {import_path: m:a, route_prefix: null}\n", id="no HTTP route"),
     pytest.param("applications:\n- {import_path: m:a, args: {anything: [1, {x: 2}]}}\n", id="args"),
     pytest.param(
+        "applications:\n- {import_path: m:a, args: {1: a, '1': b, 2020-01-01: c, null: d}}\n",
+        id="keys of many types",
+    ),
+    pytest.param(
         "applications:\n- {name: a, import_path: m:a, route_prefix: /a}\n"
         "- {name: b, import_path: m:a, route_prefix: /a/b}\n",
         id="a route below another",
@@ -1025,6 +1031,17 @@ def test_a_path_that_can_be_none_is_no_file(name: str) -> None:
     assert found.startswith(":3:24: applications[0].args.llm_configs[0]: ")
 
 
+def test_variables_are_filled_in_the_named_files_too() -> None:
+    for number in range(20):
+        Path(f"{number}.yaml").write_text(
+            f"model_loading_config: {{model_id: '{number}-${{X}}'}}\n"
+        )
+    names = ", ".join(f"{number}.yaml" for number in range(20))
+    llms = load(naming(names), {"X": "x"}).data["applications"][0]["args"]["llm_configs"]
+    ids = [llm["model_loading_config"]["model_id"] for llm in llms]
+    assert ids == [f"{number}-x" for number in range(20)]
+
+
 # -- variables and secrets ----------------------------------------------------------------------
 
 
@@ -1187,7 +1204,7 @@ def test_names_that_ray_can_not_bear(name: str, good: bool) -> None:
 
 def test_a_route_that_is_not_ascii() -> None:
     (found,) = problems(ONE + ", route_prefix: /café}\n")
-    assert "'/café' is not ASCII; Serve would answer 500 to every request under it" in found
+    assert "Serve answers 500 to every request under a route that is not ASCII" in found
 
 
 @pytest.mark.parametrize(
