@@ -455,13 +455,9 @@ class Options:
 
 TEXT_TAG, MERGE_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 VARIABLE = re.compile(r"\$(?:\$\{|\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\})")
-EXPECTED_TOP = "a mapping with `applications`"
 
 LLM_ARGS = ("llm_config", "prefill_config", "decode_config")
 """Builder arguments that hold one LLM each; `llm_configs` holds a list of them."""
-
-PATHS = ("llm_configs", *LLM_ARGS, "model_source")
-"""Keys that take a text instead of a mapping."""
 
 DEFAULT_APPLICATION, DEFAULT_ROUTE = "default", "/"
 """What Ray's schema takes when `name` and `route_prefix` are not given."""
@@ -476,7 +472,7 @@ def load_document(file: str, environ: Mapping[str, str]) -> tuple[Document, Prob
     Environment variables are filled in, and `llm_configs` entries that are paths are replaced by
     what those files hold. Raises ConfigError for what makes all of the file unusable.
     """
-    loader = DocumentLoader(file, environ)
+    loader = DocumentLoader(environ)
     data = loader.load(file, ())
     check_top(file, data)
     loader.inline_files(data)
@@ -488,112 +484,101 @@ def unusable(message: str, hint: str = "", place: Place = ("", 0, 0)) -> ConfigE
     return ConfigError([Problem((), message, hint, place=place)])
 
 
-def read_text(file: str) -> str:
-    """A file's text. Raises ConfigError when it can't be read as UTF-8 text of sane size."""
-    path, hint, place = Path(file), "save the file as UTF-8", (file, 0, 0)
+def read_file(file: str) -> bytes:
+    """A file's content. Raises ConfigError when it is no regular file of sane size."""
+    path, place = Path(file), (file, 0, 0)
     try:
-        if path.exists() and not path.is_file():
-            raise unusable("this is no regular file", "give the YAML file", place)
         size = path.stat().st_size
+        if not path.is_file():
+            raise unusable("this is no regular file", "give the YAML file", place)
         if size > MAX_FILE_BYTES:
             raise unusable(f"{size} bytes are more than the limit of {MAX_FILE_BYTES}", "", place)
-        text = path.read_bytes().decode("utf-8-sig")
+        return path.read_bytes()
     except OSError as error:
         raise unusable(f"can't be read: {error.strerror or error}", "", place) from None
-    except UnicodeDecodeError as error:
-        message = f"byte {error.start} is not UTF-8: {error.reason}"
-        raise unusable(message, hint, place) from None
-    if "\0" in text:
-        raise unusable("there is a NUL in it: this is not UTF-8 text", hint, place)
-    return text
 
 
 class DocumentLoader:
     """Turns YAML into plain data, and keeps where each key stands; PyYAML alone takes the last of
     two equal keys, and has no limits."""
 
-    def __init__(self, file: str, environ: Mapping[str, str]) -> None:
-        self.file = file
+    def __init__(self, environ: Mapping[str, str]) -> None:
         self.environ = environ
+        self.file = ""
         self.yaml = yaml.SafeLoader("")
         self.places: dict[KeyPath, Place] = {}
         self.secrets: set[str] = set()
         self.problems: Problems = []
         self.values = 0
-        self.filled: set[int] = set()
 
     def load(self, file: str, path: KeyPath) -> Any:
-        """A file's data. Raises ConfigError for what makes all of it unusable."""
-        text_of_file = read_text(file)
+        """A file's data, None when there is none. Raises ConfigError when all of it is unusable."""
+        content, self.file = read_file(file), file
+        self.places[path] = (file, 1, 1)
         try:
-            nodes = list(yaml.compose_all(text_of_file, Loader=yaml.SafeLoader))
-            if len(nodes) > 1:
-                message, hint = "a second document starts here", "keep one document in the file"
-                raise unusable(message, hint, place_of(nodes[1], file))
-            if not nodes or nodes[0] is None:
-                raise unusable(f"is empty; expected {EXPECTED_TOP}", "", (file, 0, 0))
-            self.walk(nodes[0], path, (), file)
-            return unshared(self.yaml.construct_document(nodes[0]))
-        except yaml.YAMLError as error:
-            # The line itself is not quoted, since a secret may stand in it.
-            mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-            text = first_line(str(getattr(error, "problem", error)))
-            tabs = " (indent with spaces, not tabs)" if "\\t" in text else ""
-            place = (file, mark.line + 1, mark.column + 1) if mark else (file, 0, 0)
-            begun = getattr(error, "context_mark", None)
-            if begun and mark and begun.line != mark.line:
-                tabs = f", {getattr(error, 'context', '')} that begins in line {begun.line + 1}"
-            if isinstance(error, yaml.reader.ReaderError):
-                before = text_of_file[: error.position]
-                place = (file, before.count("\n") + 1, len(before.rpartition("\n")[2]) + 1)
-            raise unusable(f"not YAML: {text}{tabs}", "", place) from None
+            node = yaml.compose(content, Loader=yaml.SafeLoader)
+            if node is None:
+                return None
+            self.walk(node, path)
+            return unshared(self.yaml.construct_document(node))
+        except yaml.MarkedYAMLError as error:
+            # Without the line itself, since a secret may stand in it.
+            begun = f" from line {error.context_mark.line + 1}" if error.context_mark else ""
+            context = f"{error.context}{begun}, " if error.context else ""
+            tabs = " (indent with spaces, not tabs)" if "\\t" in str(error.problem) else ""
+            place = self.place(error.problem_mark)
+            raise unusable(f"not YAML: {context}{error.problem}{tabs}", "", place) from None
+        except yaml.reader.ReaderError as error:
+            message = f"not YAML: byte {error.position}: {first_line(str(error))}"
+            raise unusable(message, "save the file as UTF-8", (file, 0, 0)) from None
         except RecursionError:
-            message = f"nested deeper than {MAX_DEPTH} levels"
-            raise unusable(message, "", (file, 0, 0)) from None
+            most = f"more than {MAX_DEPTH} levels, or {MAX_VALUES} values"
+            raise unusable(f"excessive nesting or aliasing: {most}", "", (file, 0, 0)) from None
 
-    def walk(self, node: yaml.Node, path: KeyPath, above: tuple[int, ...], file: str) -> None:
-        """Note the places below a node, fill in variables, and look for what YAML lets through;
-        `above` are the nodes that it lies in."""
+    def place(self, mark: yaml.Mark | None) -> Place:
+        return (self.file, mark.line + 1, mark.column + 1) if mark else (self.file, 0, 0)
+
+    def walk(self, node: yaml.Node, path: KeyPath) -> None:
+        """Note the places of what lies in a node, fill in variables, and look for what YAML lets
+        through. Raises ConfigError and RecursionError."""
         self.values += 1
-        below, place = (*above, id(node)), place_of(node, file)
-        if self.values > MAX_VALUES:
-            message = f"excessive aliasing: more than {MAX_VALUES} values when aliases are expanded"
-            raise unusable(message, "", place)
-        if id(node) in above or len(above) > MAX_DEPTH:
-            inside = "an alias stands inside of what it refers to"
-            deep = f"nested deeper than {MAX_DEPTH} levels"
-            raise unusable(inside if id(node) in above else deep, "", place)
+        if self.values > MAX_VALUES or len(path) > MAX_DEPTH:
+            raise RecursionError
         if isinstance(node, yaml.ScalarNode):
-            self.scalar(node, path, place)
+            self.fill(node, path)
         elif isinstance(node, yaml.SequenceNode):
             for index, item in enumerate(node.value):
-                self.places[(*path, index)] = place_of(item, file)
-                self.walk(item, (*path, index), below, file)
+                self.places[(*path, index)] = self.place(item.start_mark)
+                self.walk(item, (*path, index))
+        given: dict[tuple[str, str], int] = {}
         for key_node, value in node.value if isinstance(node, yaml.MappingNode) else ():
             if key_node.tag == MERGE_TAG:
-                self.walk(value, path, below, file)
-            elif isinstance(key_node, yaml.ScalarNode):
-                here = (*path, self.yaml.construct_object(key_node))
-                before, place = self.places.get(here), place_of(key_node, file)
-                if before and [k.value for k, _ in node.value].count(key_node.value) > 1:
-                    message = f"is given twice, in line {before[1]} and in line {place[1]}"
-                    self.problems.append(Problem(here, message, "keep one of them", place=place))
-                self.places[here] = place
-                self.walk(value, here, below, file)
+                self.walk(value, path)
+                continue
+            key, place = (key_node.tag, str(key_node.value)), self.place(key_node.start_mark)
+            here = (*path, key[1])
+            self.construct(key_node, place)
+            if key in given:
+                message = f"is given twice, in line {given[key]} and in line {place[1]}"
+                self.problems.append(Problem(here, message, "keep one of them", place=place))
+            given[key], self.places[here] = place[1], place
+            self.walk(value, here)
 
-    def scalar(self, node: yaml.ScalarNode, path: KeyPath, place: Place) -> None:
+    def fill(self, node: yaml.ScalarNode, path: KeyPath) -> None:
         """Fill in environment variables, once for all aliases; what is unquoted gets its type
         anew."""
-        if "${" in node.value and node.tag == TEXT_TAG and id(node) not in self.filled:
-            self.filled.add(id(node))
+        place, is_new = self.place(node.start_mark), node not in self.yaml.constructed_objects
+        if is_new and "${" in node.value and node.tag == TEXT_TAG:
             node.value = VARIABLE.sub(lambda m: self.variable(m, path, place), node.value)
             node.tag = self.tag_of(node.value) if node.style is None else node.tag
+        self.construct(node, place)
+
+    def construct(self, node: yaml.Node, place: Place) -> None:
+        """Raise ConfigError for a scalar that is not what it looks like."""
         try:
             self.yaml.construct_object(node)
-        except ValueError as error:
-            self.problems.append(Problem(path, f"can't be read: {error}", place=place))
-            node.tag = TEXT_TAG
-            self.yaml.recursive_objects.pop(node, None)  # PyYAML forgets to
+        except (ValueError, KeyError, AttributeError) as error:
+            raise unusable(f"a value can't be read: {error}", "", place) from None
 
     def tag_of(self, text: str) -> str:
         """What YAML takes an unquoted text for."""
@@ -605,39 +590,47 @@ class DocumentLoader:
         if name is None:
             return "${"
         text = self.environ.get(name, match["default"])
-        wrong = partial(Problem, path, place=place)
-        if text is None:
+        if text is None or "\\udc" in ascii(text):
+            message = f"environment variable {name} is not {'set' if text is None else 'UTF-8'}"
             hint = f"export it, or give a default: ${{{name}:-...}}; $${{ stands for a plain ${{"
-            self.problems.append(wrong(f"environment variable {name} is not set", hint))
-        elif "\\udc" in ascii(text):
-            self.problems.append(wrong(f"environment variable {name} is not UTF-8"))
+            self.problems.append(Problem(path, message, hint, place=place))
         elif name in self.environ and self.tag_of(text) == TEXT_TAG:
             # Not a number, nor a `true`: those would be hidden wherever else they stand.
             self.secrets.add(text)
         return text or ""
 
     def inline_files(self, data: Config) -> None:
-        """Replace the paths among the LLMs of Ray's builders by what the files hold; a path whose
-        file is missing stays."""
+        """Replace the paths among the LLMs of Ray's builders by what the files hold."""
         folders = list(dict.fromkeys([Path(self.file).absolute().parent, Path.cwd()]))
         for path, llm, holder in llm_places(data):
             if not isinstance(llm, str):
                 continue
             found = None
-            with contextlib.suppress(OSError, ValueError):  # no name of a file
+            with contextlib.suppress(OSError):  # too long for a name
                 found = next((f"{d / llm}" for d in folders if (d / llm).exists()), None)
-            if found is None:
-                hint = f"looked in {' and in '.join(map(str, folders))}"
-                self.problems.append(Problem(path, f"there is no file {llm!r}", hint))
-                continue
             try:
-                holder[path[-1]] = loaded = self.load(found, path)
-                if not isinstance(loaded, dict):
-                    message = f"{show_value(loaded)} is not a mapping"
-                    raise unusable(message, "expected an LLM's", (found, 1, 1))
+                if found is None:
+                    hint = f"looked in {' and in '.join(map(str, folders))}"
+                    raise unusable(f"there is no file {llm!r}", hint, self.places[path])
+                holder[path[-1]] = self.load(found, path)
             except ConfigError as error:
-                holder[path[-1]] = llm
-                self.problems += error.problems
+                self.problems += [replace(problem, path=path) for problem in error.problems]
+
+
+def check_top(file: str, data: Any) -> None:
+    """Raise ConfigError for what is no config of Serve's at all."""
+    keys, message, hint = as_dict(data), "expected a mapping with `applications`", ""
+    if "applications" in keys:
+        return
+    if "apiVersion" in keys:
+        message = f"this is a Kubernetes manifest ({keys.get('kind')}); {message}"
+        hint = "spec.serveConfigV2 of a RayService holds one: save that text as a file"
+    elif "import_path" in keys:
+        message = "this is the old form of a config, with one application at the top"
+        hint = "write it as the one item of `applications:`"
+    elif close := difflib.get_close_matches("applications", map(str, keys), 1, 0.7):
+        hint = f"did you mean 'applications' by {close[0]!r}?"
+    raise unusable(message, hint, (file, 1, 1))
 
 
 def show_value(value: Any) -> str:
@@ -654,39 +647,6 @@ def first_line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
-def place_of(node: yaml.Node, file: str) -> Place:
-    return file, node.start_mark.line + 1, node.start_mark.column + 1
-
-
-def check_top(file: str, data: Any) -> None:
-    """Raise ConfigError for what is wrong with a document as a whole."""
-    message, hint = f"expected {EXPECTED_TOP}", ""
-    if not isinstance(data, dict):
-        message += f", this is {'a list' if isinstance(data, list) else 'a single value'}"
-    elif "applications" in data:
-        return
-    elif "apiVersion" in data and "kind" in data:
-        hint, message = message, f"this is a Kubernetes manifest ({data['kind']})"
-        if data["kind"] == "RayService":
-            hint = "its spec.serveConfigV2 holds the Serve config: save that text as a file"
-    elif "import_path" in data:
-        message = "this is the old form of a config, with one application at the top"
-        hint = "write it as the one item of `applications:`"
-    else:
-        close = difflib.get_close_matches("applications", map(str, data), 1, 0.7)
-        hint = f"did you mean 'applications' by {close[0]!r}?" if close else ""
-    raise unusable(message, hint, (file, 1, 1))
-
-
-def unshared(value: Any) -> Any:
-    """A deep copy in which no two places hold the same object (`copy.deepcopy` keeps them)."""
-    if isinstance(value, dict):
-        return {key: unshared(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [unshared(item) for item in value]
-    return value
-
-
 def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
@@ -700,18 +660,16 @@ def is_rays_builder(application: Config) -> bool:
 
 
 def llm_places(data: Config) -> Iterator[tuple[KeyPath, Any, Any]]:
-    """The places for LLMs among the builders' arguments of a document: path, value, holder.
-
-    A builder of the user's own may take anything there: what looks like an LLM counts.
-    """
+    """What may be LLMs among the builders' arguments of a document: path, value, holder. A builder
+    of the user's own may take anything there, of which the mappings count."""
     for number, application in enumerate(as_list(data.get("applications"))):
         args = as_dict(as_dict(application).get("args"))
         path: KeyPath = ("applications", number, "args")
+        places = [((*path, key), args[key], args) for key in LLM_ARGS if args.get(key)]
         entries: Any = as_list(args.get("llm_configs"))
-        places = [((*path, key), args[key], args) for key in LLM_ARGS if key in args]
         places += [((*path, "llm_configs", i), llm, entries) for i, llm in enumerate(entries)]
         for place, llm, holder in places:
-            if is_rays_builder(application) or as_dict(llm).get("model_loading_config"):
+            if isinstance(llm, dict) or is_rays_builder(application):
                 yield place, llm, holder
 
 
@@ -743,16 +701,15 @@ def secrets_in(value: Any, key: str = "") -> set[str]:
 
 @functools.lru_cache
 def spellings(secrets: frozenset[str]) -> list[str]:
-    """Secrets as they are, and as Python, JSON and URLs write them; the longest first."""
-    plain: set[str] = set()
+    """Secrets, and their single lines, as others may have written them; the longest first."""
     # What prints a text of several lines may put something before each.
     lines = {line for secret in secrets for line in secret.splitlines()}
-    lines = {line for line in lines if len(line) > SHORTEST_SECRET}
-    for secret in secrets | lines:
-        plain |= {secret, quote(secret), quote(secret, safe=""), quote_plus(secret)}
-        plain |= {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
-    again = {write(form)[1:-1] for form in plain for write in (repr, json.dumps)}
-    return sorted(plain | again, key=len, reverse=True)
+    forms = secrets | {line for line in lines if len(line) > SHORTEST_SECRET}
+    for _ in range(2):  # as a `repr` in JSON
+        for form in forms:
+            forms |= {quote(form), quote(form, safe=""), quote_plus(form), repr(form)[1:-1]}
+            forms |= {json.dumps(form, ensure_ascii=flag)[1:-1] for flag in (True, False)}
+    return sorted(forms, key=len, reverse=True)
 
 
 def redact(text: str, secrets: frozenset[str]) -> str:
@@ -762,13 +719,9 @@ def redact(text: str, secrets: frozenset[str]) -> str:
         if len(form) < SHORTEST_SECRET:
             text = re.sub(rf"(?<!\w){re.escape(form)}(?!\w)", HIDDEN, text)
             continue
-        head = form[: LONG_SECRET // 2] if len(form) >= LONG_SECRET else form
-        start = text.find(head)
-        while start >= 0:
-            same = (mine == its for mine, its in zip(form, text[start:], strict=False))
-            shown = sum(itertools.takewhile(bool, same))
-            text = text[:start] + HIDDEN + text[start + shown :]
-            start = text.find(head, start + len(HIDDEN))
+        least = LONG_SECRET // 2 if len(form) >= LONG_SECRET else len(form)
+        for shown in range(len(form), least - 1, -1) if form[:least] in text else ():
+            text = text.replace(form[:shown], HIDDEN)
     return URL_SECRETS.sub(lambda match: (match[1] or "") + HIDDEN, text)
 
 
@@ -779,6 +732,11 @@ def map_texts(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, list | tuple):
         return [map_texts(item, change) for item in value]
     return change(value) if isinstance(value, str) else value
+
+
+def unshared(value: Any) -> Any:
+    """A deep copy in which no two places hold the same object (`copy.deepcopy` keeps them)."""
+    return map_texts(value, str)
 
 
 def fingerprint(text: str, key: bytes) -> str:
@@ -800,43 +758,57 @@ SCHEMA_SOURCES = (
     ("ray", "llm/_internal/serve/serving_patterns/data_parallel/builder.py"),
     ("ray", "llm/_internal/serve/serving_patterns/prefill_decode/builder.py"),
     ("ray", "llm/_internal/common/placement.py"),
-    ("ray", "llm/_internal/common/utils/cloud_utils.py"),
     ("vllm", "engine/arg_utils.py"),
     ("vllm", "entrypoints/launchers/cli_args.py"),
 )
 """Where the schemas stand: importing them takes 2 s for Serve's and 10 s for the LLM's."""
 
-TOP, DEPLOYMENT = "ServeDeploySchema", "DeploymentSchema"
+TOP, DEPLOYMENT, LLM_DEPLOYMENT = "ServeDeploySchema", "DeploymentSchema", "an LLM's deployment"
 LLM, ENGINE, BUILDER = "LLMConfig", "AsyncEngineArgs", "LLMServingArgs"
-SCHEMA_PARTS: Mapping[str, tuple[str, ...]] = {
-    ENGINE: ("FrontendArgs", "BaseFrontendArgs"),
-    BUILDER: ("DPOpenAiServingArgs", "PDServingArgs"),
-}
+VARIABLES, AMOUNTS = "environment variables", "amounts of resources"
+PARTS = {ENGINE: ("FrontendArgs",), BUILDER: ("DPOpenAiServingArgs", "PDServingArgs")}
 """Schemas that stand for others, too."""
 
 SHORT_KEYS = {"num_cpus": ("num_cpus", "cpus"), "num_gpus": ("num_gpus", "gpus")}
 """Ray's actor option -> the spellings accepted beside `ray_actor_options`."""
 
 SHORT_RESOURCES = tuple(itertools.chain(*SHORT_KEYS.values()))
-ADDED: Mapping[str, Mapping[str, str]] = {
-    DEPLOYMENT: {**dict.fromkeys(SHORT_RESOURCES, ""), "max_constructor_retry_count": ""},
-    LLM: {
-        "deployment_config": DEPLOYMENT,
-        "engine_kwargs": ENGINE,
-        "placement_group_config": "PlacementGroupConfig",
-    },
-    BUILDER: {"ingress_deployment_config": DEPLOYMENT},
+CHILDREN = {
+    "deployment_config": LLM_DEPLOYMENT,
+    "ingress_deployment_config": DEPLOYMENT,
+    "engine_kwargs": ENGINE,
+    "placement_group_config": "PlacementGroupConfig",
+    "args": BUILDER,
+    "runtime_env": "runtime_env",
+    "env_vars": VARIABLES,
+    **dict.fromkeys(("resources", "bundle_per_worker", "bundles"), AMOUNTS),
 }
-"""Fields that Ray's classes do not have, or whose schema their annotations do not tell."""
+"""Key -> the schema of its value, where Ray's annotations do not tell it."""
 
-FORBIDS_OTHERS = frozenset(
-    (LLM, "ModelLoadingConfig", "CloudMirrorConfig", "LoraConfig", "LoggingConfig", ENGINE)
+REFUSING = (
+    *(LLM, LLM_DEPLOYMENT, ENGINE, BUILDER, "ModelLoadingConfig", "LoraConfig"),
+    *("PlacementGroupConfig", "IngressClsConfig", "LoggingConfig"),
 )
-"""Schemas for which Ray refuses an unknown field; the others ignore it without a word."""
+"""Schemas for which Ray refuses an unknown key; the others ignore it without a word."""
+
+REQUIRED = {LLM: ("model_loading_config",), "ModelLoadingConfig": ("model_id",)}
+LISTS = ("applications", "deployments", "deployment_actors", "llm_configs", "bundles")
+INSTEAD = {
+    "max_concurrent_queries": "max_ongoing_requests",
+    "target_num_ongoing_requests_per_replica": "target_ongoing_requests",
+    "placement_group_bundles": "placement_group_config, beside deployment_config",
+    "placement_group_strategy": "placement_group_config, beside deployment_config",
+    "env_vars": "runtime_env: {env_vars: ...}",
+}
+"""Old names, and what Ray does not take where people write it (an LLM's bundles are made for its
+engine's workers)."""
 
 Schemas = Mapping[str, Mapping[str, str]]
 """Schema -> its fields -> the schema of the field's value, or "". What was not found is not in it,
 and is not checked."""
+
+Rule = tuple[str, str, Callable[[Any], bool]]
+"""What to say about a wrong value ({}), a hint, and whether a value is right."""
 
 
 @functools.cache
@@ -849,254 +821,156 @@ def known_schemas() -> Schemas:
             with contextlib.suppress(OSError, SyntaxError):
                 body = ast.parse(Path(folder, file).read_text("utf-8")).body
                 nodes |= {node.name: node for node in body if isinstance(node, ast.ClassDef)}
-    nodes.pop("BundleConfig", None)  # it takes any resource
-    # An enumeration has no fields, and is no mapping.
-    nodes = {name: node for name, node in nodes.items() if fields_of(node, nodes)}
-    known = {name: fields_of(node, nodes) for name, node in nodes.items()}
-    for schema, parts in SCHEMA_PARTS.items():
-        for part in parts if schema in known else ():
-            known[schema] |= known.get(part, {})
-    return {name: {**fields, **ADDED.get(name, {})} for name, fields in known.items()}
+    known = {name: fields_of(name, nodes) for name in nodes}
+    options = known.get(DEPLOYMENT, {})
+    options |= dict.fromkeys((*SHORT_RESOURCES, "max_constructor_retry_count"), "")
+    known[LLM_DEPLOYMENT] = {key: child for key, child in options.items() if key not in INSTEAD}
+    return known
 
 
-def fields_of(node: ast.ClassDef, nodes: Mapping[str, ast.ClassDef]) -> dict[str, str]:
+def fields_of(schema: str, nodes: Mapping[str, ast.ClassDef]) -> dict[str, str]:
     """The annotated fields of a class and of its bases, with their schemas."""
     fields: dict[str, str] = {}
-    for base in node.bases:
-        if isinstance(base, ast.Name) and base.id in nodes:
-            fields |= fields_of(nodes[base.id], nodes)
-    for item in node.body:
-        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-            named = [part.id for part in ast.walk(item.annotation) if isinstance(part, ast.Name)]
-            fields[item.target.id] = next((name for name in named if name in nodes), "")
-    return {name: child for name, child in fields.items() if not name.startswith("_")}
+    if schema not in nodes:
+        return fields
+    for base in (*map(ast.unparse, nodes[schema].bases), *PARTS.get(schema, ())):
+        fields |= fields_of(base, nodes)
+    for item in nodes[schema].body:
+        if isinstance(item, ast.AnnAssign) and not ast.unparse(item.target).startswith("_"):
+            named = re.findall(r"\w+", ast.unparse(item.annotation))
+            fields[ast.unparse(item.target)] = next((name for name in named if name in nodes), "")
+    return fields
 
 
 # -- document → problems -------------------------------------------------------------------------
 
-UNSUPPORTED = (
-    "is only supported by `serve deploy`: Serve does not take it for single applications",
-    "leave it out, or deploy this file with `serve deploy`",
+NAME: Rule = (
+    "Ray can't bear the name {}",
+    "use printable ASCII without '#', and at most 231 characters",
+    lambda value: isinstance(value, str) and bool(re.fullmatch(r"[ -\"$-~]{1,231}", value)),
 )
-ONE_FOR_ALL = ("Serve has one for all applications", "move it into http_options")
-MISPLACED = {"autoscaling_policy": UNSUPPORTED, "host": ONE_FOR_ALL, "port": ONE_FOR_ALL}
-RETIRED = {
-    "max_concurrent_queries": "max_ongoing_requests",
-    "target_num_ongoing_requests_per_replica": "target_ongoing_requests",
-}
-NAME = re.compile(r"[ -\"$-~]+")
-MOST_NAME_CHARACTERS = 231
 """Ray's metrics take ASCII alone: another name stops Serve's controller for good. "#" separates the
 parts of a replica's name, which, with its application's, becomes a file's (255 bytes)."""
 
 
-Names = list[tuple[str, KeyPath, Any]]
-"""Of each name its kind, its place and the name; each kind has a name once."""
+def number(needed: str, least: float, most: float = 1e18) -> Rule:
+    """The rule for a finite number in these bounds; Ray reads one that stands in quotes, too."""
+
+    def is_right(value: Any) -> bool:
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            return not isinstance(value, bool) and least <= float(value) <= most
+        return False
+
+    return f"{{}} is not {needed}", "", is_right
+
+
+RULES: Mapping[str, Rule] = {
+    **dict.fromkeys(LISTS, ("{} is not a list", "", lambda value: isinstance(value, list))),
+    **dict.fromkeys((*SHORT_RESOURCES, "memory", AMOUNTS), number("a number, 0 or more", 0)),
+    "tensor_parallel_size": number("a number, 1 to 9999", 1, 9999),
+    "pipeline_parallel_size": number("a number, 1 to 9999", 1, 9999),
+    "port": number("a port, 1 to 65535", 1, 65535),
+    "gpu_memory_utilization": number("above 0, 1 at most", 1e-6, 1),
+    "name": NAME,
+    "model_id": NAME,
+    "route_prefix": (
+        "Serve answers 500 to every request under a route that is not ASCII",
+        "",
+        lambda value: str(value).isascii(),
+    ),
+    VARIABLES: ("{} is not a text", "put it in quotes", lambda value: isinstance(value, str)),
+    **dict.fromkeys(
+        ("target_capacity", "autoscaling_policy"),
+        (
+            "is only supported by `serve deploy`: Serve does not take it for single applications",
+            "leave it out, or deploy this file with `serve deploy`",
+            lambda _: False,
+        ),
+    ),
+}
+"""Key, or schema of which every value counts -> the rule, where this program itself reads a value,
+or Ray says nothing, or too little."""
 
 
 def check_document(document: Document, schemas: Schemas) -> Problems:
-    """What is wrong with a document's keys, and with the values that this program itself reads; the
-    others are Ray's own schemas' to check (`check_values`)."""
-    problems = check_keys(document.data, TOP, (), schemas)
-    applications = document.data["applications"]
-    if document.data.get("target_capacity") is not None:
-        problems.append(Problem(("target_capacity",), *UNSUPPORTED))
-    if not applications:
-        problems.append(Problem(("applications",), "there is no application", warning=True))
-    names: Names = []
-    for index, application in enumerate(as_list(applications)):
-        if isinstance(application, dict):
-            found, named = check_application(application, index, schemas)
-            problems, names = problems + found, names + named
-    found, models = check_llms(document.data)
-    return problems + found + check_names([*names, *models])
+    """What is wrong with a document's keys, and with the values that have a rule."""
+    return check_keys(document.data, TOP, (), schemas)
 
 
-def check_application(app: Config, index: int, schemas: Schemas) -> tuple[Problems, Names]:
-    """What is wrong with one application, the LLMs aside; and the names in it."""
-    problems: Problems = []
-    path: KeyPath = ("applications", index)
-    if app.get("import_path") is None:
-        hint = "for LLMs: import_path: ray.serve.llm:build_openai_app"
-        problems.append(Problem(path, "import_path is missing", hint))
-    for key, said in MISPLACED.items():
-        if app.get(key) is not None:
-            problems.append(Problem((*path, key), *said))
-    names: Names = [
-        ("application", (*path, "name"), app.get("name", DEFAULT_APPLICATION)),
-        ("route", (*path, "route_prefix"), app.get("route_prefix", DEFAULT_ROUTE)),
-    ]
-    for place, override in enumerate(as_list(app.get("deployments"))):
-        where = (*path, "deployments", place, "name")
-        names.append((f"deployment of {index}", where, as_dict(override).get("name")))
-    if is_rays_builder(app):
-        args = as_dict(app.get("args"))
-        problems += check_keys(args, BUILDER, (*path, "args"), schemas)
-        if not any(args.get(key) for key in ("llm_configs", *LLM_ARGS)):
-            hint = "give llm_configs, a list of them"
-            problems.append(Problem((*path, "args"), "there is no LLM", hint))
-    return problems, names
-
-
-def check_llms(data: Config) -> tuple[Problems, Names]:
-    """What Ray's builders say too late, or too little, about one LLM; and the names in them."""
-    problems: Problems = []
-    names: Names = []
-    for path, llm, _ in llm_places(data):
-        if not isinstance(llm, dict):
-            continue
-        options = as_dict(llm.get("deployment_config"))
-        model_id = as_dict(llm.get("model_loading_config")).get("model_id")
-        where = (*path, "model_loading_config", "model_id")
-        if not isinstance(model_id, str) or not model_id:
-            problems.append(Problem(where, "is missing, or no text"))
-        group = path[1] if path[-2] == "llm_configs" else path  # prefill and decode share theirs
-        names.append((f"model id of {group}", where, model_id))
-        where = (*path, "deployment_config", "name")
-        names.append((f"model's deployment of {group}", where, options.get("name")))
-        for option in ("placement_group_bundles", "placement_group_strategy"):
-            if option in options:
-                message = "Ray refuses it here: an engine's bundles are made for its workers"
-                hint = "use placement_group_config, beside deployment_config"
-                problems.append(Problem((*path, "deployment_config", option), message, hint))
-    return problems, names
-
-
-def check_names(names: Names) -> Problems:
-    """What is wrong with names of which each kind must be there once."""
-    problems: Problems = []
-    first: dict[tuple[str, Any], KeyPath] = {}
-    for kind, path, name in names:
-        if not isinstance(name, str):
-            continue
-        if (kind, name) in first:
-            what, there = kind.partition(" of ")[0], format_key(first[kind, name])
-            message = f"the {what} {name!r} is there twice, first at {there}"
-            problems.append(Problem(path, message, "give each its own"))
-        first.setdefault((kind, name), path)
-        if kind != "route":
-            problems += check_name(name, path)
-        elif not name.isascii():
-            message = "Serve answers 500 to every request under a route that is not ASCII"
-            problems.append(Problem(path, message))
-    return problems
-
-
-def check_name(name: Any, path: KeyPath) -> Problems:
-    """What Ray does not bear in the name of an application or a deployment."""
-    if not isinstance(name, str) or (NAME.fullmatch(name) and len(name) <= MOST_NAME_CHARACTERS):
-        return []
-    hint = f"use printable ASCII without '#', and at most {MOST_NAME_CHARACTERS} characters"
-    return [Problem(path, f"Ray can't bear the name {show_value(name)}", hint)]
-
-
-def check_keys(value: Config, schema: str, path: KeyPath, schemas: Schemas) -> Problems:
-    """Unknown and misplaced keys of a mapping and of all below it, and what is no mapping."""
-    problems: Problems = []
+def check_keys(value: Any, schema: str, path: KeyPath, schemas: Schemas) -> Problems:
+    """What is wrong with a value that has to be a mapping of this schema, and with all below it."""
     fields = schemas.get(schema)
+    if fields == {}:  # an enumeration's, which is Ray's to check
+        return []
+    if not isinstance(value, dict):
+        return [Problem(path, f"{show_value(value)} is not a mapping")]
+    missing = [key for key in REQUIRED.get(schema, ()) if value.get(key) is None]
+    problems = [Problem((*path, key), "is missing") for key in missing]
     for key, item in value.items():
         here = (*path, key)
-        if fields is not None and key not in fields:
+        child = CHILDREN.get(key) or (fields or {}).get(key)
+        if fields and key not in fields:
             problems.append(unknown_key(key, schema, here, schemas))
-            continue
-        needed, rule = RULES.get(str(key), ("", None))
-        if rule and item is not None and not rule(item):
-            problems.append(Problem(here, f"{show_value(item)} is not {needed}"))
-            continue
-        child, is_list = (fields or {}).get(key), key in LISTS and isinstance(item, list)
-        for index, below in enumerate(item) if is_list else [(0, item)]:
-            place = (*here, index) if is_list else here
-            if child and isinstance(below, dict):
-                problems += check_keys(below, child, place, schemas)
-            elif child and (is_list or item is not None) and not is_path(key, below):
-                problems.append(Problem(place, f"{show_value(below)} is not a mapping"))
-        variables = as_dict(item).get("env_vars") if key == "runtime_env" else None
-        if not isinstance(variables, dict | None):
-            message = f"{show_value(variables)} is not a mapping"
-            problems.append(Problem((*here, "env_vars"), message))
-        for name, text in as_dict(variables).items():
-            if not isinstance(text, str):  # it has broken Serve's controller
-                hint = f'put it in quotes: {name}: "{show_value(text)}"'
-                message = f"{show_value(text)} is not a text"
-                problems.append(Problem((*here, "env_vars", name), message, hint))
+        elif item is None and schema != VARIABLES:
+            pass  # as if it were not given
+        elif wrong := check_value(item, schema if schema in RULES else key, here):
+            problems += wrong
+        elif key in LISTS:
+            for index, below in enumerate(item):
+                problems += check_keys(below, str(child), (*here, index), schemas)
+            problems += check_names(item, here)
+        elif child and (key != "args" or is_rays_builder(value)):
+            problems += check_keys(item, child, here, schemas)
     return problems
 
 
-def is_path(key: Any, value: Any) -> bool:
-    """Whether a text stands where a mapping would, and may."""
-    return isinstance(value, str) and key in PATHS
+def check_value(value: Any, rule: Any, path: KeyPath) -> Problems:
+    wrong, hint, is_right = RULES.get(rule, ("", "", lambda _: True))
+    return [] if is_right(value) else [Problem(path, wrong.format(show_value(value)), hint)]
 
 
-def is_number(value: Any, least: float, most: float = 1e18) -> bool:
-    """Whether a value is a finite number in these bounds; Ray reads one that stands in quotes."""
-    with contextlib.suppress(TypeError, ValueError):
-        return not isinstance(value, bool) and least <= float(value) <= most
-    return False
+def check_name(name: str, path: KeyPath) -> Problems:
+    """What Ray does not bear in the name of an application or a deployment."""
+    return check_value(name, "name", path)
 
 
-def are_amounts(value: Any) -> bool:
-    bundles = value if isinstance(value, list) else [value]
-    amounts = [amount for bundle in bundles for amount in as_dict(bundle).values()]
-    mappings = all(isinstance(bundle, dict) for bundle in bundles)
-    return mappings and all(is_number(amount, 0) for amount in amounts if amount is not None)
-
-
-def are_options(llm: Config) -> bool:
-    """Whether what a builder of the user's own takes is written as Ray's LLMs are."""
-    parts = [llm.get(key) for key in ADDED[LLM]]
-    options = as_dict(llm.get("deployment_config"))
-    pairs = [*options.items(), *as_dict(options.get("ray_actor_options")).items()]
-    pairs += as_dict(llm.get("engine_kwargs")).items()
-    rules = [RULES[key][1](value) for key, value in pairs if key in RULES and value is not None]
-    return all(isinstance(part, dict | None) for part in parts) and all(rules)
-
-
-LISTS = ("applications", "deployments", "llm_configs", "deployment_actors")
-RULES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(LISTS, ("a list", lambda value: isinstance(value, list))),
-    "runtime_env": ("a mapping", lambda value: isinstance(value, dict)),
-    **dict.fromkeys(SHORT_RESOURCES, ("a number, 0 or more", partial(is_number, least=0))),
-    **dict.fromkeys(
-        ("tensor_parallel_size", "pipeline_parallel_size"),
-        (
-            "a whole number, 1 to 9999",
-            lambda value: is_number(value, 1, 9999) and float(value) % 1 == 0,
-        ),
-    ),
-    **dict.fromkeys(
-        ("resources", "bundle_per_worker", "bundles"), ("amounts, 0 or more", are_amounts)
-    ),
-    "port": ("a port, 1 to 65535", partial(is_number, least=1, most=65535)),
-    "gpu_memory_utilization": ("above 0, 1 at most", partial(is_number, least=1e-6, most=1)),
-}
-"""What the values have to be that this program itself reads."""
+def check_names(items: list[Any], path: KeyPath) -> Problems:
+    """What has the same name in a list of deployments, or of LLMs, as something before it."""
+    problems: Problems = []
+    first: dict[str, int] = {}
+    for index, item in enumerate(map(as_dict, items)):
+        name = as_dict(item.get("model_loading_config")).get("model_id", item.get("name"))
+        if isinstance(name, str) and first.setdefault(name, index) != index:
+            message = f"{name!r} is there twice, first in {format_key((*path, first[name]))}"
+            problems.append(Problem((*path, index), message, "give each its own"))
+    return problems
 
 
 def unknown_key(key: Any, schema: str, path: KeyPath, schemas: Schemas) -> Problem:
-    """What to say about a key that a schema does not have.
-
-    A near miss is an error, and so is a key that Ray ignores and that belongs elsewhere. Others may
-    be a later Ray's, or at the top another tool's: they are errors only where Ray refuses them.
-    """
-    fields, wrong = schemas[schema], partial(Problem, path)
-    close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.75)
-    if key in RETIRED:
-        return wrong("is an old name", f"write {RETIRED[key]}")
-    if schema not in (ENGINE, TOP):
-        mounts = {"runtime_env": ("env_vars", "pip"), "deployment_config": SHORT_RESOURCES}
-        mounts["args"] = tuple(schemas.get(BUILDER, ()))
-        for parent, child in itertools.chain(*(known.items() for known in schemas.values())):
-            mounts[parent] = (*mounts.get(parent, ()), *schemas.get(child, ()))
-        belongs = next((parent for parent, keys in mounts.items() if key in keys), "")
-        if belongs:
-            return wrong("does not belong here", f"move it into {belongs}, or beside it")
+    """What to say about a key that a schema does not have: an error if it is nearly right, is meant
+    for another place, or is refused by Ray. At the top it may be another tool's."""
+    wrong = partial(Problem, path)
+    close = difflib.get_close_matches(str(key), schemas[schema], n=1, cutoff=0.75)
+    if schema != TOP:
+        pairs = itertools.chain(CHILDREN.items(), *(known.items() for known in schemas.values()))
+        parent = next((parent for parent, child in pairs if key in schemas.get(child, ())), "")
+        if key in INSTEAD:
+            return wrong("is not taken here", f"write {INSTEAD[key]}")
+        if parent:
+            return wrong("does not belong here", f"move it into {parent}, or beside it")
     if close:
         return wrong(f"unknown key, did you mean {close[0]!r}?")
+    if schema not in REFUSING:
+        return wrong("unknown key; Ray ignores it", warning=True)
     if schema == ENGINE:
         return wrong("unknown key, which the installed vLLM does not take")
-    if schema in FORBIDS_OTHERS:
-        return wrong("unknown key", f"known are {', '.join(sorted(fields))}")
-    return wrong("unknown key; Ray ignores it", warning=True)
+    return wrong("unknown key", f"known are {', '.join(sorted(schemas[schema]))}")
+
+
+def is_llm(application: Config, llm: Config) -> bool:
+    """Whether what stands where builders have LLMs is one: a builder of the user's own may take
+    anything there, of which what is written as Ray's LLMs are counts."""
+    return is_rays_builder(application) or not check_keys(llm, LLM, (), known_schemas())
 
 
 def deployment_options(data: Config) -> Iterator[tuple[KeyPath, Config]]:
@@ -1114,9 +988,9 @@ def located(document: Document, problems: Problems) -> Problems:
     """Problems with the place of the nearest key that stands in a file, in the order of those."""
     found = []
     for problem in problems:
-        nearest = [problem.path[:length] for length in range(len(problem.path), 0, -1)]
-        places = [document.places[path] for path in nearest if path in document.places]
-        place = problem.place or next(iter(places), (document.file, 1, 1))
+        nearest = (problem.path[:length] for length in range(len(problem.path), -1, -1))
+        places = filter(None, map(document.places.get, nearest))
+        place = problem.place or next(places, (document.file, 1, 1))
         found.append(replace(problem, place=place))
     return sorted(dict.fromkeys(found), key=lambda problem: problem.place or ("", 0, 0))
 
@@ -1124,10 +998,10 @@ def located(document: Document, problems: Problems) -> Problems:
 def format_problem(problem: Problem) -> str:
     """ "config.yaml:14:9: applications[0].name: what is wrong; what would be right"."""
     file, line, column = problem.place or ("", 0, 0)
-    parts = [f"{file}:{line}:{column}" if line else file]
-    parts += ["warning"] * problem.warning
-    parts += [format_key(problem.path)] * bool(problem.path)
-    return ": ".join([*parts, problem.message]) + (f"; {problem.hint}" if problem.hint else "")
+    place = f"{file}:{line}:{column}" if line else file
+    said = f"{problem.message}; {problem.hint}" if problem.hint else problem.message
+    parts = (place, "warning" if problem.warning else "", format_key(problem.path), said)
+    return ": ".join(filter(None, parts))
 
 
 def format_key(path: KeyPath) -> str:
@@ -1164,7 +1038,7 @@ def read_applications(document: Document) -> tuple[tuple[ApplicationSpec, ...], 
     models: list[list[ModelSpec]] = [[] for _ in applications]
     for path, llm, _ in llm_places(data):
         application = applications[index := int(path[1])]
-        if is_rays_builder(application) or are_options(llm):
+        if is_llm(application, llm):
             llm["deployment_config"] = llm.get("deployment_config") or {}
             problems += move_short_keys(llm["deployment_config"], (*path, "deployment_config"))
             problems += fit_engine(llm, path, as_dict(application.get("runtime_env")))
@@ -3840,6 +3714,9 @@ class Terminal:
         """A message about the run as a whole, above the live view where there is one."""
         self.console.print("\n".join(lines), markup=False, emoji=False)
 
+    def output(self, text: str) -> None:
+        print(text, file=self.out, flush=True)
+
     def took(self, action: Action) -> str:
         return format_seconds(action.seconds(self.clock()))
 
@@ -3880,7 +3757,7 @@ class Terminal:
         else:
             lines = format_plan(report) if report.plan else format_summary(report)
             text = self.redact("\n".join(lines))
-        print(text, file=self.out, flush=True)
+        self.output(text)
         for action in report.actions:
             if options.logs and action.trace:
                 self.say(f"--- {action.name}\n{action.trace}")
@@ -4038,7 +3915,7 @@ class Session:
                 self.say(f"⚠️  {', '.join(names)}: to be filled in, Ray does not do it")
             if self.options.export == "rayservice":
                 text = export_manifest(self.document, text)
-        print(text, end="", file=self.terminal.out, flush=True)
+        self.terminal.output(text.rstrip("\n"))
         return EXIT_OK
 
     def is_chosen(self, name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import json
 import os
 import random
@@ -38,13 +39,15 @@ ALIAS_BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 BROKEN = [
     pytest.param(
         "a: [",
-        [":1:5: not YAML: expected the node content, but found '<stream end>'"],
+        [
+            ":1:5: not YAML: while parsing a flow node from line 1, expected the node content, but found '<stream end>'"
+        ],
         id="not closed",
     ),
     pytest.param(
         "applications:\n\t- name: a\n",
         [
-            ":2:1: not YAML: found character '\\t' that cannot start any token (indent with spaces, not tabs)"
+            ":2:1: not YAML: while scanning for the next token, found character '\\t' that cannot start any token (indent with spaces, not tabs)"
         ],
         id="tab indent",
     ),
@@ -56,36 +59,38 @@ BROKEN = [
     pytest.param(
         "applications:\n- name: 'a\n",
         [
-            ":3:1: not YAML: found unexpected end of stream, while scanning a quoted scalar that begins in line 2"
+            ":3:1: not YAML: while scanning a quoted scalar from line 2, found unexpected end of stream"
         ],
         id="quote not closed",
     ),
-    pytest.param("", [": is empty; expected a mapping with `applications`"], id="empty"),
+    pytest.param("", [":1:1: expected a mapping with `applications`"], id="empty"),
     pytest.param(
-        "# nothing\n", [": is empty; expected a mapping with `applications`"], id="only a comment"
+        "# nothing\n", [":1:1: expected a mapping with `applications`"], id="only a comment"
     ),
-    pytest.param(
-        "- a\n- b\n", [":1:1: expected a mapping with `applications`, this is a list"], id="a list"
-    ),
+    pytest.param("- a\n- b\n", [":1:1: expected a mapping with `applications`"], id="a list"),
     pytest.param(
         "hello\n",
-        [":1:1: expected a mapping with `applications`, this is a single value"],
+        [":1:1: expected a mapping with `applications`"],
         id="a text",
     ),
     pytest.param(
         "applications: []\n---\napplications: []\n",
-        [":3:1: a second document starts here; keep one document in the file"],
+        [
+            ":2:1: not YAML: expected a single document in the stream from line 1, but found another document"
+        ],
         id="two documents",
     ),
     pytest.param(
         "apiVersion: v1\nkind: Pod\n",
-        [":1:1: this is a Kubernetes manifest (Pod); expected a mapping with `applications`"],
+        [
+            ":1:1: this is a Kubernetes manifest (Pod); expected a mapping with `applications`; spec.serveConfigV2 of a RayService holds one: save that text as a file"
+        ],
         id="a manifest",
     ),
     pytest.param(
         "apiVersion: ray.io/v1\nkind: RayService\nspec: {}\n",
         [
-            ":1:1: this is a Kubernetes manifest (RayService); its spec.serveConfigV2 holds the Serve config: save that text as a file"
+            ":1:1: this is a Kubernetes manifest (RayService); expected a mapping with `applications`; spec.serveConfigV2 of a RayService holds one: save that text as a file"
         ],
         id="a RayService",
     ),
@@ -98,28 +103,38 @@ BROKEN = [
     ),
     pytest.param(
         b"applications: []\n# caf\xe9\n",
-        [": byte 22 is not UTF-8: invalid continuation byte; save the file as UTF-8"],
+        [
+            ": not YAML: byte 22: unacceptable character #x00e9: invalid continuation byte; save the file as UTF-8"
+        ],
         id="latin-1",
     ),
     pytest.param(
         "applications: []".encode("utf-16-le"),
-        [": there is a NUL in it: this is not UTF-8 text; save the file as UTF-8"],
+        [
+            ": not YAML: byte 1: unacceptable character #x0000: special characters are not allowed; save the file as UTF-8"
+        ],
         id="UTF-16",
     ),
     pytest.param(
         b"applications: []\x00",
-        [": there is a NUL in it: this is not UTF-8 text; save the file as UTF-8"],
+        [
+            ": not YAML: byte 16: unacceptable character #x0000: special characters are not allowed; save the file as UTF-8"
+        ],
         id="NUL",
     ),
-    pytest.param("[" * 2_000, [": nested deeper than 100 levels"], id="nested too deep"),
+    pytest.param(
+        "[" * 2_000,
+        [": excessive nesting or aliasing: more than 100 levels, or 100000 values"],
+        id="nested too deep",
+    ),
     pytest.param(
         ALIAS_BOMB,
-        [":1:10: excessive aliasing: more than 100000 values when aliases are expanded"],
+        [": excessive nesting or aliasing: more than 100 levels, or 100000 values"],
         id="alias bomb",
     ),
     pytest.param(
         "applications: &x\n- b: *x\n",
-        [":1:15: an alias stands inside of what it refers to"],
+        [": excessive nesting or aliasing: more than 100 levels, or 100000 values"],
         id="alias of itself",
     ),
     pytest.param(
@@ -160,41 +175,28 @@ BROKEN = [
     ),
     pytest.param(
         "http_option: {port: 1}\napplications: []\n",
-        [
-            ":1:1: http_option: unknown key, did you mean 'http_options'?",
-            ":2:1: warning: applications: there is no application",
-        ],
+        [":1:1: http_option: unknown key, did you mean 'http_options'?"],
         id="top key near miss",
     ),
     pytest.param(
         "http_options: {prot: 1}\napplications: []\n",
-        [
-            ":1:16: http_options.prot: unknown key, did you mean 'port'?",
-            ":2:1: warning: applications: there is no application",
-        ],
+        [":1:16: http_options.prot: unknown key, did you mean 'port'?"],
         id="http option misspelt",
     ),
     pytest.param(
         "http_options: {port: eight}\napplications: []\n",
-        [
-            ":1:16: http_options.port: 'eight' is not a port, 1 to 65535",
-            ":2:1: warning: applications: there is no application",
-        ],
+        [":1:16: http_options.port: 'eight' is not a port, 1 to 65535"],
         id="port text",
     ),
     pytest.param(
         "http_options: {port: 70000}\napplications: []\n",
-        [
-            ":1:16: http_options.port: 70000 is not a port, 1 to 65535",
-            ":2:1: warning: applications: there is no application",
-        ],
+        [":1:16: http_options.port: 70000 is not a port, 1 to 65535"],
         id="port too big",
     ),
     pytest.param(
         "target_capacity: 50\napplications: []\n",
         [
-            ":1:1: target_capacity: is only supported by `serve deploy`: Serve does not take it for single applications; leave it out, or deploy this file with `serve deploy`",
-            ":2:1: warning: applications: there is no application",
+            ":1:1: target_capacity: is only supported by `serve deploy`: Serve does not take it for single applications; leave it out, or deploy this file with `serve deploy`"
         ],
         id="target_capacity",
     ),
@@ -217,9 +219,7 @@ BROKEN = [
     ),
     pytest.param(
         "applications:\n- name: a\n",
-        [
-            ":2:3: applications[0]: import_path is missing; for LLMs: import_path: ray.serve.llm:build_openai_app"
-        ],
+        [":2:3: applications[0]: import_path is missing"],
         id="no import_path",
     ),
     pytest.param(
@@ -257,34 +257,34 @@ BROKEN = [
     ),
     pytest.param(
         "applications:\n- {name: 5, import_path: m:a}\n",
-        [":2:4: applications[0].name: 5: Input should be a valid string"],
+        [
+            ":2:4: applications[0].name: Ray can't bear the name 5; use printable ASCII without '#', and at most 231 characters"
+        ],
         id="name a number",
     ),
     pytest.param(
         ONE + ", route_prefix: /a}\n- {name: a, import_path: m:a, route_prefix: /b}\n",
-        [
-            ":3:4: applications[1].name: the application 'a' is there twice, first at applications[0].name; give each its own"
-        ],
+        [":3:3: applications[1]: 'a' is there twice, first in applications[0]; give each its own"],
         id="same name",
     ),
     pytest.param(
         "applications:\n- {import_path: m:a, route_prefix: /a}\n- {import_path: m:a, route_prefix: /b}\n",
         [
-            ":3:3: applications[1].name: the application 'default' is there twice, first at applications[0].name; give each its own"
+            ':1:1: applications: Found multiple configs for application "default". Please remove all duplicates.'
         ],
         id="no names",
     ),
     pytest.param(
         ONE + ", route_prefix: /a}\n- {name: b, import_path: m:a, route_prefix: /a}\n",
         [
-            ":3:31: applications[1].route_prefix: the route '/a' is there twice, first at applications[0].route_prefix; give each its own"
+            ':1:1: applications: Found duplicate applications for route prefix "/a". Please ensure each application\'s route_prefix is unique.'
         ],
         id="same route",
     ),
     pytest.param(
         ONE + "}\n- {name: b, import_path: m:a}\n",
         [
-            ":3:3: applications[1].route_prefix: the route '/' is there twice, first at applications[0].route_prefix; give each its own"
+            ':1:1: applications: Found duplicate applications for route prefix "/". Please ensure each application\'s route_prefix is unique.'
         ],
         id="both routes missing",
     ),
@@ -318,16 +318,12 @@ BROKEN = [
     ),
     pytest.param(
         ONE + ", runtime_env: {env_vars: {A: 1}}}\n",
-        [
-            ':2:56: applications[0].runtime_env.env_vars.A: 1 is not a text; put it in quotes: A: "1"'
-        ],
+        [":2:56: applications[0].runtime_env.env_vars.A: 1 is not a text; put it in quotes"],
         id="env var a number",
     ),
     pytest.param(
         ONE + ", runtime_env: {env_vars: {A: yes}}}\n",
-        [
-            ':2:56: applications[0].runtime_env.env_vars.A: true is not a text; put it in quotes: A: "true"'
-        ],
+        [":2:56: applications[0].runtime_env.env_vars.A: true is not a text; put it in quotes"],
         id="env var a boolean",
     ),
     pytest.param(
@@ -360,7 +356,7 @@ BROKEN = [
     pytest.param(
         ONE + ", deployments: [{name: d}, {name: d}]}\n",
         [
-            ":2:57: applications[0].deployments[1].name: the deployment 'd' is there twice, first at applications[0].deployments[0].name; give each its own"
+            ":2:56: applications[0].deployments[1]: 'd' is there twice, first in applications[0].deployments[0]; give each its own"
         ],
         id="deployment twice",
     ),
@@ -511,30 +507,18 @@ BROKEN = [
         id="llm_configs a number",
     ),
     pytest.param(
-        "applications:\n- {import_path: ray.serve.llm:build_openai_app, args: {llm_configs: []}}\n",
-        [":2:49: applications[0].args: there is no LLM; give llm_configs, a list of them"],
-        id="llm_configs empty",
-    ),
-    pytest.param(
         "applications:\n- {import_path: ray.serve.llm:build_openai_app, args: {llm_confgs: []}}\n",
-        [
-            ":2:49: applications[0].args: there is no LLM; give llm_configs, a list of them",
-            ":2:56: applications[0].args.llm_confgs: unknown key, did you mean 'llm_configs'?",
-        ],
+        [":2:56: applications[0].args.llm_confgs: unknown key, did you mean 'llm_configs'?"],
         id="llm_config misspelt",
     ),
     pytest.param(
         "applications:\n- {import_path: ray.serve.llm:build_openai_app, args: {llm_configs: [{engine_kwargs: {}}]}}\n",
-        [
-            ":2:70: applications[0].args.llm_configs[0].model_loading_config.model_id: is missing, or no text"
-        ],
+        [":2:70: applications[0].args.llm_configs[0].model_loading_config: is missing"],
         id="no model_loading_config",
     ),
     pytest.param(
         "applications:\n- {import_path: ray.serve.llm:build_openai_app, args: {llm_configs: [{model_loading_config: {model_source: x}}]}}\n",
-        [
-            ":2:71: applications[0].args.llm_configs[0].model_loading_config.model_id: is missing, or no text"
-        ],
+        [":2:71: applications[0].args.llm_configs[0].model_loading_config.model_id: is missing"],
         id="no model_id",
     ),
     pytest.param(
@@ -561,7 +545,7 @@ BROKEN = [
     pytest.param(
         LLM + "    - model_loading_config: {model_id: m}\n",
         [
-            ":6:30: applications[0].args.llm_configs[1].model_loading_config.model_id: the model id 'm' is there twice, first at applications[0].args.llm_configs[0].model_loading_config.model_id; give each its own"
+            ":6:7: applications[0].args.llm_configs[1]: 'm' is there twice, first in applications[0].args.llm_configs[0]; give each its own"
         ],
         id="same model_id",
     ),
@@ -589,7 +573,7 @@ BROKEN = [
     pytest.param(
         LLM + "      engine_kwargs: {tensor_parallel_size: 0}\n",
         [
-            ":6:23: applications[0].args.llm_configs[0].engine_kwargs.tensor_parallel_size: 0 is not a whole number, 1 to 9999"
+            ":6:23: applications[0].args.llm_configs[0].engine_kwargs.tensor_parallel_size: 0 is not a number, 1 to 9999"
         ],
         id="tensor parallel zero",
     ),
@@ -776,6 +760,10 @@ ACCEPTED = [
     pytest.param("applications:\n- {import_path: m:a, route_prefix: null}\n", id="no HTTP route"),
     pytest.param("applications:\n- {import_path: m:a, args: {anything: [1, {x: 2}]}}\n", id="args"),
     pytest.param(
+        "applications:\n- {import_path: m:a, args: {1: a, '1': b, 2020-01-01: c, null: d}}\n",
+        id="keys of many types",
+    ),
+    pytest.param(
         "applications:\n- {name: a, import_path: m:a, route_prefix: /a}\n"
         "- {name: b, import_path: m:a, route_prefix: /a/b}\n",
         id="a route below another",
@@ -894,12 +882,6 @@ LLMS = "applications:\n- import_path: ray.serve.llm:build_openai_app\n  args:\n 
         pytest.param(f"{LLMS}llm.yaml\n", "llm_configs", id="one path, no list"),
         pytest.param(f"{LLM}      runtime_env: 5\n", "runtime_env", id="an LLM's runtime_env"),
         pytest.param(
-            LLM.replace("m}", "m, model_source: 5}"), "model_source", id="model_source a number"
-        ),
-        pytest.param(
-            LLM.replace("m}", "m, model_source: {bucket: x}}"), "bucket", id="bucket_uri misspelt"
-        ),
-        pytest.param(
             f"{LLM}      engine_kwargs: {{tensor_parallel_size: 100000000000}}\n"
             "      deployment_config: {num_gpus: 1}\n",
             "tensor_parallel_size",
@@ -907,7 +889,27 @@ LLMS = "applications:\n- import_path: ray.serve.llm:build_openai_app\n  args:\n 
         ),
         pytest.param("applications: 5\n", "applications", id="applications a number"),
         pytest.param(ONE + ", deployments: 5}\n", "deployments", id="deployments a number"),
-        pytest.param(ONE + ", host: x}\n", "applications[0].host", id="an application's host"),
+        pytest.param(
+            f"{LLM}      deployment_config: {{ray_actor_options: {{memory: 2GB}}}}\n",
+            "memory",
+            id="memory a text",
+        ),
+        pytest.param(
+            f"{LLM}      deployment_config: {{num_gpus: 1{'0' * 400}}}\n",
+            "num_gpus",
+            id="more than a float holds",
+        ),
+        pytest.param(
+            f"{LLM}      placement_group_config: {{bundles: [{{GPU: x}}]}}\n",
+            "bundles[0].GPU",
+            id="a bundle's amount a text",
+        ),
+        pytest.param(
+            f"{LLM}      deployment_config: {{placement_group_bundles: [{{GPU: 1}}]}}\n",
+            "placement_group_bundles",
+            id="bundles of an LLM",
+        ),
+        pytest.param(f"{LLM}    foo: 1\n", "args.foo", id="an argument that Ray's builder refuses"),
     ],
 )
 def test_what_has_another_shape_is_refused_at_its_key(text: str, key: str) -> None:
@@ -920,20 +922,18 @@ def test_what_has_another_shape_is_refused_at_its_key(text: str, key: str) -> No
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        pytest.param("2020-13-45", "can't be read: month must be in 1..12", id="no such month"),
-        pytest.param("!!int abc", "can't be read: invalid literal for int", id="no number"),
-        pytest.param("9" * 5000, "can't be read: Exceeds the limit", id="thousands of digits"),
+        pytest.param("2020-13-45", "month must be in 1..12", id="no such month"),
+        pytest.param("{2020-13-45: x}", "month must be in 1..12", id="no such month, as a key"),
+        pytest.param("!!int abc", "invalid literal for int", id="no number"),
+        pytest.param("!!bool abc", "'abc'", id="no boolean"),
+        pytest.param("!!timestamp abc", "'NoneType' object has no", id="no time"),
+        pytest.param("9" * 5000, "Exceeds the limit", id="thousands of digits"),
     ],
 )
 def test_a_value_that_yaml_can_not_read_is_named(value: str, message: str) -> None:
     (found,) = problems(f"applications:\n- import_path: m:a\n  args:\n    x: {value}\n")
-    assert found.startswith(f":4:8: applications[0].args.x: {message}")
-
-
-def test_a_control_character_is_named_in_one_line_with_its_place() -> None:
-    (found,) = problems("applications: []\nx: a\x01\n")
-    assert found.startswith(":2:5: not YAML: ")
-    assert "\n" not in found
+    column = 9 if value.startswith("{") else 8
+    assert found.startswith(f":4:{column}: a value can't be read: {message}")
 
 
 def test_one_cause_is_said_once() -> None:
@@ -976,6 +976,9 @@ def test_values_are_what_yaml_says(text: str) -> None:
     assert document.data == yaml.safe_load(f"applications: []\n{text}")
 
 
+PATH = "applications[0].args.llm_configs[0]"
+
+
 def naming(path: str) -> str:
     """A config whose one LLM stands in another file."""
     return (
@@ -999,12 +1002,16 @@ def test_llm_configs_may_be_paths_and_problems_point_into_them() -> None:
     ("content", "said"),
     [
         pytest.param(None, "there is no file 'llm.yaml'; looked in ", id="gone"),
-        pytest.param("", "llm.yaml: is empty", id="empty"),
-        pytest.param("- a\n", "['a'] is not a mapping", id="a list"),
-        pytest.param("other.yaml\n", "'other.yaml' is not a mapping", id="a text"),
-        pytest.param("a: [\n", "llm.yaml:2:1: not YAML", id="not closed"),
-        pytest.param("a: 1\n---\nb: 1\n", "llm.yaml:3:1: a second document", id="two documents"),
-        pytest.param("a: \xe9 é\n", "llm.yaml: byte 3 is not UTF-8", id="latin-1"),
+        pytest.param("", f"llm.yaml:1:1: {PATH}: null is not a mapping", id="empty"),
+        pytest.param("- a\n", f"llm.yaml:1:1: {PATH}: ['a'] is not a mapping", id="a list"),
+        pytest.param(
+            "other.yaml\n", f"llm.yaml:1:1: {PATH}: 'other.yaml' is not a mapping", id="a text"
+        ),
+        pytest.param("a: [\n", f"llm.yaml:2:1: {PATH}: not YAML", id="not closed"),
+        pytest.param(
+            "a: 1\n---\nb: 1\n", f"llm.yaml:2:1: {PATH}: not YAML: expected a single", id="two"
+        ),
+        pytest.param("a: \xe9 é\n", f"llm.yaml: {PATH}: not YAML: byte 3", id="latin-1"),
         pytest.param("#" * (app.MAX_FILE_BYTES + 1), "are more than the limit of", id="huge"),
     ],
 )
@@ -1022,6 +1029,17 @@ def test_a_file_that_holds_no_llm_is_named(content: str | None, said: str) -> No
 def test_a_path_that_can_be_none_is_no_file(name: str) -> None:
     (found,) = problems(naming(f'"{name}"'))
     assert found.startswith(":3:24: applications[0].args.llm_configs[0]: ")
+
+
+def test_variables_are_filled_in_the_named_files_too() -> None:
+    for number in range(20):
+        Path(f"{number}.yaml").write_text(
+            f"model_loading_config: {{model_id: '{number}-${{X}}'}}\n"
+        )
+    names = ", ".join(f"{number}.yaml" for number in range(20))
+    llms = load(naming(names), {"X": "x"}).data["applications"][0]["args"]["llm_configs"]
+    ids = [llm["model_loading_config"]["model_id"] for llm in llms]
+    assert ids == [f"{number}-x" for number in range(20)]
 
 
 # -- variables and secrets ----------------------------------------------------------------------
@@ -1136,17 +1154,18 @@ def test_values_are_redacted_before_they_become_json() -> None:
 
 def test_a_variable_that_is_not_utf_8_is_named() -> None:
     found = problems("applications:\n- {import_path: m:a, args: {x: '${X}'}}\n", {"X": "a\udcff"})
-    assert found == [":2:32: applications[0].args.x: environment variable X is not UTF-8"]
+    assert len(found) == 1
+    assert found[0].startswith(":2:32: applications[0].args.x: environment variable X is not UTF-8")
 
 
-@pytest.mark.parametrize("config", ["fifo", "config.yaml"])
-def test_a_fifo_is_refused_at_once(tmp_path: Path, config: str) -> None:
+@pytest.mark.parametrize(("config", "key"), [("fifo", ""), ("config.yaml", f"{PATH}: ")])
+def test_a_fifo_is_refused_at_once(tmp_path: Path, config: str, key: str) -> None:
     os.mkfifo("fifo")
     Path("config.yaml").write_text(naming("fifo"))
     finished = run_app_v5(str(tmp_path / config), timeout_s=30.0)
     assert finished.returncode == 2
     assert finished.stderr.splitlines()[2:] == [
-        f"❌ {tmp_path}/fifo: this is no regular file; give the YAML file"
+        f"❌ {tmp_path}/fifo: {key}this is no regular file; give the YAML file"
     ]
 
 
@@ -1197,7 +1216,7 @@ def test_a_route_that_is_not_ascii() -> None:
 )
 def test_old_names_get_their_successor(old: str, new: str) -> None:
     (found,) = problems(ONE + f", deployments: [{{name: d, {old}: 3}}]}}\n")
-    assert found.endswith(f"{old}: is an old name; write {new}")
+    assert found.endswith(f"{old}: is not taken here; write {new}")
 
 
 @pytest.mark.parametrize(
@@ -1239,8 +1258,32 @@ def test_the_fields_read_from_source_are_those_that_ray_has() -> None:
         *(schema.LoggingConfig, AutoscalingConfig, RequestRouterConfig),
     ]
     for model in models:
-        own = set(app.ADDED.get(model.__name__, ()))
+        own = {*app.SHORT_RESOURCES, "max_constructor_retry_count"}
         assert set(known[model.__name__]) - own == set(model.model_fields) - own, model
+
+
+def test_an_llm_has_the_options_that_ray_takes_for_a_deployment() -> None:
+    from ray.serve.deployment import Deployment
+
+    taken = {name for name in inspect.signature(Deployment.options).parameters if name[0] != "_"}
+    ours = set(app.known_schemas()[app.LLM_DEPLOYMENT]) | set(app.INSTEAD)
+    assert taken - {"self", "func_or_class", "version"} <= ours
+
+
+@pytest.mark.parametrize(
+    "llm",
+    [
+        pytest.param("path/to/llm.yaml", id="a path"),
+        pytest.param("{model: m, gpus: many}", id="other keys"),
+        pytest.param("{model_loading_config: {id: 1}}", id="another model_loading_config"),
+        pytest.param(
+            "{model_loading_config: {model_id: m}, deployment_config: {num_gpus: auto}}",
+            id="words for numbers",
+        ),
+    ],
+)
+def test_a_builder_of_ones_own_may_take_anything(llm: str) -> None:
+    assert problems(naming(llm).replace("ray.serve.llm:", "mine:")) == []
 
 
 def test_the_options_that_change_in_place_are_rays() -> None:
