@@ -454,6 +454,7 @@ class Options:
 # ======================================================================================
 
 TEXT_TAG, MERGE_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+SERVE_CONFIG = "serveConfigV2"
 VARIABLE = re.compile(r"\$(?:\$\{|\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\})")
 
 LLM_ARGS = ("llm_config", "prefill_config", "decode_config")
@@ -516,7 +517,7 @@ class DocumentLoader:
         content, self.file = read_file(file), file
         self.places[path] = (file, 1, 1)
         try:
-            node = yaml.compose(content, Loader=yaml.SafeLoader)
+            node = yaml.compose(self.config_text(content), Loader=yaml.SafeLoader)
             if node is None:
                 return None
             self.walk(node, path)
@@ -534,6 +535,28 @@ class DocumentLoader:
         except RecursionError:
             most = f"more than {MAX_DEPTH} levels, or {MAX_VALUES} values"
             raise unusable(f"excessive nesting or aliasing: {most}", "", (file, 0, 0)) from None
+
+    def config_text(self, content: bytes) -> bytes | str:
+        """A file's content, or where there is a RayService in it the config of that, which keeps
+        its lines and columns. Raises ConfigError for several of them."""
+        found = {}
+        if SERVE_CONFIG.encode() not in content:
+            return content
+        for root in yaml.compose_all(content, Loader=yaml.SafeLoader):
+            if isinstance(text := below(root, "spec", SERVE_CONFIG), yaml.ScalarNode):
+                found[getattr(below(root, "metadata", "name"), "value", "")] = text
+        if not found:
+            return content
+        [text, *others] = found.values()
+        place = self.place(text.start_mark)
+        if others:
+            hint = "keep one of them in the file; --only chooses among applications"
+            raise unusable(f"there are several RayServices: {', '.join(found)}", hint, place)
+        said = f"of this manifest {SERVE_CONFIG} counts here, and nothing of its cluster"
+        self.problems.append(Problem((), said, warning=True, place=place))
+        begin, end = text.start_mark.line + 1, text.end_mark.line
+        lines = content.decode("utf-8-sig").splitlines(keepends=True)[begin:end]
+        return "\n" * begin + "".join(lines) if text.style == "|" else text.value
 
     def place(self, mark: yaml.Mark | None) -> Place:
         return (self.file, mark.line + 1, mark.column + 1) if mark else (self.file, 0, 0)
@@ -617,6 +640,14 @@ class DocumentLoader:
                 self.problems += [replace(problem, path=path) for problem in error.problems]
 
 
+def below(node: yaml.Node | None, *keys: str) -> yaml.Node | None:
+    """What stands in a mapping under a key, and under the next one in that; None without it."""
+    for key in keys:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+        node = next((value for name, value in pairs if name.value == key), None)
+    return node
+
+
 def check_top(file: str, data: Any) -> None:
     """Raise ConfigError for what is no config of Serve's at all."""
     keys, message, hint = as_dict(data), "expected a mapping with `applications`", ""
@@ -624,7 +655,7 @@ def check_top(file: str, data: Any) -> None:
         return
     if "apiVersion" in keys:
         message = f"this is a Kubernetes manifest ({keys.get('kind')}); {message}"
-        hint = "spec.serveConfigV2 of a RayService holds one: save that text as a file"
+        hint = "of manifests a RayService is one, with the config in spec.serveConfigV2"
     elif "import_path" in keys:
         message = "this is the old form of a config, with one application at the top"
         hint = "write it as the one item of `applications:`"

@@ -83,14 +83,14 @@ BROKEN = [
     pytest.param(
         "apiVersion: v1\nkind: Pod\n",
         [
-            ":1:1: this is a Kubernetes manifest (Pod); expected a mapping with `applications`; spec.serveConfigV2 of a RayService holds one: save that text as a file"
+            ":1:1: this is a Kubernetes manifest (Pod); expected a mapping with `applications`; of manifests a RayService is one, with the config in spec.serveConfigV2"
         ],
         id="a manifest",
     ),
     pytest.param(
         "apiVersion: ray.io/v1\nkind: RayService\nspec: {}\n",
         [
-            ":1:1: this is a Kubernetes manifest (RayService); expected a mapping with `applications`; spec.serveConfigV2 of a RayService holds one: save that text as a file"
+            ":1:1: this is a Kubernetes manifest (RayService); expected a mapping with `applications`; of manifests a RayService is one, with the config in spec.serveConfigV2"
         ],
         id="a RayService",
     ),
@@ -1424,3 +1424,79 @@ def test_no_slip_of_the_pen_breaks_the_program() -> None:
             raise AssertionError(f"mutation {number}:\n{text}") from error
         refused += any("warning: " not in line for line in found)
     assert 150 < refused < 300
+
+
+# -- a KubeRay manifest --------------------------------------------------------------------------
+
+SERVICE = """\
+apiVersion: ray.io/v1
+kind: RayService
+metadata:
+  name: llms
+spec:
+  serveConfigV2: |
+    applications:
+      - name: a
+        rout_prefix: /a
+        import_path: m:a
+  rayClusterConfig:
+    rayVersion: "2.60.0"
+"""
+MAP = "apiVersion: v1\nkind: ConfigMap\ndata: {a: b}\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(SERVICE, id="alone"),
+        pytest.param(f"{SERVICE}---\n{MAP}", id="before another"),
+        pytest.param(f"\ufeff{SERVICE}", id="BOM"),
+    ],
+)
+def test_a_manifests_problems_stand_where_they_are_in_it(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "service.yaml"
+    file.write_text(text)
+    document, problems = app.load_document(str(file), {})
+    [warning] = problems
+    assert (warning.warning, warning.place) == (True, (str(file), 6, 18))
+    assert document.data["applications"][0]["import_path"] == "m:a"
+    [problem] = app.located(document, app.check_document(document, app.known_schemas()))
+    assert problem.place == (str(file), 9, 9)
+    assert problem.message == "unknown key, did you mean 'route_prefix'?"
+
+
+def test_a_manifest_after_others_is_the_config(tmp_path: Path) -> None:
+    file = tmp_path / "all.yaml"
+    file.write_text(f"{MAP}---\n{SERVICE}".replace("rout_prefix", "route_prefix"))
+    document, _ = app.load_document(str(file), {})
+    assert app.check_document(document, app.known_schemas()) == []
+    assert document.places["applications", 0, "name"] == (str(file), 12, 9)
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "line"),
+    [
+        pytest.param(
+            f"{SERVICE}---\n{SERVICE.replace('llms', 'more')}",
+            "there are several RayServices: llms, more; keep one of them in the file; --only",
+            6,
+            id="several",
+        ),
+        pytest.param(MAP, "this is a Kubernetes manifest (ConfigMap)", 1, id="none"),
+        pytest.param(
+            SERVICE.replace("- name", "- name: ["), ":8:", 8, id="a slip inside, at its place"
+        ),
+        pytest.param(
+            SERVICE.replace("spec:", "spec: ["), "not YAML", 6, id="a slip outside, at its place"
+        ),
+    ],
+)
+def test_manifests_that_are_no_config(text: str, said: str, line: int, tmp_path: Path) -> None:
+    file = tmp_path / "service.yaml"
+    file.write_text(text)
+    with pytest.raises(app.ConfigError) as error:
+        app.load_document(str(file), {})
+    [problem] = error.value.problems
+    assert said in app.format_problem(problem)
+    assert problem.place
+    assert problem.place[1] == line

@@ -118,12 +118,18 @@ def test_only_what_is_chosen_and_nothing_of_a_wrong_file(config: Path) -> None:
     assert "did you mean 'route_prefix'" in err
 
 
-def test_a_manifest_holds_the_same_config(config: Path) -> None:
+def test_a_manifest_holds_the_same_config(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, plain, _ = export(config, "serve")
     _, out, _ = export(config, "rayservice")
     manifest = yaml.safe_load(out)
     assert (manifest["kind"], manifest["metadata"]) == ("RayService", {"name": "my-config"})
     assert manifest["spec"] == {"serveConfigV2": plain}
+    for name in ("HF_TOKEN", "MODELS"):
+        monkeypatch.setenv(name, "/any")
+    config.write_text(out)
+    code, again, err = export(config, "serve", "--only", "two")
+    assert (code, "nothing of its cluster" in err) == (0, True)
+    assert yaml.safe_load(again)["applications"] == yaml.safe_load(plain)["applications"][1:]
 
 
 def test_a_gateways_models_are_those_that_run() -> None:
