@@ -155,3 +155,26 @@ def test_a_plan_that_hangs_ends_with_a_signal_and_has_deployed_nothing(tmp_path:
         assert process.stderr.read().splitlines()[-1] == "🛑 SIGTERM: nothing was deployed"
         assert process.stdout.read() == ""
     assert process.returncode == 143
+
+
+@pytest.mark.parametrize(
+    ("options", "running", "code"),
+    [
+        pytest.param(["--detailed-exitcode"], False, 5, id="something to create"),
+        pytest.param(["--detailed-exitcode"], True, 0, id="nothing to do"),
+        pytest.param([], False, 0, id="not asked for"),
+    ],
+)
+def test_a_plan_tells_whether_a_run_would_change_something(
+    options: list[str], running: bool, code: int
+) -> None:
+    cluster: Any = Cluster()
+    plan = app.Session(
+        app.Options("config.yaml", plan=True, detailed_exitcode=bool(options)),
+        cluster,
+        io.StringIO(),
+        io.StringIO(),
+    )
+    change = app.Change.UNCHANGED if running else app.Change.CREATE
+    plan.run.actions = [app.Action(app.ApplicationSpec(0, "a", "/a", {}), change)]
+    assert plan.report(app.predict([], [])) == code
