@@ -295,7 +295,7 @@ class Answer:
 @dataclass(frozen=True)
 class Proof:
     """What was checked of an application that runs. `mismatches` are broken promises, `notes` what
-    was not asked and what the engines say; `unverified` says why it could not be asked."""
+    was not asked; `unverified` says why it could not be asked."""
 
     reservations: tuple[Reservation, ...] = ()
     mismatches: tuple[str, ...] = ()
@@ -365,7 +365,6 @@ class Action:
     no_log: str = ""
     trace: str = ""
     disturbed: bool = False
-    deleted: bool = False
 
     @property
     def name(self) -> str:
@@ -425,9 +424,6 @@ class Options:
     wait: bool = option(False, "wait, within --timeout, for another run on the same applications")
     allow_pending: bool = option(False, "deploy what no node can hold, too: the cluster will grow")
     no_downtime: bool = option(False, "start new replicas before the old ones stop")
-    on_failure: str = option(
-        "keep", "what becomes of a new one that fails", choices=("keep", "delete")
-    )
     max_workers: int = option(
         0, "how many deploy at once (min(applications, max(2, CPU cores)); 1: as V4 did)", type=int
     )
@@ -3035,13 +3031,6 @@ def format_refusal(response: Response) -> str:
 
 # -- engines ---------------------------------------------------------------------------------------
 
-FIGURES: tuple[tuple[str, str], ...] = (
-    # vllm/v1/core/kv_cache_utils.py, vllm/v1/worker/gpu_model_runner.py
-    (r"GPU KV cache size: ([\d,]+) tokens", "KV cache {} tokens"),
-    (r"Available KV cache memory: ([\d.]+) GiB", "{} GiB"),
-    (r"Maximum concurrency for [\d,]+ tokens .*: ([\d.]+)x", "{} requests of full length at once"),
-    (r"Model loading took ([\d.]+) GiB memory", "weights {} GiB"),
-)
 DISTURBED = re.compile(
     "No available memory for the cache blocks|Error in memory profiling|"
     r"Free memory on device .* is less than desired|"
@@ -3049,14 +3038,6 @@ DISTURBED = re.compile(
 )
 """How an engine fails that measured its memory while another one took or freed some
 (vllm/v1/worker/gpu_worker.py, vllm/v1/core/kv_cache_utils.py)."""
-
-
-def engine_figures(application: ApplicationSpec, deployment: str, log: str) -> list[str]:
-    """What the log of a replica says about its engine, in words."""
-    found = [(words, re.findall(pattern, log)) for pattern, words in FIGURES]
-    figures = ", ".join(words.format(values[-1]) for words, values in found if values)
-    ids = [model.model_id for model in application.models if serves(deployment, model)]
-    return [f"Engine of {model_id} says: {figures}" for model_id in ids if figures]
 
 
 def shares_gpu(action: Action) -> bool:
@@ -3286,14 +3267,12 @@ def carry_out(action: Action, run: Run) -> None:
         said = "\n".join([action.trace, action.cause.text, *logs])
         again = run.crowded and action.attempt == 1 and shares_gpu(action)
         action.disturbed = again and bool(DISTURBED.search(said))
-        undo(action, run)
         run.end(action, Result.FAILED)
     except DeadlinePassed:
         message = failure_message(action.details) or action.waits_for
         if not action.sent:
             message = "the builder did not return in time: nothing was submitted"
         action.cause = root_cause(message) if message else None
-        undo(action, run)
         run.end(action, Result.STILL_DEPLOYING)
     except Stopped:
         lost = run.stop_code == EXIT_CLUSTER
@@ -3428,13 +3407,8 @@ def prove(action: Action, run: Run) -> None:
 
     try:
         held = run.cluster.reservations(details)
-        wrong, notes = mismatches(application, action.demands, held), []
-        actors = {replica.replica_id: replica.actor_id or "" for replica in replicas_of(details)}
-        for item in held if application.models else ():
-            with contextlib.suppress(Unreachable):
-                log = run.cluster.replica_log(actors[item.replica_id])
-                notes += engine_figures(application, item.deployment, log)
-        proof = action.proof = Proof(tuple(held), wrong, (), tuple(notes))
+        wrong = mismatches(application, action.demands, held)
+        proof = action.proof = Proof(tuple(held), wrong)
         targets = {d.name: d.target_num_replicas for d in details.deployments.values()}
         asleep = [d for d in action.demands if not targets.get(d.deployment, 1)]
         base_url = run.cluster.endpoint()
@@ -3445,12 +3419,12 @@ def prove(action: Action, run: Run) -> None:
             "Serve has no HTTP proxy (proxy_location: Disabled)": not base_url,
         }
         if skipped := [text for text, is_so in reasons.items() if is_so]:
-            action.proof = replace(proof, notes=(*notes, f"not asked over HTTP: {skipped[0]}"))
+            action.proof = replace(proof, notes=(f"not asked over HTTP: {skipped[0]}",))
             return
         wait_for_route(application, base_url, ask, partial(run.pause, action))
         models = [m for m in application.models if demand_of(m, action.demands) in asleep]
-        answers, said = smoke_test(application, [m.model_id for m in models], base_url, ask)
-        action.proof = replace(proof, answers=tuple(answers), notes=(*notes, *said))
+        answers, notes = smoke_test(application, [m.model_id for m in models], base_url, ask)
+        action.proof = replace(proof, answers=tuple(answers), notes=tuple(notes))
     except (Unreachable, ClusterError) as error:
         action.proof = replace(proof, unverified=str(error))
     except ApplicationError as error:
@@ -3478,20 +3452,6 @@ def delete_application(action: Action, run: Run) -> None:
             return
         texts = " + ".join(map(format_resources, held))
         run.enter(action, "deleting", f"it still holds {texts}" if held else "")
-
-
-def undo(action: Action, run: Run) -> None:
-    """Delete a new application that did not come up, where --on-failure asks for it."""
-    new = action.change is Change.CREATE and action.sent and not action.disturbed
-    if new and run.options.on_failure == "delete":
-        try:
-            run.cluster.delete(action.name)
-            action.deleted = True
-        except Exception as error:  # noqa: BLE001
-            # Whatever Ray raises here: the failure that is to be undone is what has to be told.
-            said = [action.cause.text] if action.cause else []
-            said.append(f"--on-failure delete did not work: {first_line(str(error))}")
-            action.cause = Cause("\n".join(said), action.cause.hint if action.cause else "")
 
 
 def exit_code(actions: Sequence[Action], stop_code: int) -> int:
@@ -3655,9 +3615,7 @@ def format_unfinished(action: Action) -> list[str]:
     if result is Result.UNKNOWN:
         return [*lines, "   The cluster was lost: whether it runs, or ever will, is not known"]
     doing = "deleting" if action.change is Change.DELETE else "deploying"
-    if action.deleted:
-        lines.append("   It was deleted again (--on-failure delete)")
-    elif result is Result.STILL_DEPLOYING and details:
+    if result is Result.STILL_DEPLOYING and details:
         state = describe_state(details, action.waits_for, "")
         lines.append(f"   Last state: {' · '.join(filter(None, state))}")
         lines.append(f"   The cluster goes on {doing} it")
@@ -3775,7 +3733,7 @@ def action_json(action: Action, base_url: str | None) -> Config:
         "attempts": action.attempt,
         "submitted": {"yes": True, "": False}.get(action.sent),
         "no_log": action.no_log or None,
-        "deleted": action.deleted or action.result is Result.DELETED,
+        "deleted": action.result is Result.DELETED,
         "proof": dataclasses.asdict(action.proof) if action.proof else None,
         "status": action.details.status.value if action.details else None,
         "cause": action.cause.text if action.cause else None,

@@ -316,17 +316,6 @@ def test_what_can_not_be_built_fails_the_plan_alone(error: Exception) -> None:
     assert code(run) == 1
 
 
-def test_a_failure_that_can_not_be_undone_is_still_that_failure() -> None:
-    cluster = ScriptedCluster({"a": [state("a", "DEPLOY_FAILED", "oh no")]})
-    with patch.object(cluster, "delete", side_effect=OSError("the controller has died")):
-        run = deploy(cluster, "a", "b", on_failure="delete")
-    assert results(run) == {"a": "FAILED", "b": "RUNNING"}
-    assert not run.actions[0].deleted
-    assert causes(run) == [
-        "oh no\n--on-failure delete did not work: the controller has died",
-    ]
-
-
 def test_a_log_that_can_not_be_read_is_no_failure_and_is_said() -> None:
     message = "The deployment failed to start 3 times in a row.\nValueError: too long"
     cluster = ScriptedCluster({"a": [state("a", "DEPLOY_FAILED", message, FAILING)]})
@@ -598,28 +587,11 @@ def test_what_a_deploying_application_does_in_words(
     assert app.describe_state(details, waits_for, "loading weights") == expected
 
 
-# -- what becomes of one that failed -------------------------------------------------------------
-
-
-def test_what_failed_or_ran_out_of_time_is_deleted_only_when_asked_and_new() -> None:
-    script = {"a": [state("a", "DEPLOY_FAILED", "oh no")], "b": [state("b", "DEPLOYING")]}
-    kept = ScriptedCluster(script)
-    deploy(kept, "a", "b", "c", timeout=0.3)
-    assert kept.deleted == []
-    cleaned = ScriptedCluster(script)
-    cleaned.errors["unbuilt"] = app.ApplicationError("oh no")
-    run = deploy(cleaned, "a", "b", "c", "unbuilt", workers=4, timeout=0.3, on_failure="delete")
-    assert sorted(cleaned.deleted) == ["a", "b"]
-    assert [action.deleted for action in run.actions] == [True, True, False, False]
-    ran_before = ScriptedCluster(script)
-    edit = app.Action(spec("a"), app.Change.RESTART, "1", before=app.Running(state("a", "RUNNING")))
-    assert results(deploy(ran_before, edit, on_failure="delete")) == {"a": "FAILED"}
-    assert ran_before.deleted == []
+# -- engines that disturb each other -------------------------------------------------------------
 
 
 SHARING = app.ModelSpec("m", "/m", "m", measures_memory=True)
 DISTURBED = "AssertionError: Error in memory profiling. Initial free memory 1 GiB"
-MUTE: dict[str, Any] = {"no_smoke_test": True, "on_failure": "delete"}
 
 
 def test_an_engine_that_was_disturbed_is_tried_again_alone() -> None:
@@ -627,7 +599,7 @@ def test_an_engine_that_was_disturbed_is_tried_again_alone() -> None:
     cluster = ScriptedCluster({"a": [failed], "a #2": [running]})
     slow = [*[state("b", "DEPLOYING")] * 20, state("b", "RUNNING")]
     cluster.script = {**cluster.script, "b": slow}
-    run = deploy(cluster, create("a", SHARING), create("b", SHARING), **MUTE)
+    run = deploy(cluster, create("a", SHARING), create("b", SHARING), no_smoke_test=True)
     assert results(run) == {"a": "RUNNING", "b": "RUNNING"}
     assert cluster.done[-1] == "submit a 1.2"
     assert (sorted(cluster.submitted), cluster.deleted) == (["a", "a", "b"], [])
@@ -649,18 +621,16 @@ def test_it_is_tried_again_once_and_only_when_another_engine_started_with_it(
     others: list[app.Action], message: str, submissions: int
 ) -> None:
     cluster = ScriptedCluster({"a": [state("a", "DEPLOY_FAILED", message)]})
-    run = deploy(cluster, create("a", SHARING), *others, **MUTE)
+    run = deploy(cluster, create("a", SHARING), *others, no_smoke_test=True)
     assert results(run)["a"] == "FAILED"
     assert cluster.submitted.count("a") == submissions
-    assert cluster.deleted == ["a"]
 
 
-def test_a_second_attempt_that_runs_out_of_time_is_deleted_as_asked() -> None:
+def test_a_second_attempt_may_run_out_of_time() -> None:
     failed, stuck = state("a", "DEPLOY_FAILED", DISTURBED), state("a", "DEPLOYING")
     cluster = ScriptedCluster({"a": [failed], "a #2": [stuck]})
-    run = deploy(cluster, create("a", SHARING), create("b", SHARING), **MUTE, timeout=0.3)
+    run = deploy(cluster, create("a", SHARING), create("b", SHARING), timeout=0.3)
     assert results(run) == {"a": "STILL DEPLOYING", "b": "RUNNING"}
-    assert cluster.deleted == ["a"]
 
 
 # -- the proof -----------------------------------------------------------------------------------
@@ -669,27 +639,26 @@ def test_a_second_attempt_that_runs_out_of_time_is_deleted_as_asked() -> None:
 def test_a_broken_promise_makes_the_exit_code_1_and_leaves_it_running() -> None:
     cluster = ScriptedCluster()
     cluster.held = {"a": [app.Reservation("D", "r", {"CPU": 2.0}, ("n",))]}
-    run = deploy(cluster, "a", "b", on_failure="delete")
+    run = deploy(cluster, "a", "b")
     assert results(run) == {"a": "RUNNING", "b": "RUNNING"}
     assert run.actions[0].proof
     assert run.actions[0].proof.mismatches[0].startswith("D: promised 1 CPU, reserved 2")
     assert (code(run), cluster.deleted) == (1, [])
 
 
-def test_a_bad_answer_is_a_failure_and_undone_as_asked() -> None:
+def test_a_bad_answer_is_a_failure() -> None:
     cluster = ScriptedCluster()
     cluster.answers = {"/a/health": app.Response(500, "oh no", 0, 0)}
-    run = deploy(cluster, "a", "b", on_failure="delete")
+    run = deploy(cluster, "a", "b")
     assert results(run) == {"a": "FAILED", "b": "RUNNING"}
     assert causes(run) == ["GET http://localhost:8000/a/health: 500 oh no"]
-    assert cluster.deleted == ["a"]
 
 
 @pytest.mark.parametrize("path", ["/-/routes", "/a/health"])
-def test_what_could_not_be_reached_has_not_failed_and_is_not_deleted(path: str) -> None:
+def test_what_could_not_be_reached_has_not_failed(path: str) -> None:
     cluster = ScriptedCluster()
     cluster.answers = {path: app.Unreachable("connection refused")}
-    run = deploy(cluster, "a", on_failure="delete")
+    run = deploy(cluster, "a")
     assert (results(run), code(run), cluster.deleted) == ({"a": "RUNNING"}, 1, [])
     assert run.actions[0].proof
     assert run.actions[0].proof.unverified == "connection refused"
@@ -706,7 +675,7 @@ def test_an_answer_that_the_deadline_cut_short_is_not_held_against_the_applicati
         return ScriptedCluster.fetch(cluster, url, body, timeout_s)
 
     with patch.object(cluster, "fetch", fetch):
-        run = deploy(cluster, "a", timeout=0.5, on_failure="delete")
+        run = deploy(cluster, "a", timeout=0.5)
     assert (results(run), code(run), cluster.deleted) == ({"a": "RUNNING"}, 1, [])
     assert run.actions[0].proof
     assert run.actions[0].proof.unverified == (
