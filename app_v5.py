@@ -61,9 +61,9 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -2174,59 +2174,6 @@ def engine_phase(log: str) -> str:
     return next(phases, "")
 
 
-def public_address(details: Any, here: str) -> str:
-    """Serve's HTTP address for this node, without a last slash: "http://localhost:8000"; empty when
-    it has no proxy. `root_path` is not in it: a proxy in front of Serve cuts that off."""
-    if details.proxy_location == "Disabled":
-        return ""
-    options, proxies = details.http_options, [proxy.node_ip for proxy in details.proxies.values()]
-    local = not proxies or here in proxies
-    loopback = options.host in ("0.0.0.0", "::", "127.0.0.1", "localhost")
-    host = "localhost" if local and loopback else options.host if local else proxies[0]
-    return f"{'https' if options.ssl_certfile else 'http'}://{host}:{options.port}"
-
-
-def reservation_of(
-    replica: ReplicaDetails,
-    mine: Any,
-    group: Config | None,
-    actors: Sequence[Any],
-    names: Mapping[str, str],
-) -> Reservation:
-    """What a replica holds: its placement group or its own resources, and what actors hold that it
-    started outside of a group. GPU indices come from the actors' resource mappings, where a part of
-    a group's GPU goes by the group's name (ray/gcs.proto ActorTableData, ResourceMapEntry)."""
-    group_id = bytes.fromhex(group["placement_group_id"]) if group else None
-    family = [a for a in actors if a.owner_address.worker_id == mine.address.worker_id]
-    outside = [actor for actor in [mine, *family] if not actor.placement_group_id]
-    inside = [actor for actor in actors if group_id and actor.placement_group_id == group_id]
-    held: Counter[str] = Counter()
-    bundles = list(group["bundles"].values()) if group else []
-    for bundle in [*bundles, *(dict(actor.required_resources) for actor in outside)]:
-        # "node:..." only says where something is to run.
-        held.update({k: v for k, v in bundle.items() if v and not k.startswith("node:")})
-    nodes = group["bundles_to_node_id"].values() if group else [mine.node_id.hex()]
-    places = tuple(dict.fromkeys(names.get(node, node) for node in nodes))
-    parts = itertools.chain(*(actor.resource_mapping for actor in [*outside, *inside]))
-    gpus = [part for part in parts if re.fullmatch(r"GPU(_group_\w+)?", part.name)]
-    indices = tuple(sorted({piece.index for part in gpus for piece in part.resource_ids}))
-    deployment = str(replica.actor_name).split("#")[1]
-    return Reservation(deployment, replica.replica_id, dict(held), places, indices)
-
-
-START_HINT = "start one with `ray start --head`, or give another with --address or RAY_ADDRESS"
-
-
-def check_reachable(address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
-    """Raise ClusterError unless something listens at HOST:PORT."""
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s):
-            return
-    except (OSError, ValueError, OverflowError) as error:
-        raise ClusterError(f"no Ray cluster at {address}: {error}", START_HINT) from error
-
-
 def serve_failure(message: str, port: int) -> ClusterError:
     """Why Serve did not start; who has its port, where that can be read."""
     import psutil
@@ -2243,11 +2190,6 @@ def serve_failure(message: str, port: int) -> ClusterError:
     return ClusterError(f"Ray Serve did not start: port {port} is taken: {who}", hint)
 
 
-def import_module_of(import_path: str) -> str:
-    """The module of an import path, in both of Ray's forms: "m.n:attribute" and "m.n.attribute"."""
-    return import_path.partition(":")[0] if ":" in import_path else import_path.rpartition(".")[0]
-
-
 # ======================================================================================
 # 9. Ray: the only section that imports Ray, and the only one that knows its private parts
 # ======================================================================================
@@ -2259,6 +2201,9 @@ application, and the key of their fingerprints; with its Ray job, what a run wor
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 WORKER = "RayWorkerProc"  # vllm/v1/executor/ray_executor_v2.py
+START_HINT = (
+    "start one with `ray start --head`, or give HOST:PORT of one with --address or RAY_ADDRESS"
+)
 DEATHS = {"oom_context": "OutOfMemoryError", "runtime_env_failed_context": "RuntimeEnvSetupError"}
 """What Ray calls the causes of an actor's death (ActorDeathCause in common.proto)."""
 
@@ -2282,47 +2227,37 @@ class Builder:
         Returns for each deployment the fields of its `Demand`, and what Serve's controller takes: a
         serialised `DeploymentArgs`.
         """
-        from ray import get_runtime_context
-        from ray._common.utils import import_attr
-        from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
-        from ray.serve._private.application_state import override_deployment_info
-        from ray.serve._private.build_app import build_app
-        from ray.serve._private.client import _callable_uses_multiplexing
-        from ray.serve._private.deploy_utils import deploy_args_to_deployment_info, get_deploy_args
+        from ray.serve._private.application_state import (
+            build_serve_application,
+            override_deployment_info,
+        )
+        from ray.serve._private.deploy_utils import deploy_args_to_deployment_info
         from ray.serve.generated.serve_pb2 import DeploymentArgs
-        from ray.serve.schema import ServeApplicationSchema
+        from ray.serve.schema import LoggingConfig, ServeApplicationSchema
 
         schema = ServeApplicationSchema.model_validate(config)
-        target = import_attr(schema.import_path)
-        built = build_app(
-            call_user_app_builder_with_args_if_necessary(target, schema.args),
-            name=schema.name,
-            default_runtime_env=get_runtime_context().runtime_env,
-        )
-        built.validate_single_fastapi_ingress()
-        router = built.ingress_request_router_deployment
-        deployments = {d.name: d for d in [*built.deployments, router] if d is not None}
-        infos = {}
-        for name, deployment in deployments.items():
-            arguments = get_deploy_args(
-                name,
-                replica_config=deployment._replica_config,
-                ingress=name == built.ingress_deployment_name,
-                ingress_request_router=deployment is router,
-                deployment_config=deployment._deployment_config,
-            )
-            infos[name] = deploy_args_to_deployment_info(**arguments, app_name=schema.name)
+        what = (schema.import_path, None, schema.name, schema.args)
+        logs = schema.logging_config or LoggingConfig()
+        _, built, refusal = build_serve_application._function(*what, logs, None, {}, {}, {})
+        if refusal:
+            raise RuntimeError(refusal)
+        infos = {
+            args["deployment_name"]: deploy_args_to_deployment_info(**args, app_name=schema.name)
+            for args in built
+        }
+        infos = override_deployment_info(infos, schema)
         rows = []
-        for name, info in override_deployment_info(infos, schema).items():
+        for args in built:
+            name, info = args["deployment_name"], infos[args["deployment_name"]]
             if schema.logging_config and info.deployment_config.logging_config is None:
                 info.deployment_config.logging_config = schema.logging_config.model_dump()
             row = DeploymentArgs(
                 deployment_name=name,
                 deployment_config=info.deployment_config.to_proto_bytes(),
                 replica_config=info.replica_config.to_proto_bytes(),
-                ingress=info.ingress,
-                ingress_request_router=info.ingress_request_router,
-                uses_multiplexing=_callable_uses_multiplexing(deployments[name].func_or_class),
+                ingress=args["ingress"],
+                ingress_request_router=args["ingress_request_router"],
+                uses_multiplexing=args["uses_multiplexing"],
             )
             rows.append((describe_deployment(name, info), row.SerializeToString()))
         return rows
@@ -2341,15 +2276,20 @@ class BuildProcess:
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
     """Keep what Ray's C++ writes off the screen."""
-    sys.stderr.flush()
-    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    saved = os.dup(2)
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
     try:
         yield
     finally:
         os.dup2(saved, 2)
         os.close(saved)
-        os.close(nowhere)
+
+
+def check_reachable(address: str, timeout_s: float) -> None:
+    """Raise OSError, ValueError or OverflowError unless something listens at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
 
 
 def read_log(**where: Any) -> str:
@@ -2418,12 +2358,7 @@ class RayCluster:
     def connect(self, address: str, claims: Collection[str] = ()) -> None:
         """Join the running cluster at `address`, at RAY_ADDRESS, or on this machine, and say which
         applications this run works on. Raises ClusterError when there is none."""
-        wanted = address or os.environ.get("RAY_ADDRESS") or "auto"
-        if "://" in wanted:
-            raise ClusterError(
-                f"{wanted}: Ray Client and dashboard addresses are not supported",
-                "give HOST:PORT of the head (port 6379 by default), or run on a cluster node",
-            )
+        found = address or os.environ.get("RAY_ADDRESS") or "auto"
         # This process speaks to the cluster alone, and never through a company's proxy.
         for name in [name for name in os.environ if name.lower() in PROXIES]:
             del os.environ[name]
@@ -2436,8 +2371,8 @@ class RayCluster:
             logging.getLogger(name).setLevel(self.log_level)
         try:
             # ray.init would wait for ever for a head that is gone.
-            found = canonicalize_bootstrap_address("auto" if wanted == "local" else wanted)
-            check_reachable(found)
+            found = canonicalize_bootstrap_address("auto" if found == "local" else found)
+            check_reachable(found, CONNECT_TIMEOUT_S)
             # Ray does this only for the cluster that it finds by itself (ray/_private/worker.py).
             tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
             tokens.ensure_token_if_auth_enabled(None, create_token_if_missing=False)
@@ -2450,9 +2385,8 @@ class RayCluster:
                 log_to_driver=self.log_level == logging.INFO,
                 logging_level=self.log_level,
             )
-        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            where = "" if wanted == "auto" else f" at {wanted}"
-            text = first_line(str(error))
+        except (OSError, RuntimeError, ValueError, OverflowError, ray.exceptions.RayError) as error:
+            where, text = "" if found == "auto" else f" at {found}", first_line(str(error))
             if "InvalidAuthToken" in text:  # Ray's text says where it looks for one
                 raise ClusterError(f"the Ray cluster{where} refuses: {text}") from error
             raise ClusterError(f"no Ray cluster{where}: {text}", START_HINT) from error
@@ -2470,7 +2404,7 @@ class RayCluster:
         try:
             check_reachable(self.address, timeout_s=2.0)
             return any(node["Alive"] for node in ray.nodes())
-        except (ClusterError, ray.exceptions.RayError):
+        except (OSError, ray.exceptions.RayError):
             return False
 
     def check_values(self, document: Document, applications: Sequence[ApplicationSpec]) -> Problems:
@@ -2529,24 +2463,20 @@ class RayCluster:
     def ask_controller(
         self, method: str, *arguments: Any, timeout_s: float = CONTROLLER_TIMEOUT_S
     ) -> Any:
-        """What a method of Serve's controller returns; None when Serve is not running.
-
-        Ray itself repeats a call when the controller restarts during it (`max_task_retries` in
-        ray/serve/_private/default_impl.py). Raises ClusterError when there is no answer in time,
-        and ApplicationError for what the method itself raises.
-        """
+        """What a method of Serve's controller returns; None when Serve is not running. Raises
+        ClusterError when there is no answer in time, and ApplicationError for what the method
+        raises. Ray repeats a call when the controller restarts during it (`max_task_retries`)."""
         import ray
 
         try:
             controller = ray.get_actor(SERVE_CONTROLLER, namespace=SERVE)
-        except ValueError:
-            return None
-        try:
             return ray.get(getattr(controller, method).remote(*arguments), timeout=timeout_s)
-        except ray.exceptions.RayTaskError as error:
+        except ray.exceptions.RayTaskError as error:  # which may be a ValueError, too
             raise ApplicationError(str(error)) from error
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
             raise ClusterError(f"the Serve controller does not answer: {error}") from error
+        except ValueError:
+            return None
 
     def serve_details(self, timeout_s: float = CONTROLLER_TIMEOUT_S) -> Any:
         """Ray's `ServeInstanceDetails`; None when Serve is not running. 1 ms of CPU;
@@ -2565,11 +2495,18 @@ class RayCluster:
         return details.applications if details else {}
 
     def endpoint(self, timeout_s: float = CONTROLLER_TIMEOUT_S) -> str:
-        """The public HTTP address of Serve, as `public_address` gives it."""
+        """Serve's HTTP address for this node, without a last slash: "http://localhost:8000"; empty
+        when it has no proxy. `root_path` is not in it: a proxy in front of Serve cuts that off."""
         import ray
 
         details = self.serve_details(timeout_s)
-        return public_address(details, ray.util.get_node_ip_address()) if details else ""
+        if details is None or details.proxy_location == "Disabled":
+            return ""
+        options, proxies = details.http_options, [p.node_ip for p in details.proxies.values()]
+        local = not proxies or ray.util.get_node_ip_address() in proxies
+        loopback = options.host in ("0.0.0.0", "::", "127.0.0.1", "localhost")
+        host = "localhost" if local and loopback else options.host if local else proxies[0]
+        return f"{'https' if options.ssl_certfile else 'http'}://{host}:{options.port}"
 
     def submit(self, action: Action) -> None:
         """Hand a built application to Serve, without waiting for it to run.
@@ -2646,11 +2583,8 @@ class RayCluster:
             _internal_kv_put(name, text, overwrite=True, namespace=RECORDS)
 
     def claims(self, names: Collection[str]) -> dict[str, str]:
-        """Which of these applications an earlier run that still lives works on, and which run.
-
-        A run says with its Ray job what it works on (`connect`); one that was killed is a dead job
-        at once.
-        """
+        """Which of these applications an earlier run that still lives works on, and which run: it
+        says so with its Ray job (`connect`), and one that was killed is a dead job at once."""
         import ray
         from ray._private.state import state as gcs
         from ray.core.generated.gcs_pb2 import JobTableData
@@ -2662,10 +2596,11 @@ class RayCluster:
         for job in itertools.takewhile(lambda job: job.job_id.hex() != me, jobs):
             claimed = [] if job.is_dead else json.loads(job.config.metadata.get(CLAIMS) or "[]")
             since = datetime.fromtimestamp(job.start_time / 1000)
-            where = f"process {job.driver_pid} on {job.driver_address.ip_address}"
-            mine = {name: f"{where}, since {since:%F %T}" for name in claimed if name in names}
-            taken = mine | taken  # the first of several is the one at work
-        return taken
+            who = (
+                f"process {job.driver_pid} on {job.driver_address.ip_address}, since {since:%F %T}"
+            )
+            taken = dict.fromkeys(claimed, who) | taken  # the first of several is the one at work
+        return {name: taken[name] for name in names if name in taken}
 
     # -- building -----------------------------------------------------------------------------
 
@@ -2679,7 +2614,7 @@ class RayCluster:
         import ray
 
         runtime_env = application.config.get("runtime_env") or {}
-        module = import_module_of(application.config["import_path"])
+        module = application.config["import_path"].replace(":", ".").rpartition(".")[0]
         key = json.dumps([alone and application.name, module, runtime_env], sort_keys=True)
         with self.lock:
             if key not in self.builders:
@@ -2688,26 +2623,21 @@ class RayCluster:
                 self.builders[key] = BuildProcess(actor, actor.warm_up.remote(module))
             return self.builders[key]
 
-    def take_turn(
-        self, application: ApplicationSpec, check: Callable[[], None], alone: bool
-    ) -> BuildProcess:
-        """Wait for an application's turn in its process; where another's builder hangs in that, it
-        gets one of its own."""
+    def build(
+        self, application: ApplicationSpec, check: Callable[[], None], alone: bool = False
+    ) -> tuple[Demand, ...]:
+        """Ray's own build of one application: what each of its deployments reserves. `check` ends
+        the wait; raises ApplicationError when the import, the builder or an override fails.
+
+        Where another's builder hangs in their process, or kills it, it gets one of its own.
+        """
+        import ray
+
         process = self.process_of(application, alone)
         while not process.turn.acquire(timeout=0.2):
             check()
             if time.monotonic() - process.began > BUILD_PATIENCE_S:
                 process = self.process_of(application, alone=True)
-        return process
-
-    def build(
-        self, application: ApplicationSpec, check: Callable[[], None], alone: bool = False
-    ) -> tuple[Demand, ...]:
-        """Ray's own build of one application: what each of its deployments reserves. `check` ends
-        the wait; raises ApplicationError when the import, the builder or an override fails."""
-        import ray
-
-        process = self.take_turn(application, check, alone)
         try:
             call = process.actor.build.remote(application.config)
             for reference in (process.imports, call):
@@ -2718,15 +2648,11 @@ class RayCluster:
         except DeadlinePassed:
             ray.kill(process.actor)
             raise
-        except ray.exceptions.RuntimeEnvSetupError as error:
-            raise ApplicationError(f"the runtime_env could not be set up: {error}") from error
-        except ray.exceptions.ActorDiedError as error:
-            if not alone:  # another application may have killed the process that they share
+        except ray.exceptions.RayActorError as error:
+            if not alone:
                 return self.build(application, check, alone=True)
             message = f"the process that builds the application died: {error}"
             raise ApplicationError(message) from error
-        except ray.exceptions.ActorUnavailableError as error:
-            raise ClusterError(f"the node that builds it has gone: {error}") from error
         except ray.exceptions.RayError as error:
             raise ApplicationError(str(error)) from error
         finally:
@@ -2755,26 +2681,60 @@ class RayCluster:
             nodes.append(node_of(name, row, free, held, giving_way))
         return nodes
 
-    def holdings(self) -> list[tuple[str, str, Resources]]:
-        """What every Serve replica holds now: (node id, "application/deployment", resources).
+    def held(self) -> dict[str, list[tuple[str, Resources, set[int]]]]:
+        """What each replica holds, by its actor's name: (node id, resources, indices of GPUs).
 
-        A replica with a placement group is one row a bundle.
+        These are the bundles of its placement group, and the actors, itself and those that it
+        started, with what they have outside of the group. GPU indices come from the actors'
+        resource mappings, where a part of a group's GPU goes by the group's name (ray/gcs.proto
+        ActorTableData, ResourceMapEntry).
         """
         import ray
 
-        held: list[tuple[str, str, Resources]] = []
-        for group in ray.util.placement_group_table().values():
+        actors, groups = self.actors("ALIVE"), ray.util.placement_group_table()
+        held: dict[str, list[tuple[str, Resources, set[int]]]] = defaultdict(list)
+        for group in groups.values():
             where = group["bundles_to_node_id"] if group["state"] != "REMOVED" else {}
-            held += [(group["name"], node, group["bundles"][i]) for i, node in where.items()]
-        for actor in self.actors("ALIVE"):
-            if not actor.placement_group_id:
-                held.append((actor.name, actor.node_id.hex(), dict(actor.required_resources)))
+            held[group["name"]] += [(node, group["bundles"][i], set()) for i, node in where.items()]
+        names = {a.address.worker_id: a.name for a in actors}
+        for actor in actors:
+            owner = names.get(actor.owner_address.worker_id, "")
+            name = owner if owner.startswith(REPLICA_PREFIX) else actor.name
+            amounts = dict(actor.required_resources)
+            if actor.placement_group_id:
+                group = groups.get(actor.placement_group_id.hex(), {})
+                name, amounts = group.get("name", ""), {}
+            gpus = [p for p in actor.resource_mapping if re.fullmatch(r"GPU(_group_\w+)?", p.name)]
+            indices = {piece.index for part in gpus for piece in part.resource_ids}
+            held[name].append((actor.node_id.hex(), amounts, indices))
+        return {name: held[name] for name in held if name.startswith(REPLICA_PREFIX)}
+
+    def holdings(self) -> list[tuple[str, str, Resources]]:
+        """What Serve's replicas hold now: (node id, "application/deployment", resources)."""
         rows = []
-        for name, node, amounts in held:
-            application, *rest = name.removeprefix(REPLICA_PREFIX).split("#")
-            if name.startswith(REPLICA_PREFIX):
-                rows.append((node, f"{application}/{rest[0]}", amounts))
+        for name, parts in self.held().items():
+            label = "/".join(name.removeprefix(REPLICA_PREFIX).split("#")[:2])
+            rows += [(node, label, amounts) for node, amounts, _ in parts if amounts]
         return rows
+
+    def reservations(self, details: ApplicationDetails) -> list[Reservation]:
+        """What each running replica of an application holds."""
+        import ray
+
+        names = {row["NodeID"]: row["NodeManagerAddress"] for row in ray.nodes()}
+        held, found = self.held(), []
+        for deployment in details.deployments.values():
+            for replica in running_replicas(deployment):
+                total: Counter[str] = Counter()
+                parts = held.get(replica.actor_name or "", [])
+                for _, amounts, _ in parts:
+                    # "node:..." only says where something is to run.
+                    total.update({k: v for k, v in amounts.items() if not k.startswith("node:")})
+                nodes = tuple(dict.fromkeys(names.get(node, node) for node, _, _ in parts))
+                gpus = tuple(sorted({index for _, _, indices in parts for index in indices}))
+                row = (deployment.name, replica.replica_id, dict(total), nodes, gpus)
+                found += [Reservation(*row)] if parts else []
+        return found
 
     def growth(self) -> list[Node] | None:
         """Nodes that an autoscaler may add; none without one, and None when there is one that does
@@ -2797,21 +2757,6 @@ class RayCluster:
         rows = gcs._connect_and_get_accessor().get_actor_table(None, state)
         return list(map(ActorTableData.FromString, rows))
 
-    def reservations(self, details: ApplicationDetails) -> list[Reservation]:
-        """What each running replica of an application holds, from GCS's own tables."""
-        import ray
-
-        groups = {group["name"]: group for group in ray.util.placement_group_table().values()}
-        actors = self.actors("ALIVE")
-        names = {row["NodeID"]: row["NodeManagerAddress"] for row in ray.nodes()}
-        found = []
-        for replica in itertools.chain(*map(running_replicas, details.deployments.values())):
-            mine = [actor for actor in actors if actor.actor_id.hex() == replica.actor_id]
-            if mine:
-                group = groups.get(replica.actor_name)
-                found.append(reservation_of(replica, mine[0], group, actors, names))
-        return found
-
     # -- logs ------------------------------------------------------------------------------------
 
     def replica_log(self, actor_id: str) -> str:
@@ -2822,10 +2767,7 @@ class RayCluster:
 
     def last_words(self, actor_id: str) -> str:
         """The ends of a replica's logs and how its process ended, then the same of its engine's
-        workers, which are actors of another job in the replica's placement group.
-
-        Raises Unreachable.
-        """
+        workers, which are actors of another job in its placement group. Raises Unreachable."""
         dead = self.actors("DEAD")
         found = [actor for actor in dead if actor.actor_id.hex() == actor_id]
         groups = {actor.placement_group_id for actor in found} - {b""}
@@ -3067,38 +3009,30 @@ class Cluster(Protocol):
 
 
 class Run:
-    """What the threads of one run share: what they do, the latest states, and whether to stop.
-    `changed` is its lock."""
+    """What the threads of one run share: what they do, the latest states, and whether to stop."""
 
     def __init__(
         self, options: Options, cluster: Cluster, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.options, self.cluster, self.clock = options, cluster, clock
-        self.changed = threading.Condition()
+        self.lock = threading.Lock()  # of `admitted`
         self.actions: list[Action] = []
-        self.states: dict[str, ApplicationDetails] = {}
-        self.polled_at = -math.inf
+        self.polled: tuple[float, dict[str, ApplicationDetails]] = (-math.inf, {})
         self.nodes: Sequence[Node] = ()
         self.growth: Sequence[Node] = ()
         self.admitted: list[Demand] = []
-        self.crowded = False  # several engines start that measure what is free on a card
         self.done = False
         self.stop_code = 0
         self.stop_reason = ""
 
     def enter(self, action: Action, words: str, detail: str = "") -> None:
         """Note what an application does now."""
-        with self.changed:
-            action.started = self.clock() if action.started is None else action.started
-            action.words, action.detail = words, detail
-            self.changed.notify_all()
+        action.started = self.clock() if action.started is None else action.started
+        action.words, action.detail = words, detail
 
     def end(self, action: Action, result: Result, cause: Cause | None = None) -> None:
-        with self.changed:
-            action.cause = cause or action.cause
-            action.ended, action.result, action.words = self.clock(), result, result.value
-            action.detail = action.cause.text if action.cause else ""
-            self.changed.notify_all()
+        action.cause, action.detail = cause, cause.text if cause else ""
+        action.ended, action.result, action.words = self.clock(), result, result.value
 
     def stop(self, code: int, reason: str) -> None:
         """End every wait; the first reason stands."""
@@ -3122,13 +3056,17 @@ class Run:
         self.check(action)
         time.sleep(POLL_INTERVAL_S)
 
-    def next_state(self, action: Action, after: float) -> ApplicationDetails | None:
-        """An application's state in the next poll that began later than `after`."""
-        with self.changed:
-            while self.polled_at <= after:
-                self.check(action)
-                self.changed.wait(0.5)
-            return self.states.get(action.name)
+    def states_of(self, action: Action) -> Iterator[ApplicationDetails | None]:
+        """An application's state in every poll that begins from now on: earlier ones are of what
+        ran before. Raises as `check` does."""
+        seen = self.clock()
+        while True:
+            polled_at, states = self.polled
+            if polled_at > seen:
+                seen = polled_at
+                yield states.get(action.name)
+            self.check(action)
+            time.sleep(POLL_INTERVAL_S / 4)
 
 
 Show = Callable[[Sequence[Action]], None]
@@ -3140,31 +3078,22 @@ def worker_count(applications: int, cpu_cores: int, wanted: int) -> int:
 
 
 def deploy(actions: list[Action], run: Run, workers: int, show: Show) -> None:
-    """Carry out all actions, deletions first, the others concurrently.
+    """Carry out all actions: deletions first, then the others at once, and last, one after the
+    other, those again whose engines disturbed each other.
 
     A worker is held until its application settles, so `workers` bounds what starts at once, and 1
-    is V4's sequential mode. `show` gets the progress at every change, in this thread.
+    is V4's sequential mode. `show` gets the progress, in this thread.
     """
     run.actions = actions
     threading.Thread(target=watch, args=(run,), daemon=True, name="watch").start()
-    deletions = [action for action in actions if action.change is Change.DELETE]
     others = [action for action in actions if action.change is not Change.DELETE]
-    run.crowded = sum(map(shares_gpu, others)) > 1
+    sharing = [action for action in others if shares_gpu(action)]
     try:
-        for stage in filter(None, (deletions, others)):
-            for action in stage[workers:]:
-                action.detail = f"behind {', '.join(a.name for a in stage[:workers][:MOST_LOGS])}"
-            nodes = run.cluster.nodes(giving_way(stage))
-            run.nodes, run.admitted = [*nodes, *run.growth], []
-            in_workers(stage, partial(carry_out, run=run), run, workers, show)
-        for action in [action for action in others if action.disturbed]:
-            if not run.stop_code:
-                run.admitted = []
-                again = replace(action, version=f"{action.version}.2", attempt=2, words="queued")
-                again.result = again.started = again.ended = again.cause = None
-                again.disturbed = False
-                actions[actions.index(action)] = again
-                in_workers([again], partial(carry_out, run=run), run, 1, show)
+        in_stage([a for a in actions if a.change is Change.DELETE], run, workers, show)
+        in_stage(others, run, workers, show)
+        again = {id(a): second_attempt(a) for a in sharing if a.disturbed and len(sharing) > 1}
+        actions[:] = [again.get(id(action), action) for action in actions]
+        in_stage(list(again.values()), run, 1, show)
     except ClusterError as error:
         run.stop(EXIT_CLUSTER, str(error))
     run.done = True
@@ -3175,6 +3104,23 @@ def deploy(actions: list[Action], run: Run, workers: int, show: Show) -> None:
     show(actions)
 
 
+def second_attempt(action: Action) -> Action:
+    version = f"{action.version}.2"
+    again = replace(action, version=version, attempt=2, words="queued", disturbed=False)
+    again.result = again.started = again.ended = again.cause = None
+    return again
+
+
+def in_stage(actions: Sequence[Action], run: Run, workers: int, show: Show) -> None:
+    """Carry out some of a run's actions, in view of what is free now."""
+    if actions and not run.stop_code:
+        for action in actions[workers:]:
+            action.detail = f"behind {', '.join(a.name for a in actions[:workers][:MOST_LOGS])}"
+        run.nodes = [*run.cluster.nodes(giving_way(actions)), *run.growth]
+        run.admitted = []
+        in_workers(actions, partial(carry_out, run=run), run, workers, show)
+
+
 def in_workers(
     actions: Sequence[Action], work: Callable[[Action], None], run: Run, workers: int, show: Show
 ) -> None:
@@ -3183,13 +3129,19 @@ def in_workers(
 
     This thread looks whether the cluster still answers, since others may hang when it does not.
     """
+
+    def isolated(action: Action) -> None:
+        """A defect that one application meets is its failure, and nobody else's."""
+        try:
+            work(action)
+        except Exception as error:  # noqa: BLE001
+            action.trace = traceback.format_exc()
+            run.end(action, Result.FAILED, root_cause(repr(error)))
+
     pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="worker")
-    futures = [pool.submit(work, action) for action in actions]
+    futures = [pool.submit(isolated, action) for action in actions]
     alive_at = looked_at = run.clock()
-    while not all(future.done() for future in futures) and not run.stop_code:
-        with run.changed:
-            run.changed.wait(POLL_INTERVAL_S)
-        end_defects(actions, futures, run)
+    while not run.stop_code and wait_for_futures(futures, POLL_INTERVAL_S / 4).not_done:
         show(run.actions)
         if run.clock() - looked_at > HEARTBEAT_INTERVAL_S:
             looked_at = run.clock()
@@ -3199,16 +3151,6 @@ def in_workers(
                 run.stop(EXIT_CLUSTER, f"the head node has not answered for {seconds}")
     pool.shutdown(wait=False, cancel_futures=True)
     wait_for_futures(futures, timeout=STOP_GRACE_S if run.stop_code else None)
-    end_defects(actions, futures, run)
-
-
-def end_defects(actions: Sequence[Action], futures: Sequence[Future[None]], run: Run) -> None:
-    """Isolation: a defect that one application meets is its failure, and nobody else's."""
-    for action, future in zip(actions, futures, strict=True):
-        error = future.exception() if future.done() and not future.cancelled() else None
-        if error is not None and action.result is None:
-            action.trace = "".join(traceback.format_exception(error))
-            run.end(action, Result.FAILED, root_cause(repr(error)))
 
 
 def watch(run: Run) -> None:
@@ -3221,10 +3163,8 @@ def watch(run: Run) -> None:
     while not run.stop_code and not run.done:
         polled_at = run.clock()
         try:
-            states = run.cluster.states(POLL_TIMEOUT_S)
-            with run.changed:
-                run.states, run.polled_at, answered_at = states, polled_at, polled_at
-                run.changed.notify_all()
+            run.polled = polled_at, run.cluster.states(POLL_TIMEOUT_S)
+            answered_at = polled_at
         except ClusterError:
             if polled_at - answered_at > CONTROLLER_LOST_AFTER_S:
                 silent = f"{CONTROLLER_LOST_AFTER_S:.0f} s"
@@ -3232,9 +3172,9 @@ def watch(run: Run) -> None:
         except Exception as error:  # noqa: BLE001
             # Without its watcher every application would wait for its deadline.
             run.stop(EXIT_CLUSTER, f"the states can't be read: {error!r}")
-        starting = [action for action in run.actions if action.words.startswith("starting")]
-        for action in starting[turn % len(starting) :][:1] if starting else ():
+        if starting := [action for action in run.actions if action.words.startswith("starting")]:
             turn += 1
+            action = starting[turn % len(starting)]
             placed = [r for r in replicas_of(action.details) if r.state == "STARTING" and r.node_id]
             with contextlib.suppress(Unreachable):
                 logs = [run.cluster.replica_log(r.actor_id or "") for r in placed[:MOST_LOGS]]
@@ -3248,49 +3188,42 @@ def replicas_of(details: ApplicationDetails | None) -> list[ReplicaDetails]:
 
 
 def carry_out(action: Action, run: Run) -> None:
-    """Take one application to its result, in a worker thread."""
+    """Take one application to its result, in a worker thread; with --plan only build it. What an
+    interrupted one has come to is for `deploy` to say."""
     run.give_time(action)
     try:
         if action.refusal:
             raise ApplicationError(action.refusal.text)
-        if run.options.plan:
-            build(action, run)
-        elif action.change is Change.DELETE:
+        if action.change is Change.DELETE:
             delete_application(action, run)
             run.end(action, Result.DELETED)
-        else:
+            return
+        if action.submits:
+            run.enter(action, "building")
+            action.demands = run.cluster.build(action.application, partial(run.check, action))
+            run.enter(action, "built")
+        if not run.options.plan:
             bring_up(action, run)
             run.end(action, Result.RUNNING)
     except ApplicationError as error:
         logs = failure_logs(action, run.cluster)
-        action.trace, action.cause = str(error), action.refusal or root_cause(str(error), logs)
-        said = "\n".join([action.trace, action.cause.text, *logs])
-        again = run.crowded and action.attempt == 1 and shares_gpu(action)
-        action.disturbed = again and bool(DISTURBED.search(said))
-        run.end(action, Result.FAILED)
+        action.trace, cause = str(error), action.refusal or root_cause(str(error), logs)
+        action.disturbed = bool(DISTURBED.search("\n".join([action.trace, cause.text, *logs])))
+        run.end(action, Result.FAILED, cause)
     except DeadlinePassed:
         message = failure_message(action.details) or action.waits_for
         if not action.sent:
             message = "the builder did not return in time: nothing was submitted"
-        action.cause = root_cause(message) if message else None
-        run.end(action, Result.STILL_DEPLOYING)
+        run.end(action, Result.STILL_DEPLOYING, root_cause(message) if message else None)
     except Stopped:
-        lost = run.stop_code == EXIT_CLUSTER
-        run.end(action, Result.UNKNOWN if lost else Result.INTERRUPTED)
+        pass
     except ClusterError as error:
         run.end(action, Result.UNKNOWN, Cause(str(error), error.hint))
 
 
-def build(action: Action, run: Run) -> None:
-    run.enter(action, "building")
-    action.demands = run.cluster.build(action.application, partial(run.check, action))
-    run.enter(action, "built")
-
-
 def bring_up(action: Action, run: Run) -> None:
-    """Build, admit, submit, wait, prove. Raises ApplicationError, DeadlinePassed and Stopped."""
+    """Admit, submit, wait, prove. Raises ApplicationError, DeadlinePassed and Stopped."""
     if action.submits:
-        build(action, run)
         admit(action, run)
         run.give_time(action)
         run.check(action)
@@ -3312,7 +3245,7 @@ def admit(action: Action, run: Run) -> None:
     for demand in action.demands:
         for problem in check_name(demand.deployment, ()) + check_name(demand.label, ()):
             raise ApplicationError(f"{problem.message}; {problem.hint}")
-    with run.changed:
+    with run.lock:
         demands = demands_at_once(action)
         plan = predict([*run.admitted, *demands], run.nodes)
         misfits = [fit for fit in plan.fits[len(run.admitted) :] if fit.reason]
@@ -3324,13 +3257,9 @@ def admit(action: Action, run: Run) -> None:
 
 
 def settle(action: Action, run: Run) -> None:
-    """Wait until a submitted application runs. Raises ApplicationError when Serve gives up on it.
-
-    Only states that are read from now on count: earlier ones are of what ran before.
-    """
-    after, healthy_at = run.clock(), run.clock()
-    while True:
-        details, after = run.next_state(action, after), run.polled_at
+    """Wait until a submitted application runs. Raises ApplicationError when Serve gives up."""
+    healthy_at = run.clock()
+    for details in run.states_of(action):
         if details is None or details.status in ("DELETING", "NOT_STARTED"):
             raise ApplicationError("the application was deleted while it was being deployed")
         action.details = details
@@ -3441,12 +3370,10 @@ def delete_application(action: Action, run: Run) -> None:
     """Delete an application, and wait until what it held is free."""
     if action.before is None:
         return
-    after = run.clock()
     run.enter(action, "deleting")
     run.cluster.delete(action.name)
     action.sent = "yes"
-    while True:
-        details, after = run.next_state(action, after), run.polled_at
+    for details in run.states_of(action):
         held = [h for _, label, h in run.cluster.holdings() if label.split("/")[0] == action.name]
         if details is None and not held:
             return

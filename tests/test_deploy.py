@@ -447,7 +447,8 @@ def test_a_watcher_with_a_defect_does_not_leave_everybody_waiting() -> None:
     cluster = ScriptedCluster()
     with patch.object(cluster, "states", side_effect=KeyError("node_ip")):
         run = deploy(cluster, "a")
-    assert (results(run), code(run)) == ({"a": "UNKNOWN"}, 3)
+    assert results(run)["a"] in ("UNKNOWN", "INTERRUPTED")  # if it was lost before its turn
+    assert code(run) == 3
     assert "KeyError('node_ip')" in run.stop_reason
 
 
@@ -629,7 +630,9 @@ def test_it_is_tried_again_once_and_only_when_another_engine_started_with_it(
 def test_a_second_attempt_may_run_out_of_time() -> None:
     failed, stuck = state("a", "DEPLOY_FAILED", DISTURBED), state("a", "DEPLOYING")
     cluster = ScriptedCluster({"a": [failed], "a #2": [stuck]})
-    run = deploy(cluster, create("a", SHARING), create("b", SHARING), timeout=0.3)
+    run = deploy(
+        cluster, create("a", SHARING), create("b", SHARING), no_smoke_test=True, timeout=0.3
+    )
     assert results(run) == {"a": "STILL DEPLOYING", "b": "RUNNING"}
 
 
