@@ -263,7 +263,8 @@ def test_how_many_workers(applications: int, cores: int, wanted: int, expected: 
 def test_deletions_come_first_and_wait_until_nothing_is_held() -> None:
     cluster = ScriptedCluster({"old": [state("old", "RUNNING"), state("old", "DELETING"), None]})
     cluster.submitted.append("old")
-    cluster.holds = [("n", "old/D", {"CPU": 1.0}), ("n", "other/D", {"CPU": 9.0})]
+    held: list[tuple[str, str, app.Resources]] = [("n", "old/D", {"CPU": 1.0})]
+    cluster.holds = [("n", "other/D", {"CPU": 9.0}), *held * 20]
     old = app.deletion(spec("old"), app.Running(state("old", "RUNNING")), "--prune")
     absent = app.deletion(spec("absent"), None, "--prune")
     seen: set[str] = set()
@@ -476,7 +477,7 @@ def test_exit_codes_when_mixed(found: list[str], stop: int, code: int) -> None:
 
 def test_what_can_never_fit_fails_before_it_is_submitted_and_what_waits_is_deployed() -> None:
     unplaced = deployment("D", "UPDATING", replica("r", "STARTING", node_id=None))
-    waits = [state("waits", "DEPLOYING", "", unplaced)] * 5
+    waits = [state("waits", "DEPLOYING", "", unplaced)] * 20
     cluster = ScriptedCluster({"waits": [*waits, state("waits", "RUNNING")]})
     cluster.demands = {
         "first": (demand("first", 3),),
