@@ -2237,8 +2237,8 @@ class Builder:
 
         schema = ServeApplicationSchema.model_validate(config)
         what = (schema.import_path, None, schema.name, schema.args)
-        logs = schema.logging_config or LoggingConfig()
-        _, built, refusal = build_serve_application._function(*what, logs, None, {}, {}, {})
+        quiet = LoggingConfig(log_level="ERROR")  # it would log the arguments, secrets and all
+        _, built, refusal = build_serve_application._function(*what, quiet, None, {}, {}, {})
         if refusal:
             raise RuntimeError(refusal)
         infos = {
@@ -2246,20 +2246,19 @@ class Builder:
             for args in built
         }
         infos = override_deployment_info(infos, schema)
+        names = ("deployment_name", "ingress", "ingress_request_router", "uses_multiplexing")
         rows = []
         for args in built:
-            name, info = args["deployment_name"], infos[args["deployment_name"]]
+            info = infos[args["deployment_name"]]
             if schema.logging_config and info.deployment_config.logging_config is None:
                 info.deployment_config.logging_config = schema.logging_config.model_dump()
             row = DeploymentArgs(
-                deployment_name=name,
                 deployment_config=info.deployment_config.to_proto_bytes(),
                 replica_config=info.replica_config.to_proto_bytes(),
-                ingress=args["ingress"],
-                ingress_request_router=args["ingress_request_router"],
-                uses_multiplexing=args["uses_multiplexing"],
+                **{name: args[name] for name in names},
             )
-            rows.append((describe_deployment(name, info), row.SerializeToString()))
+            demand = describe_deployment(args["deployment_name"], info)
+            rows.append((demand, row.SerializeToString()))
         return rows
 
 
@@ -2356,8 +2355,8 @@ class RayCluster:
     # -- connecting ---------------------------------------------------------------------
 
     def connect(self, address: str, claims: Collection[str] = ()) -> None:
-        """Join the running cluster at `address`, at RAY_ADDRESS, or on this machine, and say which
-        applications this run works on. Raises ClusterError when there is none."""
+        """Join the running cluster at `address`, at RAY_ADDRESS, or on this machine, as a job that
+        says which applications this run works on. Raises ClusterError when there is none."""
         found = address or os.environ.get("RAY_ADDRESS") or "auto"
         # This process speaks to the cluster alone, and never through a company's proxy.
         for name in [name for name in os.environ if name.lower() in PROXIES]:
@@ -2436,11 +2435,8 @@ class RayCluster:
     # -- Serve --------------------------------------------------------------------------
 
     def start_serve(self, config: Config) -> tuple[str, ...]:
-        """Start Serve with the config's cluster-wide options, as `serve deploy` does.
-
-        Returns the `http_options` that differ from those of a Serve that is already running (it
-        keeps its own). Raises ClusterError when Serve does not come up.
-        """
+        """Start Serve with the config's cluster-wide options, as `serve deploy` does. Returns the
+        `http_options` of which a Serve that runs already keeps its own. Raises ClusterError."""
         from ray import serve
         from ray.serve.schema import ServeDeploySchema
 
@@ -2993,7 +2989,7 @@ def shares_gpu(action: Action) -> bool:
 
 
 class Cluster(Protocol):
-    """What deploying needs of a cluster. `RayCluster` is the real one; tests script another."""
+    """What deploying needs of a cluster: a `RayCluster`, or what tests script."""
 
     def alive(self) -> bool: ...
     def build(self, app: ApplicationSpec, check: Callable[[], None]) -> tuple[Demand, ...]: ...
@@ -3165,13 +3161,11 @@ def watch(run: Run) -> None:
         try:
             run.polled = polled_at, run.cluster.states(POLL_TIMEOUT_S)
             answered_at = polled_at
-        except ClusterError:
-            if polled_at - answered_at > CONTROLLER_LOST_AFTER_S:
-                silent = f"{CONTROLLER_LOST_AFTER_S:.0f} s"
-                run.stop(EXIT_CLUSTER, f"Serve's controller has not answered for {silent}")
         except Exception as error:  # noqa: BLE001
             # Without its watcher every application would wait for its deadline.
-            run.stop(EXIT_CLUSTER, f"the states can't be read: {error!r}")
+            if polled_at - answered_at > CONTROLLER_LOST_AFTER_S:
+                silent = f"{CONTROLLER_LOST_AFTER_S:.0f} s ({first_line(repr(error))})"
+                run.stop(EXIT_CLUSTER, f"Serve's controller has not answered for {silent}")
         if starting := [action for action in run.actions if action.words.startswith("starting")]:
             turn += 1
             action = starting[turn % len(starting)]
@@ -3281,10 +3275,8 @@ def failure_message(details: ApplicationDetails | None) -> str:
 
 
 def describe_state(details: ApplicationDetails, waits_for: str, phase: str) -> tuple[str, str]:
-    """What a deploying application does, in words, and what it waits for.
-
-    `waits_for` is what the plan says does not fit now, and who holds it; `phase` is the engine's.
-    """
+    """What a deploying application does, in words, and what it waits for: what the plan says does
+    not fit now (`waits_for`), or its engine's `phase`."""
     deployments = list(details.deployments.values())
     running = sum(len(running_replicas(d)) for d in deployments)
     target = sum(d.target_num_replicas for d in deployments)
@@ -3297,11 +3289,8 @@ def describe_state(details: ApplicationDetails, waits_for: str, phase: str) -> t
 
 
 def failed_replicas(action: Action) -> list[ReplicaDetails]:
-    """The replicas that do not run, of the deployments that are not healthy, the latest first.
-
-    Serve calls a replica dead some seconds after it has given up on the application, so the dead
-    ones alone would leave out the one that tells why.
-    """
+    """The replicas that do not run, of the deployments that are not healthy, the latest first:
+    Serve calls the one that tells why dead only some seconds after it has given up."""
     deployments = action.details.deployments.values() if action.details and action.sent else ()
     failed = [
         replica
@@ -3328,16 +3317,15 @@ def prove(action: Action, run: Run) -> None:
     a bad answer, and Stopped; not having reached an application is not its failure."""
     application, details = action.application, action.details
     assert details is not None
-    proof = action.proof = Proof()
+    held = run.cluster.reservations(details)
+    proof = Proof(tuple(held), mismatches(application, action.demands, held))
+    action.proof = proof
 
     def ask(url: str, body: Config | None) -> Response:
         run.check(action)
         return fetch(url, body, min(SMOKE_TIMEOUT_S, action.deadline - run.clock()))
 
     try:
-        held = run.cluster.reservations(details)
-        wrong = mismatches(application, action.demands, held)
-        proof = action.proof = Proof(tuple(held), wrong)
         targets = {d.name: d.target_num_replicas for d in details.deployments.values()}
         asleep = [d for d in action.demands if not targets.get(d.deployment, 1)]
         base_url = run.cluster.endpoint()
