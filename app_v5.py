@@ -2227,38 +2227,49 @@ class Builder:
         Returns for each deployment the fields of its `Demand`, and what Serve's controller takes: a
         serialised `DeploymentArgs`.
         """
-        from ray.serve._private.application_state import (
-            build_serve_application,
-            override_deployment_info,
-        )
-        from ray.serve._private.deploy_utils import deploy_args_to_deployment_info
+        from ray import get_runtime_context
+        from ray._common.utils import import_attr
+        from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+        from ray.serve._private.application_state import override_deployment_info
+        from ray.serve._private.build_app import build_app
+        from ray.serve._private.client import _callable_uses_multiplexing
+        from ray.serve._private.deploy_utils import deploy_args_to_deployment_info, get_deploy_args
         from ray.serve.generated.serve_pb2 import DeploymentArgs
-        from ray.serve.schema import LoggingConfig, ServeApplicationSchema
+        from ray.serve.schema import ServeApplicationSchema
 
         schema = ServeApplicationSchema.model_validate(config)
-        what = (schema.import_path, None, schema.name, schema.args)
-        quiet = LoggingConfig(log_level="ERROR")  # it would log the arguments, secrets and all
-        _, built, refusal = build_serve_application._function(*what, quiet, None, {}, {}, {})
-        if refusal:
-            raise RuntimeError(refusal)
-        infos = {
-            args["deployment_name"]: deploy_args_to_deployment_info(**args, app_name=schema.name)
-            for args in built
-        }
-        infos = override_deployment_info(infos, schema)
-        names = ("deployment_name", "ingress", "ingress_request_router", "uses_multiplexing")
+        target = import_attr(schema.import_path)
+        built = build_app(
+            call_user_app_builder_with_args_if_necessary(target, schema.args),
+            name=schema.name,
+            default_runtime_env=get_runtime_context().runtime_env,
+        )
+        built.validate_single_fastapi_ingress()
+        router = built.ingress_request_router_deployment
+        deployments = {d.name: d for d in [*built.deployments, router] if d is not None}
+        infos = {}
+        for name, deployment in deployments.items():
+            arguments = get_deploy_args(
+                name,
+                replica_config=deployment._replica_config,
+                ingress=name == built.ingress_deployment_name,
+                ingress_request_router=deployment is router,
+                deployment_config=deployment._deployment_config,
+            )
+            infos[name] = deploy_args_to_deployment_info(**arguments, app_name=schema.name)
         rows = []
-        for args in built:
-            info = infos[args["deployment_name"]]
+        for name, info in override_deployment_info(infos, schema).items():
             if schema.logging_config and info.deployment_config.logging_config is None:
                 info.deployment_config.logging_config = schema.logging_config.model_dump()
             row = DeploymentArgs(
+                deployment_name=name,
                 deployment_config=info.deployment_config.to_proto_bytes(),
                 replica_config=info.replica_config.to_proto_bytes(),
-                **{name: args[name] for name in names},
+                ingress=info.ingress,
+                ingress_request_router=info.ingress_request_router,
+                uses_multiplexing=_callable_uses_multiplexing(deployments[name].func_or_class),
             )
-            demand = describe_deployment(args["deployment_name"], info)
-            rows.append((demand, row.SerializeToString()))
+            rows.append((describe_deployment(name, info), row.SerializeToString()))
         return rows
 
 
@@ -2385,7 +2396,8 @@ class RayCluster:
                 logging_level=self.log_level,
             )
         except (OSError, RuntimeError, ValueError, OverflowError, ray.exceptions.RayError) as error:
-            where, text = "" if found == "auto" else f" at {found}", first_line(str(error))
+            where, text = "" if found == "auto" else f" at {found}", " ".join(str(error).split())
+            text = shortened(text, MOST_CAUSE_CHARACTERS)
             if "InvalidAuthToken" in text:  # Ray's text says where it looks for one
                 raise ClusterError(f"the Ray cluster{where} refuses: {text}") from error
             raise ClusterError(f"no Ray cluster{where}: {text}", START_HINT) from error
