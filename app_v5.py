@@ -2222,11 +2222,9 @@ class Builder:
             importlib.import_module(module)
 
     def build(self, config: Config) -> list[tuple[Config, bytes]]:
-        """Build one application and apply its `deployments` overrides with Ray's own code.
-
-        Returns for each deployment the fields of its `Demand`, and what Serve's controller takes: a
-        serialised `DeploymentArgs`.
-        """
+        """Build one application and apply its `deployments` overrides with Ray's own code. Returns
+        for each deployment the fields of its `Demand`, and the serialised `DeploymentArgs` that
+        Serve's controller takes."""
         from ray import get_runtime_context
         from ray._common.utils import import_attr
         from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
@@ -2239,11 +2237,9 @@ class Builder:
 
         schema = ServeApplicationSchema.model_validate(config)
         target = import_attr(schema.import_path)
-        built = build_app(
-            call_user_app_builder_with_args_if_necessary(target, schema.args),
-            name=schema.name,
-            default_runtime_env=get_runtime_context().runtime_env,
-        )
+        application = call_user_app_builder_with_args_if_necessary(target, schema.args)
+        environment = get_runtime_context().runtime_env
+        built = build_app(application, name=schema.name, default_runtime_env=environment)
         built.validate_single_fastapi_ingress()
         router = built.ingress_request_router_deployment
         deployments = {d.name: d for d in [*built.deployments, router] if d is not None}
@@ -2517,11 +2513,9 @@ class RayCluster:
         return f"{'https' if options.ssl_certfile else 'http'}://{host}:{options.port}"
 
     def submit(self, action: Action) -> None:
-        """Hand a built application to Serve, without waiting for it to run.
-
-        A stable `version` lets Serve compare for itself: equal ones change in place, others restart
-        (measured on Ray 2.60). `serve.run` would draw a random one. Raises ApplicationError.
-        """
+        """Hand a built application to Serve, without waiting for it to run. A stable `version` lets
+        Serve compare for itself: equal ones change in place, others restart (measured on Ray 2.60),
+        while `serve.run` would draw a random one. Raises ApplicationError."""
         import ray
         from ray.serve.generated.serve_pb2 import ApplicationArgs, DeploymentArgs, DeploymentConfig
 
@@ -2626,8 +2620,7 @@ class RayCluster:
         key = json.dumps([alone and application.name, module, runtime_env], sort_keys=True)
         with self.lock:
             if key not in self.builders:
-                actor = ray.remote(num_cpus=0)(Builder)
-                actor = actor.options(runtime_env=runtime_env or None).remote()
+                actor = ray.remote(num_cpus=0, runtime_env=runtime_env or None)(Builder).remote()
                 self.builders[key] = BuildProcess(actor, actor.warm_up.remote(module))
             return self.builders[key]
 
@@ -2635,10 +2628,8 @@ class RayCluster:
         self, application: ApplicationSpec, check: Callable[[], None], alone: bool = False
     ) -> tuple[Demand, ...]:
         """Ray's own build of one application: what each of its deployments reserves. `check` ends
-        the wait; raises ApplicationError when the import, the builder or an override fails.
-
-        Where another's builder hangs in their process, or kills it, it gets one of its own.
-        """
+        the wait; raises ApplicationError when the import, the builder or an override fails. Where
+        another's builder hangs in their process, or kills it, it gets one of its own."""
         import ray
 
         process = self.process_of(application, alone)
@@ -3099,7 +3090,8 @@ def deploy(actions: list[Action], run: Run, workers: int, show: Show) -> None:
     try:
         in_stage([a for a in actions if a.change is Change.DELETE], run, workers, show)
         in_stage(others, run, workers, show)
-        again = {id(a): second_attempt(a) for a in sharing if a.disturbed and len(sharing) > 1}
+        disturbed = [a for a in sharing if a.disturbed and len(sharing) > 1 and not run.stop_code]
+        again = {id(action): second_attempt(action) for action in disturbed}
         actions[:] = [again.get(id(action), action) for action in actions]
         in_stage(list(again.values()), run, 1, show)
     except ClusterError as error:
@@ -3133,10 +3125,8 @@ def in_workers(
     actions: Sequence[Action], work: Callable[[Action], None], run: Run, workers: int, show: Show
 ) -> None:
     """Do some work for each action in a pool of threads, until all is done or the run stops: a
-    thread may hang in a call of Ray then, and is not waited for.
-
-    This thread looks whether the cluster still answers, since others may hang when it does not.
-    """
+    thread may hang in a call of Ray then, and is not waited for. This one looks whether the cluster
+    still answers."""
 
     def isolated(action: Action) -> None:
         """A defect that one application meets is its failure, and nobody else's."""
@@ -3217,9 +3207,10 @@ def carry_out(action: Action, run: Run) -> None:
         action.disturbed = bool(DISTURBED.search("\n".join([action.trace, cause.text, *logs])))
         run.end(action, Result.FAILED, cause)
     except DeadlinePassed:
-        message = failure_message(action.details) or action.waits_for
-        if not action.sent:
-            message = "the builder did not return in time: nothing was submitted"
+        message = "the builder did not return in time: nothing was submitted"
+        if action.sent:
+            said = failure_message(action.details) if action.details else ""
+            message = said or action.waits_for
         run.end(action, Result.STILL_DEPLOYING, root_cause(message) if message else None)
     except Stopped:
         pass
@@ -3246,8 +3237,7 @@ def bring_up(action: Action, run: Run) -> None:
 
 def admit(action: Action, run: Run) -> None:
     """Ask whether the cluster can hold a built application besides those admitted before. Raises
-    ApplicationError for what can never fit, unless that may wait, and for names that Ray can't
-    bear."""
+    ApplicationError for what can never fit, unless that may wait, and names that Ray can't bear."""
     for demand in action.demands:
         for problem in check_name(demand.deployment, ()) + check_name(demand.label, ()):
             raise ApplicationError(f"{problem.message}; {problem.hint}")
@@ -3278,12 +3268,10 @@ def settle(action: Action, run: Run) -> None:
         run.enter(action, *describe_state(details, action.waits_for, action.phase))
 
 
-def failure_message(details: ApplicationDetails | None) -> str:
+def failure_message(details: ApplicationDetails) -> str:
     """All that Serve says about a failed application: its own message, then its deployments'."""
-    deployments = details.deployments.values() if details else ()
-    messages = [details.message if details else ""]
-    messages += [d.message for d in deployments if d.status != "HEALTHY"]
-    return "\n".join(message for message in messages if message)
+    said = [d.message for d in details.deployments.values() if d.status != "HEALTHY"]
+    return "\n".join(filter(None, [details.message, *said]))
 
 
 def describe_state(details: ApplicationDetails, waits_for: str, phase: str) -> tuple[str, str]:
@@ -3303,13 +3291,11 @@ def describe_state(details: ApplicationDetails, waits_for: str, phase: str) -> t
 def failed_replicas(action: Action) -> list[ReplicaDetails]:
     """The replicas that do not run, of the deployments that are not healthy, the latest first:
     Serve calls the one that tells why dead only some seconds after it has given up."""
-    deployments = action.details.deployments.values() if action.details and action.sent else ()
-    failed = [
-        replica
-        for deployment in deployments
-        for replica in (*deployment.replicas, *(deployment.recent_dead_replicas or ()))
-        if deployment.status != "HEALTHY" and replica.actor_id and replica.state != "RUNNING"
-    ]
+    failed = []
+    for deployment in action.details.deployments.values() if action.details and action.sent else ():
+        if deployment.status != "HEALTHY":
+            replicas = [*deployment.replicas, *(deployment.recent_dead_replicas or ())]
+            failed += [r for r in replicas if r.actor_id and r.state != "RUNNING"]
     return sorted(failed, key=lambda replica: replica.start_time_s or 0.0, reverse=True)
 
 
