@@ -63,9 +63,9 @@ import textwrap
 import threading
 import time
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -298,7 +298,7 @@ class Answer:
 @dataclass(frozen=True)
 class Proof:
     """What was checked of an application that runs. `mismatches` are broken promises, `notes` what
-    was not asked and what the engines say; `unverified` says why it could not be asked."""
+    was not asked; `unverified` says why it could not be asked."""
 
     reservations: tuple[Reservation, ...] = ()
     mismatches: tuple[str, ...] = ()
@@ -368,7 +368,6 @@ class Action:
     no_log: str = ""
     trace: str = ""
     disturbed: bool = False
-    deleted: bool = False
 
     @property
     def name(self) -> str:
@@ -428,9 +427,6 @@ class Options:
     wait: bool = option(False, "wait, within --timeout, for another run on the same applications")
     allow_pending: bool = option(False, "deploy what no node can hold, too: the cluster will grow")
     no_downtime: bool = option(False, "start new replicas before the old ones stop")
-    on_failure: str = option(
-        "keep", "what becomes of a new one that fails", choices=("keep", "delete")
-    )
     max_workers: int = option(
         0, "how many deploy at once (min(applications, max(2, CPU cores)); 1: as V4 did)", type=int
     )
@@ -2024,59 +2020,6 @@ def engine_phase(log: str) -> str:
     return next(phases, "")
 
 
-def public_address(details: Any, here: str) -> str:
-    """Serve's HTTP address for this node, without a last slash: "http://localhost:8000"; empty when
-    it has no proxy. `root_path` is not in it: a proxy in front of Serve cuts that off."""
-    if details.proxy_location == "Disabled":
-        return ""
-    options, proxies = details.http_options, [proxy.node_ip for proxy in details.proxies.values()]
-    local = not proxies or here in proxies
-    loopback = options.host in ("0.0.0.0", "::", "127.0.0.1", "localhost")
-    host = "localhost" if local and loopback else options.host if local else proxies[0]
-    return f"{'https' if options.ssl_certfile else 'http'}://{host}:{options.port}"
-
-
-def reservation_of(
-    replica: ReplicaDetails,
-    mine: Any,
-    group: Config | None,
-    actors: Sequence[Any],
-    names: Mapping[str, str],
-) -> Reservation:
-    """What a replica holds: its placement group or its own resources, and what actors hold that it
-    started outside of a group. GPU indices come from the actors' resource mappings, where a part of
-    a group's GPU goes by the group's name (ray/gcs.proto ActorTableData, ResourceMapEntry)."""
-    group_id = bytes.fromhex(group["placement_group_id"]) if group else None
-    family = [a for a in actors if a.owner_address.worker_id == mine.address.worker_id]
-    outside = [actor for actor in [mine, *family] if not actor.placement_group_id]
-    inside = [actor for actor in actors if group_id and actor.placement_group_id == group_id]
-    held: Counter[str] = Counter()
-    bundles = list(group["bundles"].values()) if group else []
-    for bundle in [*bundles, *(dict(actor.required_resources) for actor in outside)]:
-        # "node:..." only says where something is to run.
-        held.update({k: v for k, v in bundle.items() if v and not k.startswith("node:")})
-    nodes = group["bundles_to_node_id"].values() if group else [mine.node_id.hex()]
-    places = tuple(dict.fromkeys(names.get(node, node) for node in nodes))
-    parts = itertools.chain(*(actor.resource_mapping for actor in [*outside, *inside]))
-    gpus = [part for part in parts if re.fullmatch(r"GPU(_group_\w+)?", part.name)]
-    indices = tuple(sorted({piece.index for part in gpus for piece in part.resource_ids}))
-    deployment = str(replica.actor_name).split("#")[1]
-    return Reservation(deployment, replica.replica_id, dict(held), places, indices)
-
-
-START_HINT = "start one with `ray start --head`, or give another with --address or RAY_ADDRESS"
-
-
-def check_reachable(address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
-    """Raise ClusterError unless something listens at HOST:PORT."""
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s):
-            return
-    except (OSError, ValueError, OverflowError) as error:
-        raise ClusterError(f"no Ray cluster at {address}: {error}", START_HINT) from error
-
-
 def serve_failure(message: str, port: int) -> ClusterError:
     """Why Serve did not start; who has its port, where that can be read."""
     import psutil
@@ -2093,11 +2036,6 @@ def serve_failure(message: str, port: int) -> ClusterError:
     return ClusterError(f"Ray Serve did not start: port {port} is taken: {who}", hint)
 
 
-def import_module_of(import_path: str) -> str:
-    """The module of an import path, in both of Ray's forms: "m.n:attribute" and "m.n.attribute"."""
-    return import_path.partition(":")[0] if ":" in import_path else import_path.rpartition(".")[0]
-
-
 # ======================================================================================
 # 9. Ray: the only section that imports Ray, and the only one that knows its private parts
 # ======================================================================================
@@ -2109,6 +2047,9 @@ application, and the key of their fingerprints; with its Ray job, what a run wor
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 WORKER = "RayWorkerProc"  # vllm/v1/executor/ray_executor_v2.py
+START_HINT = (
+    "start one with `ray start --head`, or give HOST:PORT of one with --address or RAY_ADDRESS"
+)
 DEATHS = {"oom_context": "OutOfMemoryError", "runtime_env_failed_context": "RuntimeEnvSetupError"}
 """What Ray calls the causes of an actor's death (ActorDeathCause in common.proto)."""
 
@@ -2127,11 +2068,9 @@ class Builder:
             importlib.import_module(module)
 
     def build(self, config: Config) -> list[tuple[Config, bytes]]:
-        """Build one application and apply its `deployments` overrides with Ray's own code.
-
-        Returns for each deployment the fields of its `Demand`, and what Serve's controller takes: a
-        serialised `DeploymentArgs`.
-        """
+        """Build one application and apply its `deployments` overrides with Ray's own code. Returns
+        for each deployment the fields of its `Demand`, and the serialised `DeploymentArgs` that
+        Serve's controller takes."""
         from ray import get_runtime_context
         from ray._common.utils import import_attr
         from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
@@ -2144,11 +2083,9 @@ class Builder:
 
         schema = ServeApplicationSchema.model_validate(config)
         target = import_attr(schema.import_path)
-        built = build_app(
-            call_user_app_builder_with_args_if_necessary(target, schema.args),
-            name=schema.name,
-            default_runtime_env=get_runtime_context().runtime_env,
-        )
+        application = call_user_app_builder_with_args_if_necessary(target, schema.args)
+        environment = get_runtime_context().runtime_env
+        built = build_app(application, name=schema.name, default_runtime_env=environment)
         built.validate_single_fastapi_ingress()
         router = built.ingress_request_router_deployment
         deployments = {d.name: d for d in [*built.deployments, router] if d is not None}
@@ -2191,15 +2128,20 @@ class BuildProcess:
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
     """Keep what Ray's C++ writes off the screen."""
-    sys.stderr.flush()
-    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    saved = os.dup(2)
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
     try:
         yield
     finally:
         os.dup2(saved, 2)
         os.close(saved)
-        os.close(nowhere)
+
+
+def check_reachable(address: str, timeout_s: float) -> None:
+    """Raise OSError, ValueError or OverflowError unless something listens at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
 
 
 def read_log(**where: Any) -> str:
@@ -2266,14 +2208,9 @@ class RayCluster:
     # -- connecting ---------------------------------------------------------------------
 
     def connect(self, address: str, claims: Collection[str] = ()) -> None:
-        """Join the running cluster at `address`, at RAY_ADDRESS, or on this machine, and say which
-        applications this run works on. Raises ClusterError when there is none."""
-        wanted = address or os.environ.get("RAY_ADDRESS") or "auto"
-        if "://" in wanted:
-            raise ClusterError(
-                f"{wanted}: Ray Client and dashboard addresses are not supported",
-                "give HOST:PORT of the head (port 6379 by default), or run on a cluster node",
-            )
+        """Join the running cluster at `address`, at RAY_ADDRESS, or on this machine, as a job that
+        says which applications this run works on. Raises ClusterError when there is none."""
+        found = address or os.environ.get("RAY_ADDRESS") or "auto"
         # This process speaks to the cluster alone, and never through a company's proxy.
         for name in [name for name in os.environ if name.lower() in PROXIES]:
             del os.environ[name]
@@ -2286,8 +2223,8 @@ class RayCluster:
             logging.getLogger(name).setLevel(self.log_level)
         try:
             # ray.init would wait for ever for a head that is gone.
-            found = canonicalize_bootstrap_address("auto" if wanted == "local" else wanted)
-            check_reachable(found)
+            found = canonicalize_bootstrap_address("auto" if found == "local" else found)
+            check_reachable(found, CONNECT_TIMEOUT_S)
             # Ray does this only for the cluster that it finds by itself (ray/_private/worker.py).
             tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
             tokens.ensure_token_if_auth_enabled(None, create_token_if_missing=False)
@@ -2300,9 +2237,9 @@ class RayCluster:
                 log_to_driver=self.log_level == logging.INFO,
                 logging_level=self.log_level,
             )
-        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            where = "" if wanted == "auto" else f" at {wanted}"
-            text = first_line(str(error))
+        except (OSError, RuntimeError, ValueError, OverflowError, ray.exceptions.RayError) as error:
+            where, text = "" if found == "auto" else f" at {found}", " ".join(str(error).split())
+            text = shortened(text, MOST_CAUSE_CHARACTERS)
             if "InvalidAuthToken" in text:  # Ray's text says where it looks for one
                 raise ClusterError(f"the Ray cluster{where} refuses: {text}") from error
             raise ClusterError(f"no Ray cluster{where}: {text}", START_HINT) from error
@@ -2320,7 +2257,7 @@ class RayCluster:
         try:
             check_reachable(self.address, timeout_s=2.0)
             return any(node["Alive"] for node in ray.nodes())
-        except (ClusterError, ray.exceptions.RayError):
+        except (OSError, ray.exceptions.RayError):
             return False
 
     def check_values(self, document: Document, applications: Sequence[ApplicationSpec]) -> Problems:
@@ -2352,11 +2289,8 @@ class RayCluster:
     # -- Serve --------------------------------------------------------------------------
 
     def start_serve(self, config: Config) -> tuple[str, ...]:
-        """Start Serve with the config's cluster-wide options, as `serve deploy` does.
-
-        Returns the `http_options` that differ from those of a Serve that is already running (it
-        keeps its own). Raises ClusterError when Serve does not come up.
-        """
+        """Start Serve with the config's cluster-wide options, as `serve deploy` does. Returns the
+        `http_options` of which a Serve that runs already keeps its own. Raises ClusterError."""
         from ray import serve
         from ray.serve.schema import ServeDeploySchema
 
@@ -2379,24 +2313,20 @@ class RayCluster:
     def ask_controller(
         self, method: str, *arguments: Any, timeout_s: float = CONTROLLER_TIMEOUT_S
     ) -> Any:
-        """What a method of Serve's controller returns; None when Serve is not running.
-
-        Ray itself repeats a call when the controller restarts during it (`max_task_retries` in
-        ray/serve/_private/default_impl.py). Raises ClusterError when there is no answer in time,
-        and ApplicationError for what the method itself raises.
-        """
+        """What a method of Serve's controller returns; None when Serve is not running. Raises
+        ClusterError when there is no answer in time, and ApplicationError for what the method
+        raises. Ray repeats a call when the controller restarts during it (`max_task_retries`)."""
         import ray
 
         try:
             controller = ray.get_actor(SERVE_CONTROLLER, namespace=SERVE)
-        except ValueError:
-            return None
-        try:
             return ray.get(getattr(controller, method).remote(*arguments), timeout=timeout_s)
-        except ray.exceptions.RayTaskError as error:
+        except ray.exceptions.RayTaskError as error:  # which may be a ValueError, too
             raise ApplicationError(str(error)) from error
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
             raise ClusterError(f"the Serve controller does not answer: {error}") from error
+        except ValueError:
+            return None
 
     def serve_details(self, timeout_s: float = CONTROLLER_TIMEOUT_S) -> Any:
         """Ray's `ServeInstanceDetails`; None when Serve is not running. 1 ms of CPU;
@@ -2415,18 +2345,23 @@ class RayCluster:
         return details.applications if details else {}
 
     def endpoint(self, timeout_s: float = CONTROLLER_TIMEOUT_S) -> str:
-        """The public HTTP address of Serve, as `public_address` gives it."""
+        """Serve's HTTP address for this node, without a last slash: "http://localhost:8000"; empty
+        when it has no proxy. `root_path` is not in it: a proxy in front of Serve cuts that off."""
         import ray
 
         details = self.serve_details(timeout_s)
-        return public_address(details, ray.util.get_node_ip_address()) if details else ""
+        if details is None or details.proxy_location == "Disabled":
+            return ""
+        options, proxies = details.http_options, [p.node_ip for p in details.proxies.values()]
+        local = not proxies or ray.util.get_node_ip_address() in proxies
+        loopback = options.host in ("0.0.0.0", "::", "127.0.0.1", "localhost")
+        host = "localhost" if local and loopback else options.host if local else proxies[0]
+        return f"{'https' if options.ssl_certfile else 'http'}://{host}:{options.port}"
 
     def submit(self, action: Action) -> None:
-        """Hand a built application to Serve, without waiting for it to run.
-
-        A stable `version` lets Serve compare for itself: equal ones change in place, others restart
-        (measured on Ray 2.60). `serve.run` would draw a random one. Raises ApplicationError.
-        """
+        """Hand a built application to Serve, without waiting for it to run. A stable `version` lets
+        Serve compare for itself: equal ones change in place, others restart (measured on Ray 2.60),
+        while `serve.run` would draw a random one. Raises ApplicationError."""
         import ray
         from ray.serve.generated.serve_pb2 import ApplicationArgs, DeploymentArgs, DeploymentConfig
 
@@ -2496,11 +2431,8 @@ class RayCluster:
             _internal_kv_put(name, text, overwrite=True, namespace=RECORDS)
 
     def claims(self, names: Collection[str]) -> dict[str, str]:
-        """Which of these applications an earlier run that still lives works on, and which run.
-
-        A run says with its Ray job what it works on (`connect`); one that was killed is a dead job
-        at once.
-        """
+        """Which of these applications an earlier run that still lives works on, and which run: it
+        says so with its Ray job (`connect`), and one that was killed is a dead job at once."""
         import ray
         from ray._private.state import state as gcs
         from ray.core.generated.gcs_pb2 import JobTableData
@@ -2512,10 +2444,11 @@ class RayCluster:
         for job in itertools.takewhile(lambda job: job.job_id.hex() != me, jobs):
             claimed = [] if job.is_dead else json.loads(job.config.metadata.get(CLAIMS) or "[]")
             since = datetime.fromtimestamp(job.start_time / 1000)
-            where = f"process {job.driver_pid} on {job.driver_address.ip_address}"
-            mine = {name: f"{where}, since {since:%F %T}" for name in claimed if name in names}
-            taken = mine | taken  # the first of several is the one at work
-        return taken
+            who = (
+                f"process {job.driver_pid} on {job.driver_address.ip_address}, since {since:%F %T}"
+            )
+            taken = dict.fromkeys(claimed, who) | taken  # the first of several is the one at work
+        return {name: taken[name] for name in names if name in taken}
 
     # -- building -----------------------------------------------------------------------------
 
@@ -2529,35 +2462,27 @@ class RayCluster:
         import ray
 
         runtime_env = application.config.get("runtime_env") or {}
-        module = import_module_of(application.config["import_path"])
+        module = application.config["import_path"].replace(":", ".").rpartition(".")[0]
         key = json.dumps([alone and application.name, module, runtime_env], sort_keys=True)
         with self.lock:
             if key not in self.builders:
-                actor = ray.remote(num_cpus=0)(Builder)
-                actor = actor.options(runtime_env=runtime_env or None).remote()
+                actor = ray.remote(num_cpus=0, runtime_env=runtime_env or None)(Builder).remote()
                 self.builders[key] = BuildProcess(actor, actor.warm_up.remote(module))
             return self.builders[key]
-
-    def take_turn(
-        self, application: ApplicationSpec, check: Callable[[], None], alone: bool
-    ) -> BuildProcess:
-        """Wait for an application's turn in its process; where another's builder hangs in that, it
-        gets one of its own."""
-        process = self.process_of(application, alone)
-        while not process.turn.acquire(timeout=0.2):
-            check()
-            if time.monotonic() - process.began > BUILD_PATIENCE_S:
-                process = self.process_of(application, alone=True)
-        return process
 
     def build(
         self, application: ApplicationSpec, check: Callable[[], None], alone: bool = False
     ) -> tuple[Demand, ...]:
         """Ray's own build of one application: what each of its deployments reserves. `check` ends
-        the wait; raises ApplicationError when the import, the builder or an override fails."""
+        the wait; raises ApplicationError when the import, the builder or an override fails. Where
+        another's builder hangs in their process, or kills it, it gets one of its own."""
         import ray
 
-        process = self.take_turn(application, check, alone)
+        process = self.process_of(application, alone)
+        while not process.turn.acquire(timeout=0.2):
+            check()
+            if time.monotonic() - process.began > BUILD_PATIENCE_S:
+                process = self.process_of(application, alone=True)
         try:
             call = process.actor.build.remote(application.config)
             for reference in (process.imports, call):
@@ -2568,15 +2493,11 @@ class RayCluster:
         except DeadlinePassed:
             ray.kill(process.actor)
             raise
-        except ray.exceptions.RuntimeEnvSetupError as error:
-            raise ApplicationError(f"the runtime_env could not be set up: {error}") from error
-        except ray.exceptions.ActorDiedError as error:
-            if not alone:  # another application may have killed the process that they share
+        except ray.exceptions.RayActorError as error:
+            if not alone:
                 return self.build(application, check, alone=True)
             message = f"the process that builds the application died: {error}"
             raise ApplicationError(message) from error
-        except ray.exceptions.ActorUnavailableError as error:
-            raise ClusterError(f"the node that builds it has gone: {error}") from error
         except ray.exceptions.RayError as error:
             raise ApplicationError(str(error)) from error
         finally:
@@ -2605,26 +2526,60 @@ class RayCluster:
             nodes.append(node_of(name, row, free, held, giving_way))
         return nodes
 
-    def holdings(self) -> list[tuple[str, str, Resources]]:
-        """What every Serve replica holds now: (node id, "application/deployment", resources).
+    def held(self) -> dict[str, list[tuple[str, Resources, set[int]]]]:
+        """What each replica holds, by its actor's name: (node id, resources, indices of GPUs).
 
-        A replica with a placement group is one row a bundle.
+        These are the bundles of its placement group, and the actors, itself and those that it
+        started, with what they have outside of the group. GPU indices come from the actors'
+        resource mappings, where a part of a group's GPU goes by the group's name (ray/gcs.proto
+        ActorTableData, ResourceMapEntry).
         """
         import ray
 
-        held: list[tuple[str, str, Resources]] = []
-        for group in ray.util.placement_group_table().values():
+        actors, groups = self.actors("ALIVE"), ray.util.placement_group_table()
+        held: dict[str, list[tuple[str, Resources, set[int]]]] = defaultdict(list)
+        for group in groups.values():
             where = group["bundles_to_node_id"] if group["state"] != "REMOVED" else {}
-            held += [(group["name"], node, group["bundles"][i]) for i, node in where.items()]
-        for actor in self.actors("ALIVE"):
-            if not actor.placement_group_id:
-                held.append((actor.name, actor.node_id.hex(), dict(actor.required_resources)))
+            held[group["name"]] += [(node, group["bundles"][i], set()) for i, node in where.items()]
+        names = {a.address.worker_id: a.name for a in actors}
+        for actor in actors:
+            owner = names.get(actor.owner_address.worker_id, "")
+            name = owner if owner.startswith(REPLICA_PREFIX) else actor.name
+            amounts = dict(actor.required_resources)
+            if actor.placement_group_id:
+                group = groups.get(actor.placement_group_id.hex(), {})
+                name, amounts = group.get("name", ""), {}
+            gpus = [p for p in actor.resource_mapping if re.fullmatch(r"GPU(_group_\w+)?", p.name)]
+            indices = {piece.index for part in gpus for piece in part.resource_ids}
+            held[name].append((actor.node_id.hex(), amounts, indices))
+        return {name: held[name] for name in held if name.startswith(REPLICA_PREFIX)}
+
+    def holdings(self) -> list[tuple[str, str, Resources]]:
+        """What Serve's replicas hold now: (node id, "application/deployment", resources)."""
         rows = []
-        for name, node, amounts in held:
-            application, *rest = name.removeprefix(REPLICA_PREFIX).split("#")
-            if name.startswith(REPLICA_PREFIX):
-                rows.append((node, f"{application}/{rest[0]}", amounts))
+        for name, parts in self.held().items():
+            label = "/".join(name.removeprefix(REPLICA_PREFIX).split("#")[:2])
+            rows += [(node, label, amounts) for node, amounts, _ in parts if amounts]
         return rows
+
+    def reservations(self, details: ApplicationDetails) -> list[Reservation]:
+        """What each running replica of an application holds."""
+        import ray
+
+        names = {row["NodeID"]: row["NodeManagerAddress"] for row in ray.nodes()}
+        held, found = self.held(), []
+        for deployment in details.deployments.values():
+            for replica in running_replicas(deployment):
+                total: Counter[str] = Counter()
+                parts = held.get(replica.actor_name or "", [])
+                for _, amounts, _ in parts:
+                    # "node:..." only says where something is to run.
+                    total.update({k: v for k, v in amounts.items() if not k.startswith("node:")})
+                nodes = tuple(dict.fromkeys(names.get(node, node) for node, _, _ in parts))
+                gpus = tuple(sorted({index for _, _, indices in parts for index in indices}))
+                row = (deployment.name, replica.replica_id, dict(total), nodes, gpus)
+                found += [Reservation(*row)] if parts else []
+        return found
 
     def growth(self) -> list[Node] | None:
         """Nodes that an autoscaler may add; none without one, and None when there is one that does
@@ -2647,21 +2602,6 @@ class RayCluster:
         rows = gcs._connect_and_get_accessor().get_actor_table(None, state)
         return list(map(ActorTableData.FromString, rows))
 
-    def reservations(self, details: ApplicationDetails) -> list[Reservation]:
-        """What each running replica of an application holds, from GCS's own tables."""
-        import ray
-
-        groups = {group["name"]: group for group in ray.util.placement_group_table().values()}
-        actors = self.actors("ALIVE")
-        names = {row["NodeID"]: row["NodeManagerAddress"] for row in ray.nodes()}
-        found = []
-        for replica in itertools.chain(*map(running_replicas, details.deployments.values())):
-            mine = [actor for actor in actors if actor.actor_id.hex() == replica.actor_id]
-            if mine:
-                group = groups.get(replica.actor_name)
-                found.append(reservation_of(replica, mine[0], group, actors, names))
-        return found
-
     # -- logs ------------------------------------------------------------------------------------
 
     def replica_log(self, actor_id: str) -> str:
@@ -2672,10 +2612,7 @@ class RayCluster:
 
     def last_words(self, actor_id: str) -> str:
         """The ends of a replica's logs and how its process ended, then the same of its engine's
-        workers, which are actors of another job in the replica's placement group.
-
-        Raises Unreachable.
-        """
+        workers, which are actors of another job in its placement group. Raises Unreachable."""
         dead = self.actors("DEAD")
         found = [actor for actor in dead if actor.actor_id.hex() == actor_id]
         groups = {actor.placement_group_id for actor in found} - {b""}
@@ -2881,13 +2818,6 @@ def format_refusal(response: Response) -> str:
 
 # -- engines ---------------------------------------------------------------------------------------
 
-FIGURES: tuple[tuple[str, str], ...] = (
-    # vllm/v1/core/kv_cache_utils.py, vllm/v1/worker/gpu_model_runner.py
-    (r"GPU KV cache size: ([\d,]+) tokens", "KV cache {} tokens"),
-    (r"Available KV cache memory: ([\d.]+) GiB", "{} GiB"),
-    (r"Maximum concurrency for [\d,]+ tokens .*: ([\d.]+)x", "{} requests of full length at once"),
-    (r"Model loading took ([\d.]+) GiB memory", "weights {} GiB"),
-)
 DISTURBED = re.compile(
     "No available memory for the cache blocks|Error in memory profiling|"
     r"Free memory on device .* is less than desired|"
@@ -2895,14 +2825,6 @@ DISTURBED = re.compile(
 )
 """How an engine fails that measured its memory while another one took or freed some
 (vllm/v1/worker/gpu_worker.py, vllm/v1/core/kv_cache_utils.py)."""
-
-
-def engine_figures(application: ApplicationSpec, deployment: str, log: str) -> list[str]:
-    """What the log of a replica says about its engine, in words."""
-    found = [(words, re.findall(pattern, log)) for pattern, words in FIGURES]
-    figures = ", ".join(words.format(values[-1]) for words, values in found if values)
-    ids = [model.model_id for model in application.models if serves(deployment, model)]
-    return [f"Engine of {model_id} says: {figures}" for model_id in ids if figures]
 
 
 def shares_gpu(action: Action) -> bool:
@@ -2916,7 +2838,7 @@ def shares_gpu(action: Action) -> bool:
 
 
 class Cluster(Protocol):
-    """What deploying needs of a cluster. `RayCluster` is the real one; tests script another."""
+    """What deploying needs of a cluster: a `RayCluster`, or what tests script."""
 
     def alive(self) -> bool: ...
     def build(self, app: ApplicationSpec, check: Callable[[], None]) -> tuple[Demand, ...]: ...
@@ -2932,38 +2854,30 @@ class Cluster(Protocol):
 
 
 class Run:
-    """What the threads of one run share: what they do, the latest states, and whether to stop.
-    `changed` is its lock."""
+    """What the threads of one run share: what they do, the latest states, and whether to stop."""
 
     def __init__(
         self, options: Options, cluster: Cluster, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.options, self.cluster, self.clock = options, cluster, clock
-        self.changed = threading.Condition()
+        self.lock = threading.Lock()  # of `admitted`
         self.actions: list[Action] = []
-        self.states: dict[str, ApplicationDetails] = {}
-        self.polled_at = -math.inf
+        self.polled: tuple[float, dict[str, ApplicationDetails]] = (-math.inf, {})
         self.nodes: Sequence[Node] = ()
         self.growth: Sequence[Node] = ()
         self.admitted: list[Demand] = []
-        self.crowded = False  # several engines start that measure what is free on a card
         self.done = False
         self.stop_code = 0
         self.stop_reason = ""
 
     def enter(self, action: Action, words: str, detail: str = "") -> None:
         """Note what an application does now."""
-        with self.changed:
-            action.started = self.clock() if action.started is None else action.started
-            action.words, action.detail = words, detail
-            self.changed.notify_all()
+        action.started = self.clock() if action.started is None else action.started
+        action.words, action.detail = words, detail
 
     def end(self, action: Action, result: Result, cause: Cause | None = None) -> None:
-        with self.changed:
-            action.cause = cause or action.cause
-            action.ended, action.result, action.words = self.clock(), result, result.value
-            action.detail = action.cause.text if action.cause else ""
-            self.changed.notify_all()
+        action.cause, action.detail = cause, cause.text if cause else ""
+        action.ended, action.result, action.words = self.clock(), result, result.value
 
     def stop(self, code: int, reason: str) -> None:
         """End every wait; the first reason stands."""
@@ -2987,13 +2901,17 @@ class Run:
         self.check(action)
         time.sleep(POLL_INTERVAL_S)
 
-    def next_state(self, action: Action, after: float) -> ApplicationDetails | None:
-        """An application's state in the next poll that began later than `after`."""
-        with self.changed:
-            while self.polled_at <= after:
-                self.check(action)
-                self.changed.wait(0.5)
-            return self.states.get(action.name)
+    def states_of(self, action: Action) -> Iterator[ApplicationDetails | None]:
+        """An application's state in every poll that begins from now on: earlier ones are of what
+        ran before. Raises as `check` does."""
+        seen = self.clock()
+        while True:
+            polled_at, states = self.polled
+            if polled_at > seen:
+                seen = polled_at
+                yield states.get(action.name)
+            self.check(action)
+            time.sleep(POLL_INTERVAL_S / 4)
 
 
 Show = Callable[[Sequence[Action]], None]
@@ -3005,31 +2923,23 @@ def worker_count(applications: int, cpu_cores: int, wanted: int) -> int:
 
 
 def deploy(actions: list[Action], run: Run, workers: int, show: Show) -> None:
-    """Carry out all actions, deletions first, the others concurrently.
+    """Carry out all actions: deletions first, then the others at once, and last, one after the
+    other, those again whose engines disturbed each other.
 
     A worker is held until its application settles, so `workers` bounds what starts at once, and 1
-    is V4's sequential mode. `show` gets the progress at every change, in this thread.
+    is V4's sequential mode. `show` gets the progress, in this thread.
     """
     run.actions = actions
     threading.Thread(target=watch, args=(run,), daemon=True, name="watch").start()
-    deletions = [action for action in actions if action.change is Change.DELETE]
     others = [action for action in actions if action.change is not Change.DELETE]
-    run.crowded = sum(map(shares_gpu, others)) > 1
+    sharing = [action for action in others if shares_gpu(action)]
     try:
-        for stage in filter(None, (deletions, others)):
-            for action in stage[workers:]:
-                action.detail = f"behind {', '.join(a.name for a in stage[:workers][:MOST_LOGS])}"
-            nodes = run.cluster.nodes(giving_way(stage))
-            run.nodes, run.admitted = [*nodes, *run.growth], []
-            in_workers(stage, partial(carry_out, run=run), run, workers, show)
-        for action in [action for action in others if action.disturbed]:
-            if not run.stop_code:
-                run.admitted = []
-                again = replace(action, version=f"{action.version}.2", attempt=2, words="queued")
-                again.result = again.started = again.ended = again.cause = None
-                again.disturbed = False
-                actions[actions.index(action)] = again
-                in_workers([again], partial(carry_out, run=run), run, 1, show)
+        in_stage([a for a in actions if a.change is Change.DELETE], run, workers, show)
+        in_stage(others, run, workers, show)
+        disturbed = [a for a in sharing if a.disturbed and len(sharing) > 1 and not run.stop_code]
+        again = {id(action): second_attempt(action) for action in disturbed}
+        actions[:] = [again.get(id(action), action) for action in actions]
+        in_stage(list(again.values()), run, 1, show)
     except ClusterError as error:
         run.stop(EXIT_CLUSTER, str(error))
     run.done = True
@@ -3040,21 +2950,42 @@ def deploy(actions: list[Action], run: Run, workers: int, show: Show) -> None:
     show(actions)
 
 
+def second_attempt(action: Action) -> Action:
+    version = f"{action.version}.2"
+    again = replace(action, version=version, attempt=2, words="queued", disturbed=False)
+    again.result = again.started = again.ended = again.cause = None
+    return again
+
+
+def in_stage(actions: Sequence[Action], run: Run, workers: int, show: Show) -> None:
+    """Carry out some of a run's actions, in view of what is free now."""
+    if actions and not run.stop_code:
+        for action in actions[workers:]:
+            action.detail = f"behind {', '.join(a.name for a in actions[:workers][:MOST_LOGS])}"
+        run.nodes = [*run.cluster.nodes(giving_way(actions)), *run.growth]
+        run.admitted = []
+        in_workers(actions, partial(carry_out, run=run), run, workers, show)
+
+
 def in_workers(
     actions: Sequence[Action], work: Callable[[Action], None], run: Run, workers: int, show: Show
 ) -> None:
     """Do some work for each action in a pool of threads, until all is done or the run stops: a
-    thread may hang in a call of Ray then, and is not waited for.
+    thread may hang in a call of Ray then, and is not waited for. This one looks whether the cluster
+    still answers."""
 
-    This thread looks whether the cluster still answers, since others may hang when it does not.
-    """
+    def isolated(action: Action) -> None:
+        """A defect that one application meets is its failure, and nobody else's."""
+        try:
+            work(action)
+        except Exception as error:  # noqa: BLE001
+            action.trace = traceback.format_exc()
+            run.end(action, Result.FAILED, root_cause(repr(error)))
+
     pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="worker")
-    futures = [pool.submit(work, action) for action in actions]
+    futures = [pool.submit(isolated, action) for action in actions]
     alive_at = looked_at = run.clock()
-    while not all(future.done() for future in futures) and not run.stop_code:
-        with run.changed:
-            run.changed.wait(POLL_INTERVAL_S)
-        end_defects(actions, futures, run)
+    while not run.stop_code and wait_for_futures(futures, POLL_INTERVAL_S / 4).not_done:
         show(run.actions)
         if run.clock() - looked_at > HEARTBEAT_INTERVAL_S:
             looked_at = run.clock()
@@ -3064,16 +2995,6 @@ def in_workers(
                 run.stop(EXIT_CLUSTER, f"the head node has not answered for {seconds}")
     pool.shutdown(wait=False, cancel_futures=True)
     wait_for_futures(futures, timeout=STOP_GRACE_S if run.stop_code else None)
-    end_defects(actions, futures, run)
-
-
-def end_defects(actions: Sequence[Action], futures: Sequence[Future[None]], run: Run) -> None:
-    """Isolation: a defect that one application meets is its failure, and nobody else's."""
-    for action, future in zip(actions, futures, strict=True):
-        error = future.exception() if future.done() and not future.cancelled() else None
-        if error is not None and action.result is None:
-            action.trace = "".join(traceback.format_exception(error))
-            run.end(action, Result.FAILED, root_cause(repr(error)))
 
 
 def watch(run: Run) -> None:
@@ -3086,20 +3007,16 @@ def watch(run: Run) -> None:
     while not run.stop_code and not run.done:
         polled_at = run.clock()
         try:
-            states = run.cluster.states(POLL_TIMEOUT_S)
-            with run.changed:
-                run.states, run.polled_at, answered_at = states, polled_at, polled_at
-                run.changed.notify_all()
-        except ClusterError:
-            if polled_at - answered_at > CONTROLLER_LOST_AFTER_S:
-                silent = f"{CONTROLLER_LOST_AFTER_S:.0f} s"
-                run.stop(EXIT_CLUSTER, f"Serve's controller has not answered for {silent}")
+            run.polled = polled_at, run.cluster.states(POLL_TIMEOUT_S)
+            answered_at = polled_at
         except Exception as error:  # noqa: BLE001
             # Without its watcher every application would wait for its deadline.
-            run.stop(EXIT_CLUSTER, f"the states can't be read: {error!r}")
-        starting = [action for action in run.actions if action.words.startswith("starting")]
-        for action in starting[turn % len(starting) :][:1] if starting else ():
+            if polled_at - answered_at > CONTROLLER_LOST_AFTER_S:
+                silent = f"{CONTROLLER_LOST_AFTER_S:.0f} s ({first_line(repr(error))})"
+                run.stop(EXIT_CLUSTER, f"Serve's controller has not answered for {silent}")
+        if starting := [action for action in run.actions if action.words.startswith("starting")]:
             turn += 1
+            action = starting[turn % len(starting)]
             placed = [r for r in replicas_of(action.details) if r.state == "STARTING" and r.node_id]
             with contextlib.suppress(Unreachable):
                 logs = [run.cluster.replica_log(r.actor_id or "") for r in placed[:MOST_LOGS]]
@@ -3113,51 +3030,43 @@ def replicas_of(details: ApplicationDetails | None) -> list[ReplicaDetails]:
 
 
 def carry_out(action: Action, run: Run) -> None:
-    """Take one application to its result, in a worker thread."""
+    """Take one application to its result, in a worker thread; with --plan only build it. What an
+    interrupted one has come to is for `deploy` to say."""
     run.give_time(action)
     try:
         if action.refusal:
             raise ApplicationError(action.refusal.text)
-        if run.options.plan:
-            build(action, run)
-        elif action.change is Change.DELETE:
+        if action.change is Change.DELETE:
             delete_application(action, run)
             run.end(action, Result.DELETED)
-        else:
+            return
+        if action.submits:
+            run.enter(action, "building")
+            action.demands = run.cluster.build(action.application, partial(run.check, action))
+            run.enter(action, "built")
+        if not run.options.plan:
             bring_up(action, run)
             run.end(action, Result.RUNNING)
     except ApplicationError as error:
         logs = failure_logs(action, run.cluster)
-        action.trace, action.cause = str(error), action.refusal or root_cause(str(error), logs)
-        said = "\n".join([action.trace, action.cause.text, *logs])
-        again = run.crowded and action.attempt == 1 and shares_gpu(action)
-        action.disturbed = again and bool(DISTURBED.search(said))
-        undo(action, run)
-        run.end(action, Result.FAILED)
+        action.trace, cause = str(error), action.refusal or root_cause(str(error), logs)
+        action.disturbed = bool(DISTURBED.search("\n".join([action.trace, cause.text, *logs])))
+        run.end(action, Result.FAILED, cause)
     except DeadlinePassed:
-        message = failure_message(action.details) or action.waits_for
-        if not action.sent:
-            message = "the builder did not return in time: nothing was submitted"
-        action.cause = root_cause(message) if message else None
-        undo(action, run)
-        run.end(action, Result.STILL_DEPLOYING)
+        message = "the builder did not return in time: nothing was submitted"
+        if action.sent:
+            said = failure_message(action.details) if action.details else ""
+            message = said or action.waits_for
+        run.end(action, Result.STILL_DEPLOYING, root_cause(message) if message else None)
     except Stopped:
-        lost = run.stop_code == EXIT_CLUSTER
-        run.end(action, Result.UNKNOWN if lost else Result.INTERRUPTED)
+        pass
     except ClusterError as error:
         run.end(action, Result.UNKNOWN, Cause(str(error), error.hint))
 
 
-def build(action: Action, run: Run) -> None:
-    run.enter(action, "building")
-    action.demands = run.cluster.build(action.application, partial(run.check, action))
-    run.enter(action, "built")
-
-
 def bring_up(action: Action, run: Run) -> None:
-    """Build, admit, submit, wait, prove. Raises ApplicationError, DeadlinePassed and Stopped."""
+    """Admit, submit, wait, prove. Raises ApplicationError, DeadlinePassed and Stopped."""
     if action.submits:
-        build(action, run)
         admit(action, run)
         run.give_time(action)
         run.check(action)
@@ -3174,12 +3083,11 @@ def bring_up(action: Action, run: Run) -> None:
 
 def admit(action: Action, run: Run) -> None:
     """Ask whether the cluster can hold a built application besides those admitted before. Raises
-    ApplicationError for what can never fit, unless that may wait, and for names that Ray can't
-    bear."""
+    ApplicationError for what can never fit, unless that may wait, and names that Ray can't bear."""
     for demand in action.demands:
         for problem in check_name(demand.deployment, ()) + check_name(demand.label, ()):
             raise ApplicationError(f"{problem.message}; {problem.hint}")
-    with run.changed:
+    with run.lock:
         demands = demands_at_once(action)
         plan = predict([*run.admitted, *demands], run.nodes)
         misfits = [fit for fit in plan.fits[len(run.admitted) :] if fit.reason]
@@ -3191,13 +3099,9 @@ def admit(action: Action, run: Run) -> None:
 
 
 def settle(action: Action, run: Run) -> None:
-    """Wait until a submitted application runs. Raises ApplicationError when Serve gives up on it.
-
-    Only states that are read from now on count: earlier ones are of what ran before.
-    """
-    after, healthy_at = run.clock(), run.clock()
-    while True:
-        details, after = run.next_state(action, after), run.polled_at
+    """Wait until a submitted application runs. Raises ApplicationError when Serve gives up."""
+    healthy_at = run.clock()
+    for details in run.states_of(action):
         if details is None or details.status in ("DELETING", "NOT_STARTED"):
             raise ApplicationError("the application was deleted while it was being deployed")
         action.details = details
@@ -3210,19 +3114,15 @@ def settle(action: Action, run: Run) -> None:
         run.enter(action, *describe_state(details, action.waits_for, action.phase))
 
 
-def failure_message(details: ApplicationDetails | None) -> str:
+def failure_message(details: ApplicationDetails) -> str:
     """All that Serve says about a failed application: its own message, then its deployments'."""
-    deployments = details.deployments.values() if details else ()
-    messages = [details.message if details else ""]
-    messages += [d.message for d in deployments if d.status != "HEALTHY"]
-    return "\n".join(message for message in messages if message)
+    said = [d.message for d in details.deployments.values() if d.status != "HEALTHY"]
+    return "\n".join(filter(None, [details.message, *said]))
 
 
 def describe_state(details: ApplicationDetails, waits_for: str, phase: str) -> tuple[str, str]:
-    """What a deploying application does, in words, and what it waits for.
-
-    `waits_for` is what the plan says does not fit now, and who holds it; `phase` is the engine's.
-    """
+    """What a deploying application does, in words, and what it waits for: what the plan says does
+    not fit now (`waits_for`), or its engine's `phase`."""
     deployments = list(details.deployments.values())
     running = sum(len(running_replicas(d)) for d in deployments)
     target = sum(d.target_num_replicas for d in deployments)
@@ -3235,18 +3135,13 @@ def describe_state(details: ApplicationDetails, waits_for: str, phase: str) -> t
 
 
 def failed_replicas(action: Action) -> list[ReplicaDetails]:
-    """The replicas that do not run, of the deployments that are not healthy, the latest first.
-
-    Serve calls a replica dead some seconds after it has given up on the application, so the dead
-    ones alone would leave out the one that tells why.
-    """
-    deployments = action.details.deployments.values() if action.details and action.sent else ()
-    failed = [
-        replica
-        for deployment in deployments
-        for replica in (*deployment.replicas, *(deployment.recent_dead_replicas or ()))
-        if deployment.status != "HEALTHY" and replica.actor_id and replica.state != "RUNNING"
-    ]
+    """The replicas that do not run, of the deployments that are not healthy, the latest first:
+    Serve calls the one that tells why dead only some seconds after it has given up."""
+    failed = []
+    for deployment in action.details.deployments.values() if action.details and action.sent else ():
+        if deployment.status != "HEALTHY":
+            replicas = [*deployment.replicas, *(deployment.recent_dead_replicas or ())]
+            failed += [r for r in replicas if r.actor_id and r.state != "RUNNING"]
     return sorted(failed, key=lambda replica: replica.start_time_s or 0.0, reverse=True)
 
 
@@ -3266,21 +3161,15 @@ def prove(action: Action, run: Run) -> None:
     a bad answer, and Stopped; not having reached an application is not its failure."""
     application, details = action.application, action.details
     assert details is not None
-    proof = action.proof = Proof()
+    held = run.cluster.reservations(details)
+    proof = Proof(tuple(held), mismatches(application, action.demands, held))
+    action.proof = proof
 
     def ask(url: str, body: Config | None) -> Response:
         run.check(action)
         return fetch(url, body, min(SMOKE_TIMEOUT_S, action.deadline - run.clock()))
 
     try:
-        held = run.cluster.reservations(details)
-        wrong, notes = mismatches(application, action.demands, held), []
-        actors = {replica.replica_id: replica.actor_id or "" for replica in replicas_of(details)}
-        for item in held if application.models else ():
-            with contextlib.suppress(Unreachable):
-                log = run.cluster.replica_log(actors[item.replica_id])
-                notes += engine_figures(application, item.deployment, log)
-        proof = action.proof = Proof(tuple(held), wrong, (), tuple(notes))
         targets = {d.name: d.target_num_replicas for d in details.deployments.values()}
         asleep = [d for d in action.demands if not targets.get(d.deployment, 1)]
         base_url = run.cluster.endpoint()
@@ -3291,12 +3180,12 @@ def prove(action: Action, run: Run) -> None:
             "Serve has no HTTP proxy (proxy_location: Disabled)": not base_url,
         }
         if skipped := [text for text, is_so in reasons.items() if is_so]:
-            action.proof = replace(proof, notes=(*notes, f"not asked over HTTP: {skipped[0]}"))
+            action.proof = replace(proof, notes=(f"not asked over HTTP: {skipped[0]}",))
             return
         wait_for_route(application, base_url, ask, partial(run.pause, action))
         models = [m for m in application.models if demand_of(m, action.demands) in asleep]
-        answers, said = smoke_test(application, [m.model_id for m in models], base_url, ask)
-        action.proof = replace(proof, answers=tuple(answers), notes=(*notes, *said))
+        answers, notes = smoke_test(application, [m.model_id for m in models], base_url, ask)
+        action.proof = replace(proof, answers=tuple(answers), notes=tuple(notes))
     except (Unreachable, ClusterError) as error:
         action.proof = replace(proof, unverified=str(error))
     except ApplicationError as error:
@@ -3313,31 +3202,15 @@ def delete_application(action: Action, run: Run) -> None:
     """Delete an application, and wait until what it held is free."""
     if action.before is None:
         return
-    after = run.clock()
     run.enter(action, "deleting")
     run.cluster.delete(action.name)
     action.sent = "yes"
-    while True:
-        details, after = run.next_state(action, after), run.polled_at
+    for details in run.states_of(action):
         held = [h for _, label, h in run.cluster.holdings() if label.split("/")[0] == action.name]
         if details is None and not held:
             return
         texts = " + ".join(map(format_resources, held))
         run.enter(action, "deleting", f"it still holds {texts}" if held else "")
-
-
-def undo(action: Action, run: Run) -> None:
-    """Delete a new application that did not come up, where --on-failure asks for it."""
-    new = action.change is Change.CREATE and action.sent and not action.disturbed
-    if new and run.options.on_failure == "delete":
-        try:
-            run.cluster.delete(action.name)
-            action.deleted = True
-        except Exception as error:  # noqa: BLE001
-            # Whatever Ray raises here: the failure that is to be undone is what has to be told.
-            said = [action.cause.text] if action.cause else []
-            said.append(f"--on-failure delete did not work: {first_line(str(error))}")
-            action.cause = Cause("\n".join(said), action.cause.hint if action.cause else "")
 
 
 def exit_code(actions: Sequence[Action], stop_code: int) -> int:
@@ -3501,9 +3374,7 @@ def format_unfinished(action: Action) -> list[str]:
     if result is Result.UNKNOWN:
         return [*lines, "   The cluster was lost: whether it runs, or ever will, is not known"]
     doing = "deleting" if action.change is Change.DELETE else "deploying"
-    if action.deleted:
-        lines.append("   It was deleted again (--on-failure delete)")
-    elif result is Result.STILL_DEPLOYING and details:
+    if result is Result.STILL_DEPLOYING and details:
         state = describe_state(details, action.waits_for, "")
         lines.append(f"   Last state: {' · '.join(filter(None, state))}")
         lines.append(f"   The cluster goes on {doing} it")
@@ -3621,7 +3492,7 @@ def action_json(action: Action, base_url: str | None) -> Config:
         "attempts": action.attempt,
         "submitted": {"yes": True, "": False}.get(action.sent),
         "no_log": action.no_log or None,
-        "deleted": action.deleted or action.result is Result.DELETED,
+        "deleted": action.result is Result.DELETED,
         "proof": dataclasses.asdict(action.proof) if action.proof else None,
         "status": action.details.status.value if action.details else None,
         "cause": action.cause.text if action.cause else None,

@@ -263,7 +263,8 @@ def test_how_many_workers(applications: int, cores: int, wanted: int, expected: 
 def test_deletions_come_first_and_wait_until_nothing_is_held() -> None:
     cluster = ScriptedCluster({"old": [state("old", "RUNNING"), state("old", "DELETING"), None]})
     cluster.submitted.append("old")
-    cluster.holds = [("n", "old/D", {"CPU": 1.0}), ("n", "other/D", {"CPU": 9.0})]
+    held: list[tuple[str, str, app.Resources]] = [("n", "old/D", {"CPU": 1.0})]
+    cluster.holds = [("n", "other/D", {"CPU": 9.0}), *held * 20]
     old = app.deletion(spec("old"), app.Running(state("old", "RUNNING")), "--prune")
     absent = app.deletion(spec("absent"), None, "--prune")
     seen: set[str] = set()
@@ -314,17 +315,6 @@ def test_what_can_not_be_built_fails_the_plan_alone(error: Exception) -> None:
     assert run.actions[1].demands == (demand("b"),)
     assert "the builder did not return in time" in causes(run)[-1]
     assert code(run) == 1
-
-
-def test_a_failure_that_can_not_be_undone_is_still_that_failure() -> None:
-    cluster = ScriptedCluster({"a": [state("a", "DEPLOY_FAILED", "oh no")]})
-    with patch.object(cluster, "delete", side_effect=OSError("the controller has died")):
-        run = deploy(cluster, "a", "b", on_failure="delete")
-    assert results(run) == {"a": "FAILED", "b": "RUNNING"}
-    assert not run.actions[0].deleted
-    assert causes(run) == [
-        "oh no\n--on-failure delete did not work: the controller has died",
-    ]
 
 
 def test_a_log_that_can_not_be_read_is_no_failure_and_is_said() -> None:
@@ -451,10 +441,13 @@ def test_a_controller_is_waited_for_and_one_that_never_comes_back_is_lost(
     with patch.object(cluster, "states", silent(10**9)):
         run = deploy(cluster, "a")
     assert (results(run), code(run)) == ({"a": "UNKNOWN"}, 3)
-    assert run.stop_reason == "Serve's controller has not answered for 0 s"
+    assert run.stop_reason.startswith("Serve's controller has not answered for 0 s (ClusterError(")
 
 
-def test_a_watcher_with_a_defect_does_not_leave_everybody_waiting() -> None:
+def test_a_watcher_with_a_defect_does_not_leave_everybody_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(app, "CONTROLLER_LOST_AFTER_S", 0.2)
     cluster = ScriptedCluster()
     with patch.object(cluster, "states", side_effect=KeyError("node_ip")):
         run = deploy(cluster, "a")
@@ -486,7 +479,7 @@ def test_exit_codes_when_mixed(found: list[str], stop: int, code: int) -> None:
 
 def test_what_can_never_fit_fails_before_it_is_submitted_and_what_waits_is_deployed() -> None:
     unplaced = deployment("D", "UPDATING", replica("r", "STARTING", node_id=None))
-    waits = [state("waits", "DEPLOYING", "", unplaced)] * 5
+    waits = [state("waits", "DEPLOYING", "", unplaced)] * 20
     cluster = ScriptedCluster({"waits": [*waits, state("waits", "RUNNING")]})
     cluster.demands = {
         "first": (demand("first", 3),),
@@ -598,28 +591,11 @@ def test_what_a_deploying_application_does_in_words(
     assert app.describe_state(details, waits_for, "loading weights") == expected
 
 
-# -- what becomes of one that failed -------------------------------------------------------------
-
-
-def test_what_failed_or_ran_out_of_time_is_deleted_only_when_asked_and_new() -> None:
-    script = {"a": [state("a", "DEPLOY_FAILED", "oh no")], "b": [state("b", "DEPLOYING")]}
-    kept = ScriptedCluster(script)
-    deploy(kept, "a", "b", "c", timeout=0.3)
-    assert kept.deleted == []
-    cleaned = ScriptedCluster(script)
-    cleaned.errors["unbuilt"] = app.ApplicationError("oh no")
-    run = deploy(cleaned, "a", "b", "c", "unbuilt", workers=4, timeout=0.3, on_failure="delete")
-    assert sorted(cleaned.deleted) == ["a", "b"]
-    assert [action.deleted for action in run.actions] == [True, True, False, False]
-    ran_before = ScriptedCluster(script)
-    edit = app.Action(spec("a"), app.Change.RESTART, "1", before=app.Running(state("a", "RUNNING")))
-    assert results(deploy(ran_before, edit, on_failure="delete")) == {"a": "FAILED"}
-    assert ran_before.deleted == []
+# -- engines that disturb each other -------------------------------------------------------------
 
 
 SHARING = app.ModelSpec("m", "/m", "m", measures_memory=True)
 DISTURBED = "AssertionError: Error in memory profiling. Initial free memory 1 GiB"
-MUTE: dict[str, Any] = {"no_smoke_test": True, "on_failure": "delete"}
 
 
 def test_an_engine_that_was_disturbed_is_tried_again_alone() -> None:
@@ -627,7 +603,7 @@ def test_an_engine_that_was_disturbed_is_tried_again_alone() -> None:
     cluster = ScriptedCluster({"a": [failed], "a #2": [running]})
     slow = [*[state("b", "DEPLOYING")] * 20, state("b", "RUNNING")]
     cluster.script = {**cluster.script, "b": slow}
-    run = deploy(cluster, create("a", SHARING), create("b", SHARING), **MUTE)
+    run = deploy(cluster, create("a", SHARING), create("b", SHARING), no_smoke_test=True)
     assert results(run) == {"a": "RUNNING", "b": "RUNNING"}
     assert cluster.done[-1] == "submit a 1.2"
     assert (sorted(cluster.submitted), cluster.deleted) == (["a", "a", "b"], [])
@@ -649,18 +625,18 @@ def test_it_is_tried_again_once_and_only_when_another_engine_started_with_it(
     others: list[app.Action], message: str, submissions: int
 ) -> None:
     cluster = ScriptedCluster({"a": [state("a", "DEPLOY_FAILED", message)]})
-    run = deploy(cluster, create("a", SHARING), *others, **MUTE)
+    run = deploy(cluster, create("a", SHARING), *others, no_smoke_test=True)
     assert results(run)["a"] == "FAILED"
     assert cluster.submitted.count("a") == submissions
-    assert cluster.deleted == ["a"]
 
 
-def test_a_second_attempt_that_runs_out_of_time_is_deleted_as_asked() -> None:
+def test_a_second_attempt_may_run_out_of_time() -> None:
     failed, stuck = state("a", "DEPLOY_FAILED", DISTURBED), state("a", "DEPLOYING")
     cluster = ScriptedCluster({"a": [failed], "a #2": [stuck]})
-    run = deploy(cluster, create("a", SHARING), create("b", SHARING), **MUTE, timeout=0.3)
+    run = deploy(
+        cluster, create("a", SHARING), create("b", SHARING), no_smoke_test=True, timeout=0.3
+    )
     assert results(run) == {"a": "STILL DEPLOYING", "b": "RUNNING"}
-    assert cluster.deleted == ["a"]
 
 
 # -- the proof -----------------------------------------------------------------------------------
@@ -669,27 +645,26 @@ def test_a_second_attempt_that_runs_out_of_time_is_deleted_as_asked() -> None:
 def test_a_broken_promise_makes_the_exit_code_1_and_leaves_it_running() -> None:
     cluster = ScriptedCluster()
     cluster.held = {"a": [app.Reservation("D", "r", {"CPU": 2.0}, ("n",))]}
-    run = deploy(cluster, "a", "b", on_failure="delete")
+    run = deploy(cluster, "a", "b")
     assert results(run) == {"a": "RUNNING", "b": "RUNNING"}
     assert run.actions[0].proof
     assert run.actions[0].proof.mismatches[0].startswith("D: promised 1 CPU, reserved 2")
     assert (code(run), cluster.deleted) == (1, [])
 
 
-def test_a_bad_answer_is_a_failure_and_undone_as_asked() -> None:
+def test_a_bad_answer_is_a_failure() -> None:
     cluster = ScriptedCluster()
     cluster.answers = {"/a/health": app.Response(500, "oh no", 0, 0)}
-    run = deploy(cluster, "a", "b", on_failure="delete")
+    run = deploy(cluster, "a", "b")
     assert results(run) == {"a": "FAILED", "b": "RUNNING"}
     assert causes(run) == ["GET http://localhost:8000/a/health: 500 oh no"]
-    assert cluster.deleted == ["a"]
 
 
 @pytest.mark.parametrize("path", ["/-/routes", "/a/health"])
-def test_what_could_not_be_reached_has_not_failed_and_is_not_deleted(path: str) -> None:
+def test_what_could_not_be_reached_has_not_failed(path: str) -> None:
     cluster = ScriptedCluster()
     cluster.answers = {path: app.Unreachable("connection refused")}
-    run = deploy(cluster, "a", on_failure="delete")
+    run = deploy(cluster, "a")
     assert (results(run), code(run), cluster.deleted) == ({"a": "RUNNING"}, 1, [])
     assert run.actions[0].proof
     assert run.actions[0].proof.unverified == "connection refused"
@@ -706,7 +681,7 @@ def test_an_answer_that_the_deadline_cut_short_is_not_held_against_the_applicati
         return ScriptedCluster.fetch(cluster, url, body, timeout_s)
 
     with patch.object(cluster, "fetch", fetch):
-        run = deploy(cluster, "a", timeout=0.5, on_failure="delete")
+        run = deploy(cluster, "a", timeout=0.5)
     assert (results(run), code(run), cluster.deleted) == ({"a": "RUNNING"}, 1, [])
     assert run.actions[0].proof
     assert run.actions[0].proof.unverified == (

@@ -108,7 +108,7 @@ def test_an_engine_that_another_disturbed_is_tried_again_alone(user: User, tmp_p
     )
     plan = user.run("--plan", config=config).stdout
     assert "one shares its GPU and measures at its start what is free there" in plan
-    finished = user.run("--on-failure", "delete", config=config)
+    finished = user.run(config=config)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "Second attempt, alone" in about("one", finished.stdout)
     assert "Second attempt" not in about("two", finished.stdout)

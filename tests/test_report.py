@@ -168,7 +168,6 @@ def test_a_failure_says_why_what_would_help_and_where_to_look() -> None:
             "The cluster was lost: whether it runs, or ever will, is not known",
             id="lost",
         ),
-        pytest.param({"deleted": True}, "It was deleted again (--on-failure delete)", id="deleted"),
         pytest.param({"no_log": "no agent"}, "No log: no agent", id="a log that could not be read"),
     ],
 )
@@ -274,7 +273,7 @@ PROOF = app.Proof(
         app.Answer("GET /v1/models", 0.01),
         app.Answer("POST /v1/chat/completions", 0.31, "m", 0.3),
     ),
-    notes=("Engine of m says: KV cache 1,024 tokens",),
+    notes=("m is scaled to zero: not woken up",),
     unverified="connection refused",
 )
 
@@ -286,7 +285,7 @@ def test_the_proof_reads_as_what_one_would_have_looked_up() -> None:
         "   ✗ Reserved by OpenAiIngress: 2.0 CPUs, on 10.0.0.2",
         "   ✓ GET /v1/models: answered in 0.01 s",
         "   ✓ POST /v1/chat/completions to m: answered in 0.31 s, first token after 0.30 s",
-        "   Engine of m says: KV cache 1,024 tokens",
+        "   m is scaled to zero: not woken up",
         "   ✗ Not verified: connection refused",
     ]
 

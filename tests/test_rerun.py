@@ -149,16 +149,6 @@ def test_a_failed_edit_says_what_still_serves_and_the_file_before_brings_it_back
     assert len(traffic["/b"].texts) == 1
 
 
-def test_a_new_application_that_fails_is_deleted_where_asked(user: User) -> None:
-    config = user.write(versioned("new", "broken"), versioned("b"))
-    finished = user.run("--on-failure", "delete", config=config)
-    assert finished.returncode == 1
-    assert "It was deleted again (--on-failure delete)" in about("new", finished.stdout)
-    assert "ZeroDivisionError" in about("new", finished.stdout)
-    wait_until(lambda: "new" not in there(user), 30, "the deletion")
-    assert "b" in there(user)
-
-
 def test_what_the_file_does_not_name_stays_unless_it_is_pruned(user: User) -> None:
     assert user.deploy(versioned("a"), versioned("b"), versioned("c")).returncode == 0
     config = user.write(versioned("a"))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import app_v5 as app
-from cluster import TESTS, free_port
+from cluster import free_port
 
 HTTP = "http://h:8000"
 MODEL = app.ModelSpec("m", "/m", "m", promised={"CPU": 1.0, "GPU": 0.45})
@@ -352,38 +352,6 @@ def test_who_can_not_be_reached_has_not_failed(url: str, reason: str) -> None:
 
 
 # -- engines -------------------------------------------------------------------------------------
-
-LOG = """
-INFO [gpu_model_runner.py:5472] Model loading took 1.5 GiB memory and 3.210000 seconds
-(EngineCore pid=7) INFO [gpu_worker.py:626] Available KV cache memory: 30.25 GiB
-INFO [kv_cache_utils.py:2033] GPU KV cache size: 1,234,560 tokens, Maximum concurrency for 2,048 \
-tokens per request: 602.81x
-"""
-
-
-@pytest.mark.parametrize(
-    ("deployment", "log", "figures"),
-    [
-        pytest.param(
-            "LLMServer:m",
-            LOG,
-            "KV cache 1,234,560 tokens, 30.25 GiB, 602.81 requests of full length at once, "
-            "weights 1.5 GiB",
-            id="on a GPU",
-        ),
-        pytest.param(
-            "LLMServer:m",
-            (TESTS / "recorded" / "start.log.txt").read_text(),
-            "KV cache 2,097,152 tokens, 16384.00 requests of full length at once",
-            id="a real one",
-        ),
-        pytest.param("LLMServer:m", "nothing of the kind", None, id="nothing said"),
-        pytest.param("OpenAiIngress", LOG, None, id="no engine"),
-    ],
-)
-def test_an_engine_tells_its_figures(deployment: str, log: str, figures: str | None) -> None:
-    expected = [] if figures is None else [f"Engine of m says: {figures}"]
-    assert app.engine_figures(SPEC, deployment, log) == expected
 
 
 @pytest.mark.parametrize(
