@@ -48,8 +48,8 @@ class User:
     def start(self, config: Path, *arguments: str) -> subprocess.Popen[str]:
         """The program in the background, in a process group of its own."""
         process = subprocess.Popen(
-            # Under `nohup` the tests, and so the program, would ignore a SIGHUP.
-            ["env", "--default-signal=HUP", PYTHON, str(APP_V5), str(config), *arguments],
+            # Under `nohup`, or behind a shell's `&`, the program would ignore these.
+            ["env", "--default-signal=HUP,INT", PYTHON, str(APP_V5), str(config), *arguments],
             env=self.head.env,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
