@@ -24,8 +24,8 @@ NAMES = [
     *("Verify", "Deploy", "Report", "Command line"),
 ]
 
-CEILING = 4400  # to be 3300
-MOST_OF_A_SECTION = 640  # to be 520; neither may grow
+CEILING = 3970  # to be 3300
+MOST_OF_A_SECTION = 595  # to be 520; neither may grow
 MOST_OF_A_FUNCTION = 60
 
 
