@@ -589,7 +589,7 @@ class DocumentLoader:
         place, is_new = self.place(node.start_mark), node not in self.yaml.constructed_objects
         if is_new and "${" in node.value and node.tag == TEXT_TAG:
             node.value = VARIABLE.sub(lambda m: self.variable(m, path, place), node.value)
-            node.tag = self.tag_of(node.value) if node.style is None else node.tag
+            node.tag = tag_of(node.value) if node.style is None else node.tag
         self.construct(node, place)
 
     def construct(self, node: yaml.Node, place: Place) -> None:
@@ -598,11 +598,6 @@ class DocumentLoader:
             self.yaml.construct_object(node)
         except (ValueError, KeyError, AttributeError) as error:
             raise unusable(f"a value can't be read: {error}", "", place) from None
-
-    def tag_of(self, text: str) -> str:
-        """What YAML takes an unquoted text for."""
-        tag: str = self.yaml.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
-        return tag
 
     def variable(self, match: re.Match[str], path: KeyPath, place: Place) -> str:
         name = match["name"]
@@ -613,7 +608,7 @@ class DocumentLoader:
             message = f"environment variable {name} is not {'set' if text is None else 'UTF-8'}"
             hint = f"export it, or give a default: ${{{name}:-...}}; $${{ stands for a plain ${{"
             self.problems.append(Problem(path, message, hint, place=place))
-        elif name in self.environ and self.tag_of(text) == TEXT_TAG:
+        elif name in self.environ and tag_of(text) == TEXT_TAG:
             # Not a number, nor a `true`: those would be hidden wherever else they stand.
             self.secrets.add(text)
         return text or ""
@@ -658,6 +653,12 @@ def check_top(file: str, data: Any) -> None:
     elif close := difflib.get_close_matches("applications", map(str, keys), 1, 0.7):
         hint = f"did you mean 'applications' by {close[0]!r}?"
     raise unusable(message, hint, (file, 1, 1))
+
+
+def tag_of(text: str) -> str:
+    """What YAML takes an unquoted text for."""
+    tag: str = yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
+    return tag
 
 
 def show_value(value: Any) -> str:
@@ -891,12 +892,31 @@ def number(needed: str, least: float, most: float = 1e18) -> Rule:
     return f"{{}} is not {needed}", "", is_right
 
 
+def one_of(*words: str) -> Rule:
+    return "{} is not known", f"use {' or '.join(words)}", lambda value: value in words
+
+
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(LISTS, ("{} is not a list", "", lambda value: isinstance(value, list))),
-    **dict.fromkeys((*SHORT_RESOURCES, "memory", AMOUNTS), number("a number, 0 or more", 0)),
+    **dict.fromkeys(
+        (*SHORT_RESOURCES, "memory", AMOUNTS, "download_timeout_s", "max_download_tries"),
+        number("a number, 0 or more", 0),
+    ),
     "tensor_parallel_size": number("a number, 1 to 9999", 1, 9999),
     "pipeline_parallel_size": number("a number, 1 to 9999", 1, 9999),
     "port": number("a port, 1 to 65535", 1, 65535),
+    "max_replicas_per_node": number("a number, 1 to 100", 1, 100),
+    "max_num_adapters_per_replica": number("a number, 1 or more", 1),
+    "dynamic_lora_loading_path": (
+        "{} is not in the cloud",
+        "it begins with s3://, gs://, abfss:// or azure://",
+        lambda value: bool(re.match(r"(s3|gs|abfss|azure)://|pyarrow-", str(value))),
+    ),
+    "llm_engine": one_of("vLLM"),
+    **dict.fromkeys(
+        ("strategy", "placement_group_strategy"),
+        one_of("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"),
+    ),
     "gpu_memory_utilization": number("above 0, 1 at most", 1e-6, 1),
     "name": NAME,
     "model_id": NAME,
@@ -917,11 +937,6 @@ RULES: Mapping[str, Rule] = {
 }
 """Key, or schema of which every value counts -> the rule, where this program itself reads a value,
 or Ray says nothing, or too little."""
-
-
-def check_document(document: Document, schemas: Schemas) -> Problems:
-    """What is wrong with a document's keys, and with the values that have a rule."""
-    return check_keys(document.data, TOP, (), schemas)
 
 
 def check_keys(value: Any, schema: str, path: KeyPath, schemas: Schemas) -> Problems:
@@ -954,11 +969,6 @@ def check_keys(value: Any, schema: str, path: KeyPath, schemas: Schemas) -> Prob
 def check_value(value: Any, rule: Any, path: KeyPath) -> Problems:
     wrong, hint, is_right = RULES.get(rule, ("", "", lambda _: True))
     return [] if is_right(value) else [Problem(path, wrong.format(show_value(value)), hint)]
-
-
-def check_name(name: str, path: KeyPath) -> Problems:
-    """What Ray does not bear in the name of an application or a deployment."""
-    return check_value(name, "name", path)
 
 
 def check_names(items: list[Any], path: KeyPath) -> Problems:
@@ -2896,7 +2906,6 @@ class Run:
             raise DeadlinePassed
 
     def pause(self, action: Action, detail: str) -> None:
-        """Sleep until it is worth looking again. Raises as `check` does."""
         self.enter(action, action.words, detail)
         self.check(action)
         time.sleep(POLL_INTERVAL_S)
@@ -3085,8 +3094,9 @@ def admit(action: Action, run: Run) -> None:
     """Ask whether the cluster can hold a built application besides those admitted before. Raises
     ApplicationError for what can never fit, unless that may wait, and names that Ray can't bear."""
     for demand in action.demands:
-        for problem in check_name(demand.deployment, ()) + check_name(demand.label, ()):
-            raise ApplicationError(f"{problem.message}; {problem.hint}")
+        for name in (demand.deployment, demand.label):
+            for problem in check_value(name, "name", ()):
+                raise ApplicationError(f"{problem.message}; {problem.hint}")
     with run.lock:
         demands = demands_at_once(action)
         plan = predict([*run.admitted, *demands], run.nodes)
@@ -3524,8 +3534,8 @@ PLACEHOLDER = re.compile(r"\$\{(\w+)\}")
 
 def variables_by_name(environ: Mapping[str, str]) -> dict[str, str]:
     """An environment in which a variable that holds a text stands for itself: "${NAME}"."""
-    tag = partial(yaml.SafeLoader("").resolve, yaml.ScalarNode, implicit=(True, False))
-    return {n: f"${{{n}}}" if tag(value=text) == TEXT_TAG else text for n, text in environ.items()}
+    texts = {name: f"${{{name}}}" for name, text in environ.items() if tag_of(text) == TEXT_TAG}
+    return {**environ, **texts}
 
 
 def without_secrets(value: Any, key: str = "") -> Any:
@@ -3698,7 +3708,7 @@ def check_config(
     """The applications of a loaded document, and what is wrong with it: first its keys, and once
     those are in order the values, which takes Ray's schemas."""
     said = {problem.path for problem in problems}
-    found = check_document(document, known_schemas())
+    found = check_keys(document.data, TOP, (), known_schemas())
     problems = problems + [problem for problem in found if problem.path not in said]
     applications: tuple[ApplicationSpec, ...] = ()
     if all(problem.warning for problem in problems):
@@ -3781,7 +3791,10 @@ class Session:
         if doomed:
             say(f"🗑️  Deleting {', '.join(doomed)}")
         if not options.delete:
-            self.start_serve()
+            if ignored := cluster.start_serve(self.document.data):
+                options_kept = f"keeps its own http_options ({', '.join(ignored)})"
+                say(f"⚠️  Serve runs already and {options_kept}; `serve shutdown` ends it")
+            say("🔄 Starting concurrent deployment...")
         cores = sum(node.total.get("CPU", 0.0) for node in cluster.nodes())
         workers = worker_count(len(actions), int(cores), options.max_workers)
         deploy(actions, run, workers, self.terminal.show)
@@ -3873,14 +3886,6 @@ class Session:
                 text = f"another run of this program works on it: {claims[action.name]}"
                 hint = "wait until it has ended (--wait does), or stop it, and run this again"
                 action.refusal = Cause(text, hint)
-
-    def start_serve(self) -> None:
-        if ignored := self.cluster.start_serve(self.document.data):
-            self.say(
-                f"⚠️  Serve is already running and keeps its own http_options "
-                f"({', '.join(ignored)}); `serve shutdown` and a new run would change them"
-            )
-        self.say("🔄 Starting concurrent deployment...")
 
     def plan(self, actions: list[Action]) -> int:
         """Build, predict, print. Returns the exit code: 1 when something does not fit."""

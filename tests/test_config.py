@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -1194,7 +1195,7 @@ def test_a_variable_that_is_not_utf_8_is_named_beside_json_too(tmp_path: Path) -
     ids=range(7),
 )
 def test_names_that_ray_can_not_bear(name: str, good: bool) -> None:
-    assert (app.check_name(name, ()) == []) is good
+    assert (app.check_value(name, "name", ()) == []) is good
     quoted = json.dumps(name)
     found = problems(f"applications:\n- {{import_path: m:a, name: {quoted}}}\n")
     assert bool(found) is not good
@@ -1460,7 +1461,9 @@ def test_a_manifests_problems_stand_where_they_are_in_it(text: str, tmp_path: Pa
     [warning] = problems
     assert (warning.warning, warning.place) == (True, (str(file), 6, 18))
     assert document.data["applications"][0]["import_path"] == "m:a"
-    [problem] = app.located(document, app.check_document(document, app.known_schemas()))
+    [problem] = app.located(
+        document, app.check_keys(document.data, app.TOP, (), app.known_schemas())
+    )
     assert problem.place == (str(file), 9, 9)
     assert problem.message == "unknown key, did you mean 'route_prefix'?"
 
@@ -1469,7 +1472,7 @@ def test_a_manifest_after_others_is_the_config(tmp_path: Path) -> None:
     file = tmp_path / "all.yaml"
     file.write_text(f"{MAP}---\n{SERVICE}".replace("rout_prefix", "route_prefix"))
     document, _ = app.load_document(str(file), {})
-    assert app.check_document(document, app.known_schemas()) == []
+    assert app.check_keys(document.data, app.TOP, (), app.known_schemas()) == []
     assert document.places["applications", 0, "name"] == (str(file), 12, 9)
 
 
@@ -1500,3 +1503,49 @@ def test_manifests_that_are_no_config(text: str, said: str, line: int, tmp_path:
     assert said in app.format_problem(problem)
     assert problem.place
     assert problem.place[1] == line
+
+
+# -- what Ray would refuse later -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        pytest.param("llm_engine", "SGLang", "'SGLang' is not known; use vLLM", id="engine"),
+        pytest.param(
+            "lora_config",
+            "{max_num_adapters_per_replica: 0}",
+            "0 is not a number, 1 or more",
+            id="adapters",
+        ),
+        pytest.param(
+            "lora_config",
+            "{dynamic_lora_loading_path: /loras}",
+            "'/loras' is not in the cloud; it begins with s3://",
+            id="a local path for adapters",
+        ),
+        pytest.param(
+            "deployment_config",
+            "{max_replicas_per_node: 0}",
+            "0 is not a number, 1 to 100",
+            id="replicas per node",
+        ),
+        pytest.param(
+            "placement_group_config",
+            "{strategy: FOO, bundles: [{GPU: 1}]}",
+            "'FOO' is not known; use PACK or SPREAD",
+            id="a strategy",
+        ),
+    ],
+)
+def test_what_ray_refuses_later_is_refused_before(option: str, value: str, said: str) -> None:
+    [problem] = problems(f"{LLM}      {option}: {value}\n")
+    assert re.match(rf":\d+:\d+: applications\[0\]\.args\.llm_configs\[0\]\.{option}", problem)
+    assert said in problem
+
+
+def test_the_engines_are_those_that_ray_has() -> None:
+    from ray.llm._internal.serve.core.configs.llm_config import LLMEngine
+
+    known = app.RULES["llm_engine"][2]
+    assert all(known(engine.value) for engine in LLMEngine)
