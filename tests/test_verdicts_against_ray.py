@@ -42,6 +42,8 @@ DELIBERATE = {
     "disagree; give one of them": "short keys are this program's own",
     "asks for the CPU engine, but": "num_gpus: 0 is this program's word for the CPU engine",
     "above 1 Ray takes whole GPUs only": "Ray refuses it when a replica starts",
+    "is not a number, 0 or more": "`true` is no amount, and no machine has 2**70",
+    "is not amounts, 0 or more": "`true` is no amount, though pydantic takes it for 1",
     "is not above 0, 1 at most": "vLLM refuses it when the engine starts",
     "is not a whole number, 1 to 9999": "vLLM refuses it when the engine starts",
     "model_id: is missing, or no text": "a model with an empty id can't be asked for",
@@ -49,7 +51,12 @@ DELIBERATE = {
 """What the program refuses and Ray takes, on purpose: how the message reads, and why."""
 
 FOREIGN = "a foreign builder is held to the rules of Ray's"
-NOT_MENDED = {"extra_files: ": "extra_files is a list, and taken for a mapping"}
+NOT_MENDED = {
+    "extra_files: ": "extra_files is a list, and taken for a mapping",
+    'must be an int or "auto", but got: ': "an LLM's num_replicas may stand in quotes",
+    "max_queued_requests: ": "an LLM's max_queued_requests may stand in quotes",
+    "user_config: ": "an LLM's user_config may be any value",
+}
 """What the program refuses and Ray takes, by mistake."""
 
 
@@ -162,9 +169,9 @@ def as_builders_get_them(data: app.Config) -> list[Any]:
     data = app.unshared(data)
     with contextlib.suppress(Exception):  # the shapes may be any
         for _, llm, _ in app.llm_places(data):
-            options = app.as_dict(llm).get("deployment_config")
-            if isinstance(options, dict):
-                app.move_short_keys(options, ())
+            options = copy.deepcopy(llm["deployment_config"])
+            app.move_short_keys(options, ())
+            llm["deployment_config"] = options
     return app.as_list(data.get("applications"))
 
 
@@ -384,6 +391,48 @@ def test_what_the_program_itself_tells_of_them(
     assert {name for name, (text, _, _) in LATER.items() if our_verdict(text)[0]} == TOLD_AT_ONCE
 
 
+CRASHES = {
+    "bundles a mapping": f"{MODEL}      placement_group_config: {{bundles: {{GPU: 1}}}}\n",
+    "a worker's bundle a list": (
+        f"{MODEL}      placement_group_config: {{bundle_per_worker: [{{CPU: 1, GPU: 1}}]}}\n"
+    ),
+    "resources a list": (
+        f"{MODEL}      deployment_config: {{ray_actor_options: {{resources: [{{rack: 1}}]}}}}\n"
+    ),
+    "nothing for prefill": (f"{DISAGGREGATED}    prefill_config:\n    decode_config: {HALF}\n"),
+}
+
+
+@pytest.mark.parametrize("name", CRASHES)
+@pytest.mark.xfail(reason="the program ends with a traceback", raises=Exception, strict=True)
+def test_what_still_breaks_the_program(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    our_verdict(CRASHES[name])
+
+
+REFUSED_WRONGLY = {
+    "replicas in quotes": f"{MODEL}      deployment_config: {{num_replicas: '2'}}\n",
+    "a queue in quotes": f"{MODEL}      deployment_config: {{max_queued_requests: '200'}}\n",
+    "user_config a number": f"{MODEL}      deployment_config: {{user_config: 0.5}}\n",
+}
+
+
+def test_ray_builds_what_is_refused_wrongly(builders: Builders) -> None:
+    for name, text in REFUSED_WRONGLY.items():
+        assert rays_verdict(builders, text, []) == ("", ""), name
+
+
+@pytest.mark.parametrize("name", REFUSED_WRONGLY)
+@pytest.mark.xfail(reason="refused, and Ray takes it", strict=True)
+def test_what_is_still_refused_wrongly(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert our_verdict(REFUSED_WRONGLY[name])[0] == []
+
+
 # -- what is written with mistakes in it ----------------------------------------------------------
 
 OF_OTHERS = """
@@ -404,8 +453,9 @@ TEXTS |= {file.name: file.read_text() for file in sorted(ROOT.glob("*.yaml"))}
 SEEDS = {name: app.unshared(yaml.safe_load(t.removeprefix("\ufeff"))) for name, t in TEXTS.items()}
 
 Path_ = tuple[Any, ...]
+HUGE = 2**70
 STRANGE: list[Any] = [
-    *(None, True, False, 0, 1, -1, 0.5, 2.0, 2**70, "", "x", "1", "auto"),
+    *(None, True, False, 0, 1, -1, 0.5, 2.0, HUGE, "", "x", "1", "auto"),
     *([], {}, ["x"], {"x": 1}),
 ]
 
@@ -445,7 +495,10 @@ def double(holder: Any, key: Any, *_: Any) -> None:
 
 
 def put_a_strange_value(holder: Any, key: Any, _: Any, chance: random.Random) -> None:
-    holder[key] = copy.deepcopy(chance.choice(STRANGE))
+    value = copy.deepcopy(chance.choice(STRANGE))
+    # Ray's builder makes a bundle for each worker, until the memory is full.
+    huge = str(key).endswith("parallel_size") and value == HUGE
+    holder[key] = 64 if huge else value
 
 
 def change_its_shape(holder: Any, key: Any, _: Any, chance: random.Random) -> None:
@@ -527,8 +580,9 @@ def test_what_ray_takes_is_never_refused(
             wrong += [f"{number}: {said}: {errors}\n{text}"] * (not all(reasons))
         else:
             later[f"{step}: {words[:50]}"] += 1
-            # With no application there is nothing to deploy, and no step that could tell.
-            told = step in ("overrides", "builder") or not fitted
+            # With no application there is nothing to deploy, and no step that could tell; what
+            # can't be imported here may be in the application's own environment.
+            told = step in ("overrides", "builder") or not fitted or "No module" in words
             wrong += [f"{number}: {said}: {step}: {words}\n{text}"] * (not told)
     with capsys.disabled():
         print(
