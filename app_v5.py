@@ -124,7 +124,6 @@ stops, max(20%, 1) (ray/serve/_private/deployment_state.py)."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXIT_OK, EXIT_FAILED, EXIT_CONFIG, EXIT_CLUSTER, EXIT_TIMEOUT, EXIT_CHANGES = 0, 1, 2, 3, 4, 5
-EXIT_SIGNAL = 128
 
 Config = dict[str, Any]
 """One mapping as YAML gives it: keys are strings, values are plain data."""
@@ -820,10 +819,11 @@ REFUSING = (
 """Schemas for which Ray refuses an unknown key; the others ignore it without a word."""
 
 REQUIRED = {LLM: ("model_loading_config",), "ModelLoadingConfig": ("model_id",)}
+OF_AN_ENGINE = ("engine_kwargs", "placement_group_config")
 LISTS = ("applications", "deployments", "deployment_actors", "llm_configs", "bundles")
 INSTEAD = {
     "max_concurrent_queries": "max_ongoing_requests",
-    "target_num_ongoing_requests_per_replica": "target_ongoing_requests",
+    "target_num_ongoing_requests_per_replica": "target_ongoing_requests, in autoscaling_config",
     "placement_group_bundles": "placement_group_config, beside deployment_config",
     "placement_group_strategy": "placement_group_config, beside deployment_config",
     "env_vars": "runtime_env: {env_vars: ...}",
@@ -951,6 +951,8 @@ def check_keys(value: Any, schema: str, path: KeyPath, schemas: Schemas) -> Prob
     for key, item in value.items():
         here = (*path, key)
         child = CHILDREN.get(key) or (fields or {}).get(key)
+        own = key in OF_AN_ENGINE and bool(value.get("server_cls"))  # another engine's
+        own = own or (key == "args" and not is_rays_builder(value))
         if fields and key not in fields:
             problems.append(unknown_key(key, schema, here, schemas))
         elif item is None and schema != VARIABLES:
@@ -961,7 +963,7 @@ def check_keys(value: Any, schema: str, path: KeyPath, schemas: Schemas) -> Prob
             for index, below in enumerate(item):
                 problems += check_keys(below, str(child), (*here, index), schemas)
             problems += check_names(item, here)
-        elif child and (key != "args" or is_rays_builder(value)):
+        elif child and not own:
             problems += check_keys(item, child, here, schemas)
     return problems
 
@@ -1051,7 +1053,6 @@ def format_key(path: KeyPath) -> str:
 # 5. Resources: short keys, the engine's share, what one replica reserves
 # ======================================================================================
 
-MOST_SHARE_FOR_TWO = 0.5
 STEPS = 10_000
 """Ray counts resources in steps of 1/10000."""
 
@@ -1196,7 +1197,7 @@ def fit_gpu_engine(llm: Config, place: KeyPath, gpus: float) -> Problems:
     if abs(share * workers - gpus) > 0.5 / STEPS:
         total = short(share * workers)
         problems.append(warn(f"{each}, cut to four digits: a replica reserves {total} GPU"))
-    if workers > 1 and share <= MOST_SHARE_FOR_TWO:
+    if workers > 1 and 2 * share <= 1:
         message = f"Ray may put two workers of {short(share)} GPU on one card, where NCCL fails"
         hint = "give each worker more than half a GPU, or use one worker"
         problems.append(warn(message, hint))
@@ -2057,9 +2058,7 @@ application, and the key of their fingerprints; with its Ray job, what a run wor
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 WORKER = "RayWorkerProc"  # vllm/v1/executor/ray_executor_v2.py
-START_HINT = (
-    "start one with `ray start --head`, or give HOST:PORT of one with --address or RAY_ADDRESS"
-)
+START_HINT = "start one with `ray start --head`, or give HOST:PORT in --address or RAY_ADDRESS"
 DEATHS = {"oom_context": "OutOfMemoryError", "runtime_env_failed_context": "RuntimeEnvSetupError"}
 """What Ray calls the causes of an actor's death (ActorDeathCause in common.proto)."""
 
@@ -2272,6 +2271,7 @@ class RayCluster:
 
     def check_values(self, document: Document, applications: Sequence[ApplicationSpec]) -> Problems:
         """What Ray's own schemas say against the values of a normalised config."""
+        from ray.serve._private.config import DeploymentConfig
         from ray.serve._private.utils import validate_route_prefix
         from ray.serve.config import AutoscalingConfig
         from ray.serve.schema import DeploymentSchema, ServeDeploySchema
@@ -2280,7 +2280,10 @@ class RayCluster:
         found = list(schema_problems(ServeDeploySchema.model_validate, (), data))
         for path, options in deployment_options(data):
             if path[-1] == "deployment_config":
-                named = {"name": "-", **options}
+                fields = DeploymentConfig.model_fields
+                own = {k: v for k, v in options.items() if k in fields and v != "auto"}
+                found += schema_problems(DeploymentConfig.model_validate, path, own)
+                named = {"name": "-", **{k: v for k, v in options.items() if k not in own}}
                 found += schema_problems(DeploymentSchema.model_validate, path, named)
             if scaling := as_dict(options.get("autoscaling_config")):
                 auto = {"max_replicas": 100} if options.get("num_replicas") == "auto" else {}
@@ -2641,7 +2644,6 @@ class RayCluster:
 # ======================================================================================
 
 OK, NOT_FOUND, SERVER_ERROR = 200, 404, 500
-SMALLEST_DIFFERENCE = 1e-4  # Ray counts in ten thousandths
 ROUTE_QUESTIONS = 8
 ONE_TOKEN: Config = {"max_tokens": 1, "stream": True}
 QUESTIONS: tuple[tuple[str, Config], ...] = (
@@ -2707,10 +2709,10 @@ def mismatches(
             promised |= model.promised if serves(held.deployment, model) else {}
         for resource in sorted({*promised, *held.reserved}):
             wanted, found = promised.get(resource, 0.0), held.reserved.get(resource, 0.0)
-            if abs(wanted - found) <= SMALLEST_DIFFERENCE or resource.startswith("node:"):
+            if abs(wanted - found) <= 1 / STEPS or resource.startswith("node:"):
                 continue  # "node:..." only says where something is to run
             who = "a replica of it holds more or less than its deployment asks for"
-            if abs(asked.get(resource, 0.0) - found) < SMALLEST_DIFFERENCE:
+            if abs(asked.get(resource, 0.0) - found) < 1 / STEPS:
                 who = "its builder asks Ray for that, not for what the config says"
             amounts = format_amount(resource, wanted), format_amount(resource, found)
             text = f"promised {amounts[0]} {resource}, reserved {amounts[1]} ({who})"
@@ -3941,7 +3943,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def stop(number: int, _: object) -> None:
         if run.stop_code:
             os._exit(run.stop_code)
-        run.stop(EXIT_SIGNAL + number, signal.Signals(number).name)
+        run.stop(128 + number, signal.Signals(number).name)
 
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` and a shell's `&` leave it

@@ -1212,7 +1212,10 @@ def test_a_route_that_is_not_ascii() -> None:
     ("old", "new"),
     [
         ("max_concurrent_queries", "max_ongoing_requests"),
-        ("target_num_ongoing_requests_per_replica", "target_ongoing_requests"),
+        (
+            "target_num_ongoing_requests_per_replica",
+            "target_ongoing_requests, in autoscaling_config",
+        ),
     ],
 )
 def test_old_names_get_their_successor(old: str, new: str) -> None:

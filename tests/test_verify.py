@@ -205,7 +205,7 @@ REFUSED = app.Unreachable("http://h:8000/-/routes: Connection refused")
 
 def wait_for_route(monkeypatch: pytest.MonkeyPatch, *answers: app.Response | Exception) -> Any:
     """Wait with these answers, of which the last one stays; what the pauses were told."""
-    monkeypatch.setattr(app, "PROXY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(app, "PROXY_TIMEOUT_S", 0.5)
     left, pauses = list(answers), list[str]()
 
     def ask(url: str, body: app.Config | None) -> app.Response:
