@@ -26,7 +26,10 @@ REFERENCE = ROOT / "docs" / "REFERENCE.md"
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 OPTIONS_OF_OTHERS = {"--head", "--keep", "--resources", "--working-dir"}
 OPTIONS_THAT_WENT = {"--on-failure", "--stagger", "--wake"}
-RECORDED_CAUSES = [row.values[1:] for row in (*WHAT_WAS_RECORDED, *WHAT_THE_SOURCES_SAY)]
+RECORDED_CAUSES = [
+    (str(text), str(hint))
+    for _, text, hint in (row.values for row in (*WHAT_WAS_RECORDED, *WHAT_THE_SOURCES_SAY))
+]
 HINTS = re.findall(r"^(\S.*)\n((?: {4}.*\n)+)", app.HINTS, re.MULTILINE)
 
 Table = list[list[str]]
@@ -97,7 +100,9 @@ def test_every_option_is_there_and_no_other(file: Path, capsys: pytest.CaptureFi
     assert len(options) > 10
     assert options - named <= {"--help"}
     assert named - options <= OPTIONS_OF_OTHERS | OPTIONS_THAT_WENT
-    tables = {name for rows in read(file).tables for row in rows for name in OPTION.findall(row[-1])}
+    tables = {
+        name for rows in read(file).tables for row in rows for name in OPTION.findall(row[-1])
+    }
     assert tables or file == REFERENCE
 
 
@@ -177,7 +182,11 @@ def test_both_languages_have_the_same_sections_tables_blocks_and_links() -> None
     ]
     assert vietnamese.blocks == english.blocks
     places = [
-        [(page.file.parent / target).as_posix() for _, target in page.links if "README" not in target]
+        [
+            (page.file.parent / target).as_posix()
+            for _, target in page.links
+            if "README" not in target
+        ]
         for page in (english, vietnamese)
     ]
     assert [os.path.normpath(p) for p in places[1]] == [os.path.normpath(p) for p in places[0]]
