@@ -427,7 +427,7 @@ class Options:
     allow_pending: bool = option(False, "deploy what no node can hold, too: the cluster will grow")
     no_downtime: bool = option(False, "start new replicas before the old ones stop")
     max_workers: int = option(
-        0, "how many deploy at once (min(applications, max(2, CPU cores)); 1: as V4 did)", type=int
+        0, "how many deploy at once (min(applications, max(2, cluster's CPUs)); 1: as V4)", type=int
     )
     timeout: float = option(
         30 * 60.0, "seconds for each application (1800; 0: for ever)", type=float
@@ -2558,7 +2558,9 @@ class RayCluster:
         for actor in actors:
             owner = names.get(actor.owner_address.worker_id, "")
             name = owner if owner.startswith(REPLICA_PREFIX) else actor.name
-            amounts = dict(actor.required_resources)
+            # "node:..." only says where something is to run.
+            required = actor.required_resources
+            amounts = {r: required[r] for r in required if not r.startswith("node:")}
             if actor.placement_group_id:
                 group = groups.get(actor.placement_group_id.hex(), {})
                 name, amounts = group.get("name", ""), {}
@@ -2586,8 +2588,7 @@ class RayCluster:
                 total: Counter[str] = Counter()
                 parts = held.get(replica.actor_name or "", [])
                 for _, amounts, _ in parts:
-                    # "node:..." only says where something is to run.
-                    total.update({k: v for k, v in amounts.items() if not k.startswith("node:")})
+                    total.update(amounts)
                 nodes = tuple(dict.fromkeys(names.get(node, node) for node, _, _ in parts))
                 gpus = tuple(sorted({index for _, _, indices in parts for index in indices}))
                 row = (deployment.name, replica.replica_id, dict(total), nodes, gpus)
@@ -3006,6 +3007,7 @@ def in_workers(
                 run.stop(EXIT_CLUSTER, f"the head node has not answered for {seconds}")
     pool.shutdown(wait=False, cancel_futures=True)
     wait_for_futures(futures, timeout=STOP_GRACE_S if run.stop_code else None)
+    show(run.actions)
 
 
 def watch(run: Run) -> None:
