@@ -2558,7 +2558,6 @@ class RayCluster:
         for actor in actors:
             owner = names.get(actor.owner_address.worker_id, "")
             name = owner if owner.startswith(REPLICA_PREFIX) else actor.name
-            # "node:..." only says where something is to run.
             required = actor.required_resources
             amounts = {r: required[r] for r in required if not r.startswith("node:")}
             if actor.placement_group_id:
