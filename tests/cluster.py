@@ -33,7 +33,7 @@ PYTHON: Final = str(Path(sys.prefix).resolve() / "bin" / "python")
 HOST: Final = "127.0.0.1"
 START_TIMEOUT_S: Final = 120.0
 TERMINATE_TIMEOUT_S: Final = 5.0
-STOP_TIMEOUT_S: Final = 30.0
+STOP_TIMEOUT_S: Final = 120.0  # of dozens of replicas, on a busy machine
 START_ATTEMPTS: Final = 3
 
 # Variables of the caller that would lead Ray or Serve to another cluster, or change its behaviour.

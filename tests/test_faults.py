@@ -34,7 +34,7 @@ from traffic import Flow, Traffic
 from user import Config, User, about, app, get_text, serving
 
 on_request = pytest.mark.skipif(
-    not os.environ.get("FAULTS"), reason="takes a quarter of an hour: FAULTS=1 runs it"
+    not os.environ.get("FAULTS"), reason="takes a quarter of an hour: FAULTS=1 runs it, as CI does"
 )
 
 
