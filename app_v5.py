@@ -1677,6 +1677,25 @@ BY_SERVE_DEPLOY = (
 ray/serve/_private/controller.py `_recover_state_from_checkpoint`)."""
 
 
+def version_of(config: Config, key: bytes, taken: Collection[str]) -> str:
+    """A fingerprint of what needs new replicas when it changes, so that the file of before brings
+    back what still runs of it; with the time behind it where one of those `taken` has it, too, and
+    has to restart. `deployments` are not in it: Serve compares those itself."""
+
+    def heavy(value: Any, parent: str = "") -> Any:
+        if isinstance(value, list):
+            return [heavy(item) for item in value]
+        light = LIGHTWEIGHT_OPTIONS if parent in DEPLOYMENT_CONFIGS else ()
+        rows = value.items() if isinstance(value, dict) else ()
+        return {k: heavy(item, k) for k, item in rows if k not in light} if rows else value
+
+    plain = json.loads(json.dumps(config, default=str))  # in which all keys are texts
+    kept = {name: heavy(plain.get(name)) for name in ("import_path", "runtime_env", "args")}
+    version = fingerprint(json.dumps(kept, sort_keys=True), key)
+    is_taken = any(old.partition(".")[0] == version for old in taken)
+    return f"{version}.{time.time_ns():x}" if is_taken else version
+
+
 def decide(
     application: ApplicationSpec,
     running: Running | None,
@@ -1700,7 +1719,8 @@ def decide(
     # As JSON gives it back: a key that is a number is a text then.
     kept = json.loads(json.dumps(map_texts(application.config, hide), default=str))
     kept["deployments"] = {entry.pop("name"): entry for entry in as_list(kept.get("deployments"))}
-    action = Action(application, Change.CREATE, f"{time.time_ns():x}", before=running, kept=kept)
+    version = version_of(application.config, key, running.versions if running else ())
+    action = Action(application, Change.CREATE, version, before=running, kept=kept)
     if running is None:
         return action
     status = running.details.status.value

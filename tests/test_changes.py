@@ -162,6 +162,23 @@ def test_what_restarts_unchanged_gets_another_version() -> None:
         assert action.version != VERSION
 
 
+def test_the_file_of_before_has_its_version_again() -> None:
+    """So Serve keeps what is left of its replicas when an edit has failed."""
+    good, bad = edited(), edited(engine_kwargs={"max_model_len": -1})
+    version = decide(good, None).version
+    assert decide(edited(deployment={"max_ongoing_requests": 7}), None).version == version
+    broken = decide(bad, running(good, 1, seen=version)).version
+    failed = running(bad, 1, seen=broken, status="DEPLOY_FAILED")
+    assert decide(good, failed).version == version
+    assert decide(bad, failed).version not in (broken, version)
+
+
+def test_keys_of_all_kinds_have_a_version() -> None:
+    config = {"import_path": "m:a", "args": {1: "a", "b": {None: 2}}}
+    spec = app.ApplicationSpec(0, "a", "/a", config)
+    assert decide(spec, None).version == decide(spec, None).version
+
+
 def test_what_still_deploys_is_taken_over_as_it_is() -> None:
     action = decide(edited(), running(edited(), 1, status="DEPLOYING"))
     assert (action.change, action.version) == (app.Change.IN_PLACE, VERSION)
