@@ -447,7 +447,8 @@ class Started:
         code = self.process.wait(timeout=60)
         for thread in self.threads:
             thread.join()
-        return code, self.out + "".join(self.lines)
+        with self.process:  # closes its pipes
+            return code, self.out + "".join(self.lines)
 
     def has_handlers(self) -> bool:
         """Whether the first lines of the program have run: SIGTERM is caught."""
