@@ -538,8 +538,8 @@ class DocumentLoader:
         if SERVE_CONFIG.encode() not in content:
             return content
         for root in yaml.compose_all(content, Loader=yaml.SafeLoader):
-            if isinstance(text := below(root, "spec", SERVE_CONFIG), yaml.ScalarNode):
-                found[getattr(below(root, "metadata", "name"), "value", "")] = text
+            if isinstance(text := node_at(root, "spec", SERVE_CONFIG), yaml.ScalarNode):
+                found[getattr(node_at(root, "metadata", "name"), "value", "")] = text
         if not found:
             return content
         [text, *others] = found.values()
@@ -630,7 +630,7 @@ class DocumentLoader:
                 self.problems += [replace(problem, path=path) for problem in error.problems]
 
 
-def below(node: yaml.Node | None, *keys: str) -> yaml.Node | None:
+def node_at(node: yaml.Node | None, *keys: str) -> yaml.Node | None:
     """What stands in a mapping under a key, and under the next one in that; None without it."""
     for key in keys:
         pairs = node.value if isinstance(node, yaml.MappingNode) else ()
@@ -1789,11 +1789,6 @@ def read_demand(row: Config) -> Demand:
     return Demand(**fields)
 
 
-def read_record(kept: Config) -> Record:
-    """A record as `remember` left it."""
-    return Record(kept["version"], kept["config"], tuple(map(read_demand, kept["demands"])))
-
-
 def deletion(application: ApplicationSpec, before: Running | None, reason: str) -> Action:
     """Delete an application, if it is there."""
     declared = before is not None and before.details.source == "declarative"
@@ -1853,7 +1848,7 @@ def taken_routes(
     applications: Sequence[ApplicationSpec], others: Mapping[str, ApplicationDetails]
 ) -> Problems:
     """The routes that other running applications hold: Serve would refuse the second one."""
-    holders = {d.route_prefix: d for d in others.values() if d.status != "DELETING"}
+    holders = {d.route_prefix: d for d in others.values()}
     problems = []
     for application in applications:
         route = application.route_prefix
@@ -2043,10 +2038,8 @@ PHASES: tuple[tuple[str, str], ...] = (
 
 
 def engine_phase(log: str) -> str:
-    """The phase of an engine's start that its log shows; empty when it shows none yet.
-
-    The furthest counts, not the latest line: the log is that of several processes.
-    """
+    """The phase of an engine's start that its log shows, or "": the furthest, not that of the
+    latest line, since the log is that of several processes."""
     phases = (phase for pattern, phase in reversed(PHASES) if re.search(pattern, log))
     return next(phases, "")
 
@@ -2448,7 +2441,9 @@ class RayCluster:
                 with contextlib.suppress(ApplicationError):  # it may have gone meanwhile
                     answer = self.ask_controller("get_deployment_info", name, details.name)
                     versions.add(DeploymentRoute.FromString(answer).deployment_info.version)
-            record = read_record(json.loads(text)) if text else None
+            kept = json.loads(text) if text else {}
+            demands = tuple(map(read_demand, kept.get("demands", ())))
+            record = Record(kept["version"], kept["config"], demands) if kept else None
             known[details.name] = Running(details, frozenset(versions), record)
         return known
 
@@ -2485,13 +2480,9 @@ class RayCluster:
 
     # -- building -----------------------------------------------------------------------------
 
-    def prepare(self, applications: Iterable[ApplicationSpec]) -> None:
-        """Start the builders' processes and their imports, which take 10 s for an LLM."""
-        for application in applications:
-            self.process_of(application)
-
     def process_of(self, application: ApplicationSpec, alone: bool = False) -> BuildProcess:
-        """Where an application is built: alone, or with those of its module and runtime_env."""
+        """Where an application is built: alone, or with those of its module and runtime_env. The
+        first call starts the process and its imports, which take 10 s for an LLM."""
         import ray
 
         runtime_env = application.config.get("runtime_env") or {}
@@ -2560,13 +2551,10 @@ class RayCluster:
         return nodes
 
     def held(self) -> dict[str, list[tuple[str, Resources, set[int]]]]:
-        """What each replica holds, by its actor's name: (node id, resources, indices of GPUs).
-
-        These are the bundles of its placement group, and the actors, itself and those that it
-        started, with what they have outside of the group. GPU indices come from the actors'
-        resource mappings, where a part of a group's GPU goes by the group's name (ray/gcs.proto
-        ActorTableData, ResourceMapEntry).
-        """
+        """What each replica holds, by its actor's name: (node id, resources, indices of GPUs): the
+        bundles of its placement group, and what actors, itself and those that it started, have
+        outside of it. GPU indices come from the actors' resource mappings, where a part of a
+        group's GPU goes by the group's name (ray/gcs.proto ActorTableData, ResourceMapEntry)."""
         import ray
 
         actors, groups = self.actors("ALIVE"), ray.util.placement_group_table()
@@ -2982,10 +2970,9 @@ def deploy(actions: list[Action], run: Run, workers: int, show: Show) -> None:
 
 
 def second_attempt(action: Action) -> Action:
-    version = f"{action.version}.2"
-    again = replace(action, version=version, attempt=2, words="queued", disturbed=False)
-    again.result = again.started = again.ended = again.cause = None
-    return again
+    unmade = dict.fromkeys(("result", "started", "ended", "cause"))
+    changes: Config = {**unmade, "version": f"{action.version}.2", "words": "queued"}
+    return replace(action, attempt=2, disturbed=False, **changes)
 
 
 def in_stage(actions: Sequence[Action], run: Run, workers: int, show: Show) -> None:
@@ -2995,20 +2982,18 @@ def in_stage(actions: Sequence[Action], run: Run, workers: int, show: Show) -> N
             action.detail = f"behind {', '.join(a.name for a in actions[:workers][:MOST_LOGS])}"
         run.nodes = [*run.cluster.nodes(giving_way(actions)), *run.growth]
         run.admitted = []
-        in_workers(actions, partial(carry_out, run=run), run, workers, show)
+        in_workers(actions, run, workers, show)
 
 
-def in_workers(
-    actions: Sequence[Action], work: Callable[[Action], None], run: Run, workers: int, show: Show
-) -> None:
-    """Do some work for each action in a pool of threads, until all is done or the run stops: a
-    thread may hang in a call of Ray then, and is not waited for. This one looks whether the cluster
-    still answers."""
+def in_workers(actions: Sequence[Action], run: Run, workers: int, show: Show) -> None:
+    """Carry out each action in a pool of threads, until all is done or the run stops: a thread may
+    hang in a call of Ray then, and is not waited for. This one looks whether the cluster still
+    answers."""
 
     def isolated(action: Action) -> None:
         """A defect that one application meets is its failure, and nobody else's."""
         try:
-            work(action)
+            carry_out(action, run)
         except Exception as error:  # noqa: BLE001
             action.trace = traceback.format_exc()
             run.end(action, Result.FAILED, root_cause(repr(error)))
@@ -3031,10 +3016,8 @@ def in_workers(
 
 def watch(run: Run) -> None:
     """Poll the cluster for all applications, about once a second, until the run stops; and after
-    each poll read in the log of one starting application which phase its engine is in.
-
-    One poller, because a poll costs CPU and N threads would pay it N times (measured on Ray 2.60).
-    """
+    each poll read in the log of one starting application which phase its engine is in. One poller,
+    because a poll costs CPU and N threads would pay it N times (measured on Ray 2.60)."""
     answered_at, turn = run.clock(), 0
     while not run.stop_code and not run.done:
         polled_at = run.clock()
@@ -3801,7 +3784,8 @@ class Session:
         actions = self.decide(applications, {item.name for item in everything})
         if run.stop_code:
             raise Stopped
-        cluster.prepare(action.application for action in actions if action.submits)
+        for action in filter(lambda action: action.submits, actions):
+            cluster.process_of(action.application)
         growth = cluster.growth()
         if growth is None:
             say("⚠️  An autoscaler is active: what no node can hold yet is deployed and waits")
@@ -3915,7 +3899,7 @@ class Session:
         cluster, run = self.cluster, self.run
         changing = [action for action in actions if action.submits]
         run.actions, self.terminal.plans = actions, True
-        in_workers(changing, partial(carry_out, run=run), run, len(changing), self.terminal.show)
+        in_workers(changing, run, len(changing), self.terminal.show)
         if run.stop_code:
             raise Stopped
         for action in actions:

@@ -6,6 +6,11 @@ values and models are made up. The remarks say which page or sample has that for
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
+import pytest
+
 # -- Serve: production guide, config files, guides on single options ----------------------------
 
 SERVE = {
@@ -1316,3 +1321,13 @@ applications:
 }
 
 DOCUMENTED = {**SERVE, **KUBERAY, **LLMS}
+
+
+def go_where_they_are(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the files and modules that the configs name, in the folder that is current then."""
+    for name, text in {**FILES, **MODULES}.items():
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_text(text)
+    monkeypatch.chdir(path)
+    monkeypatch.syspath_prepend(path)
+    importlib.invalidate_caches()

@@ -6,7 +6,6 @@ import json
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -309,7 +308,7 @@ def test_what_can_not_be_built_fails_the_plan_alone(error: Exception) -> None:
     run = app.Run(app.Options("config.yaml", timeout=0.3, plan=True), cluster)
     run.actions = [create("a"), create("b"), create("hangs")]
     cluster.gates["hangs"] = threading.Event()
-    app.in_workers(run.actions, partial(app.carry_out, run=run), run, 3, lambda actions: None)
+    app.in_workers(run.actions, run, 3, lambda actions: None)
     assert results(run) == {"a": "FAILED", "hangs": "STILL DEPLOYING"}
     assert cluster.submitted == []
     assert run.actions[1].demands == (demand("b"),)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
 import pytest
 import yaml
 
 import app_v5 as app
-from documented_configs import DOCUMENTED, FILES, LLMS, MODULES, OPENAI, SERVE
+from documented_configs import DOCUMENTED, LLMS, OPENAI, SERVE, go_where_they_are
 from test_config import problems
 
 BY_SERVE_DEPLOY = (
@@ -33,12 +32,7 @@ DEPLOYMENT = "applications[0].deployments[0]"
 
 @pytest.fixture(autouse=True)
 def with_what_the_configs_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, text in {**FILES, **MODULES}.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    importlib.invalidate_caches()
+    go_where_they_are(tmp_path, monkeypatch)
 
 
 # -- what is taken ------------------------------------------------------------------------------

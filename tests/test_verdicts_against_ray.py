@@ -19,7 +19,7 @@ import yaml
 
 import app_v5 as app
 from cluster import ROOT
-from documented_configs import DOCUMENTED, FILES, MODULES, OPENAI
+from documented_configs import DOCUMENTED, OPENAI, go_where_they_are
 from test_config import CHECK_VALUES, VALID, places
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's advice on values is no verdict
@@ -33,7 +33,6 @@ DELIBERATE = {
     "Serve answers 500": "a route that is not ASCII can't be asked",
     "did you mean": "Ray ignores the key without a word, and it is near a known one",
     "does not belong here": "Ray ignores the key without a word, and it is known elsewhere",
-    "is an old name": "Ray ignores the key without a word, and it had a meaning once",
     "is not a text; put it in quotes": "a variable that is no text breaks Serve's controller",
     "env_vars: ": "variables that are no mapping fail when the environment is made",
     "is only supported by `serve deploy`": "Serve takes it only for all applications at once",
@@ -43,10 +42,8 @@ DELIBERATE = {
     "asks for the CPU engine, but": "num_gpus: 0 is this program's word for the CPU engine",
     "above 1 Ray takes whole GPUs only": "Ray refuses it when a replica starts",
     "is not a number, 0 or more": "`true` is no amount, and no machine has 2**70",
-    "is not amounts, 0 or more": "`true` is no amount, though pydantic takes it for 1",
     "is not above 0, 1 at most": "vLLM refuses it when the engine starts",
     "is not a whole number, 1 to 9999": "vLLM refuses it when the engine starts",
-    "model_id: is missing, or no text": "a model with an empty id can't be asked for",
 }
 """What the program refuses and Ray takes, on purpose: how the message reads, and why."""
 
@@ -57,12 +54,7 @@ DELIBERATE = {
 @pytest.fixture
 def builders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Builders]:
     """Ray's own builders of LLM applications, which start no cluster here (importing: 20 s)."""
-    for name, text in {**FILES, **MODULES}.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    importlib.invalidate_caches()
+    go_where_they_are(tmp_path, monkeypatch)
 
     import ray
     from ray import cloudpickle
@@ -214,7 +206,7 @@ MOVED = (
 DISAGGREGATED = "applications:\n- import_path: ray.serve.llm:build_pd_openai_app\n  args:\n"
 DEPLOYMENT = "applications:\n- import_path: m:app\n  deployments:\n  - name: D\n"
 LATER = {
-    # The builder's arguments take no others, though the program says that Ray ignores them.
+    # The builder's arguments take no others.
     "another argument": (f"{MODEL}    own: 1\n", "builder", "Extra inputs are not permitted"),
     "the old router_cls": (f"{MODEL}    router_cls: m.R\n", "builder", "Extra inputs are not"),
     "another builder's LLM": (f"{MODEL}    decode_config: {HALF}\n", "builder", "Extra inputs"),
