@@ -162,13 +162,14 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True)
 class Document:
-    """A loaded YAML file: plain data, the place of every key and list item, and the texts that no
-    output may show."""
+    """A loaded YAML file: plain data, the place of every key and list item, the texts that no
+    output may show, and values with variables and how they are `written`."""
 
     file: str
     data: Config
     places: Mapping[KeyPath, Place]
     secrets: frozenset[str] = frozenset()
+    written: Mapping[KeyPath, tuple[Any, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -473,7 +474,7 @@ def load_document(file: str, environ: Mapping[str, str]) -> tuple[Document, Prob
     check_top(file, data)
     loader.inline_files(data)
     secrets = frozenset(loader.secrets | secrets_in(data))
-    return Document(file, data, loader.places, secrets), loader.problems
+    return Document(file, data, loader.places, secrets, loader.written), loader.problems
 
 
 def unusable(message: str, hint: str = "", place: Place = ("", 0, 0)) -> ConfigError:
@@ -504,6 +505,7 @@ class DocumentLoader:
         self.yaml = yaml.SafeLoader("")
         self.places: dict[KeyPath, Place] = {}
         self.secrets: set[str] = set()
+        self.written: dict[KeyPath, tuple[Any, str]] = {}
         self.problems: Problems = []
         self.values = 0
 
@@ -545,13 +547,16 @@ class DocumentLoader:
         [text, *others] = found.values()
         place = self.place(text.start_mark)
         if others:
-            hint = "keep one of them in the file; --only chooses among applications"
+            hint = "keep one of them in the file; --only can't choose, it is for applications"
             raise unusable(f"there are several RayServices: {', '.join(found)}", hint, place)
         said = f"of this manifest {SERVE_CONFIG} counts here, and nothing of its cluster"
         self.problems.append(Problem((), said, warning=True, place=place))
-        begin, end = text.start_mark.line + 1, text.end_mark.line
-        lines = content.decode("utf-8-sig").splitlines(keepends=True)[begin:end]
-        return "\n" * begin + "".join(lines) if text.style == "|" else text.value
+        line, end = text.start_mark.line, text.end_mark.line
+        if text.style != "|":
+            one = "\n" not in text.value
+            return "\n" * line + " " * (text.start_mark.column + 1) * one + str(text.value)
+        lines = content.decode("utf-8-sig").splitlines(keepends=True)[line + 1 : end]
+        return "\n" * (line + 1) + "".join(lines)
 
     def place(self, mark: yaml.Mark | None) -> Place:
         return (self.file, mark.line + 1, mark.column + 1) if mark else (self.file, 0, 0)
@@ -585,16 +590,19 @@ class DocumentLoader:
     def fill(self, node: yaml.ScalarNode, path: KeyPath) -> None:
         """Fill in environment variables, once for all aliases; what is unquoted gets its type
         anew."""
-        place, is_new = self.place(node.start_mark), node not in self.yaml.constructed_objects
-        if is_new and "${" in node.value and node.tag == TEXT_TAG:
-            node.value = VARIABLE.sub(lambda m: self.variable(m, path, place), node.value)
+        place, written = self.place(node.start_mark), node.value
+        is_new = node not in self.yaml.constructed_objects
+        if is_new and "${" in written and node.tag == TEXT_TAG:
+            node.value = VARIABLE.sub(lambda m: self.variable(m, path, place), written)
             node.tag = tag_of(node.value) if node.style is None else node.tag
+            stays = VARIABLE.sub(self.variable_or_default, written)
+            self.written[path] = self.construct(node, place), stays
         self.construct(node, place)
 
-    def construct(self, node: yaml.Node, place: Place) -> None:
-        """Raise ConfigError for a scalar that is not what it looks like."""
+    def construct(self, node: yaml.Node, place: Place) -> Any:
+        """A scalar's value. Raises ConfigError for one that is not what it looks like."""
         try:
-            self.yaml.construct_object(node)
+            return self.yaml.construct_object(node)
         except (ValueError, KeyError, AttributeError) as error:
             raise unusable(f"a value can't be read: {error}", "", place) from None
 
@@ -611,6 +619,11 @@ class DocumentLoader:
             # Not a number, nor a `true`: those would be hidden wherever else they stand.
             self.secrets.add(text)
         return text or ""
+
+    def variable_or_default(self, match: re.Match[str]) -> str:
+        """What a config for others keeps of a variable: no tool fills in defaults."""
+        name = match["name"]
+        return f"${{{name}}}" if name in self.environ else match["default"] or "${" * (not name)
 
     def inline_files(self, data: Config) -> None:
         """Replace the paths among the LLMs of Ray's builders by what the files hold."""
@@ -881,12 +894,13 @@ NAME: Rule = (
 parts of a replica's name, which, with its application's, becomes a file's (255 bytes)."""
 
 
-def number(needed: str, least: float, most: float = 1e18) -> Rule:
+def number(needed: str, least: float, most: float = 1e18, step: float = 0) -> Rule:
     """The rule for a finite number in these bounds; Ray reads one that stands in quotes, too."""
 
     def is_right(value: Any) -> bool:
         with contextlib.suppress(TypeError, ValueError, OverflowError):
-            return not isinstance(value, bool) and least <= float(value) <= most
+            fits = least <= float(value) <= most and not (step and float(value) % step)
+            return fits and not isinstance(value, bool)
         return False
 
     return f"{{}} is not {needed}", "", is_right
@@ -902,11 +916,11 @@ RULES: Mapping[str, Rule] = {
         (*SHORT_RESOURCES, "memory", AMOUNTS, "download_timeout_s", "max_download_tries"),
         number("a number, 0 or more", 0),
     ),
-    "tensor_parallel_size": number("a number, 1 to 9999", 1, 9999),
-    "pipeline_parallel_size": number("a number, 1 to 9999", 1, 9999),
+    "tensor_parallel_size": number("a whole number, 1 to 9999", 1, 9999, 1),
+    "pipeline_parallel_size": number("a whole number, 1 to 9999", 1, 9999, 1),
     "port": number("a port, 1 to 65535", 1, 65535),
-    "max_replicas_per_node": number("a number, 1 to 100", 1, 100),
-    "max_num_adapters_per_replica": number("a number, 1 or more", 1),
+    "max_replicas_per_node": number("a whole number, 1 to 100", 1, 100, 1),
+    "max_num_adapters_per_replica": number("a whole number, 1 or more", 1, step=1),
     "dynamic_lora_loading_path": (
         "{} is not in the cloud",
         "it begins with s3://, gs://, abfss:// or azure://",
@@ -2232,7 +2246,7 @@ class RayCluster:
     def connect(self, address: str, claims: Collection[str] = ()) -> None:
         """Join the running cluster at `address`, at RAY_ADDRESS, or on this machine, as a job that
         says which applications this run works on. Raises ClusterError when there is none."""
-        found = address or os.environ.get("RAY_ADDRESS") or "auto"
+        wanted = address or os.environ.get("RAY_ADDRESS") or "auto"
         # This process speaks to the cluster alone, and never through a company's proxy.
         for name in [name for name in os.environ if name.lower() in PROXIES]:
             del os.environ[name]
@@ -2245,7 +2259,7 @@ class RayCluster:
             logging.getLogger(name).setLevel(self.log_level)
         try:
             # ray.init would wait for ever for a head that is gone.
-            found = canonicalize_bootstrap_address("auto" if found == "local" else found)
+            found = canonicalize_bootstrap_address("auto" if wanted == "local" else wanted)
             check_reachable(found, CONNECT_TIMEOUT_S)
             # Ray does this only for the cluster that it finds by itself (ray/_private/worker.py).
             tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
@@ -2260,7 +2274,7 @@ class RayCluster:
                 logging_level=self.log_level,
             )
         except (OSError, RuntimeError, ValueError, OverflowError, ray.exceptions.RayError) as error:
-            where, text = "" if found == "auto" else f" at {found}", " ".join(str(error).split())
+            where, text = "" if wanted == "auto" else f" at {wanted}", " ".join(str(error).split())
             text = shortened(text, MOST_CAUSE_CHARACTERS)
             if "InvalidAuthToken" in text:  # Ray's text says where it looks for one
                 raise ClusterError(f"the Ray cluster{where} refuses: {text}") from error
@@ -3535,23 +3549,21 @@ spec:
   #     template: {{spec: {{containers: [{{name: head, image: "rayproject/ray-llm:2.60.0"}}]}}}}
   serveConfigV2: |
 {config}"""
-PLACEHOLDER = re.compile(r"\$\{(\w+)\}")
 
 
-def variables_by_name(environ: Mapping[str, str]) -> dict[str, str]:
-    """An environment in which a variable that holds a text stands for itself: "${NAME}"."""
-    texts = {name: f"${{{name}}}" for name, text in environ.items() if tag_of(text) == TEXT_TAG}
-    return {**environ, **texts}
-
-
-def without_secrets(value: Any, key: str = "") -> Any:
-    """A copy of plain data in which a variable's name stands for each secret."""
+def for_others(value: Any, document: Document, path: KeyPath = ()) -> Any:
+    """A copy of data of a document's: in place of what variables gave stands "${NAME}", for a text
+    wherever it is now, for other values in their own places; and a secret is named by its key."""
     if isinstance(value, dict):
-        return {name: without_secrets(item, str(name)) for name, item in value.items()}
+        return {key: for_others(item, document, (*path, str(key))) for key, item in value.items()}
     if isinstance(value, list):
-        return [without_secrets(item, key) for item in value]
-    if not isinstance(value, str) or PLACEHOLDER.search(value):
+        return [for_others(item, document, (*path, i)) for i, item in enumerate(value)]
+    for place, (filled, text) in document.written.items():
+        if value == filled and (place == path or isinstance(value, str)):
+            return text
+    if not isinstance(value, str):
         return value
+    key = next((key for key in reversed(path) if isinstance(key, str)), "")
     name = re.sub(r"\W", "_", key).upper()
     return f"${{{name}}}" if secrets_in(value, key) else redact(value, frozenset())
 
@@ -3561,17 +3573,19 @@ def export_config(
 ) -> tuple[str, list[str]]:
     """A checked config as this program would deploy it, for `serve deploy`: YAML, with comments
     that name all that was moved or added; and the variables that nobody will fill in there."""
-    data = without_secrets({**document.data, "applications": [app.config for app in applications]})
-    before = without_secrets(document.data["applications"])
-    names = sorted(set(PLACEHOLDER.findall(json.dumps(data))))
     lines = [
         f"{Path(document.file).name}, changed so that plain Ray reserves what a replica asks for:",
         "its GPUs are in the bundles of the engine's workers, which else get a whole one each, and",
         "engines that share a card get VLLM_RAY_PER_WORKER_GPUS and gpu_memory_utilization.",
     ]
-    for app, config in zip(applications, data["applications"], strict=True):
-        edits = differences(before[app.index], config)
+    rows = []
+    for app in applications:
+        path, before = ("applications", app.index), document.data["applications"][app.index]
+        rows.append(for_others(app.config, document, path))
+        edits = differences(for_others(before, document, path), rows[-1])
         lines += [f"  {app.name}: {text}" for _, text in edits]
+    data = for_others({**document.data, "applications": []}, document) | {"applications": rows}
+    names = sorted(set(re.findall(r"\$\{(\w+)\}", json.dumps(data))))
     lines += [f"Fill in before, with `envsubst` for example: {', '.join(names)}"] if names else []
     comments = "".join(f"# {line}\n" for line in lines)
     return comments + yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100), names
@@ -3703,6 +3717,10 @@ def parse_options(argv: Sequence[str] | None) -> Options:
         parser.error("--max-workers and --timeout are numbers, 0 or more")
     if given.delete and (given.prune or given.force or given.no_downtime):
         parser.error("--delete excludes --prune, --force and --no-downtime")
+    if given.export and (given.plan or given.delete or given.json):
+        parser.error("--export excludes --plan, --delete and --json")
+    if given.detailed_exitcode and not given.plan:
+        parser.error("--detailed-exitcode is for --plan")
     return Options(**vars(given))
 
 
@@ -3770,7 +3788,8 @@ class Session:
         Raises ConfigError (nothing was touched), ClusterError, Stopped and OSError.
         """
         options, cluster, run, say = self.options, self.cluster, self.run, self.say
-        say("🔧 Initializing Ray and Ray Serve...")
+        if not options.export:
+            say("🔧 Initializing Ray and Ray Serve...")
         say(f"📖 Loading config from: {options.config}")
         everything = self.load()
         applications = [item for item in everything if self.is_chosen(item.name)]
@@ -3809,10 +3828,7 @@ class Session:
 
     def load(self) -> tuple[ApplicationSpec, ...]:
         """The config's applications; warnings go to the terminal. Raises ConfigError."""
-        environ: Mapping[str, str] = os.environ
-        if self.options.export:
-            environ = variables_by_name(environ)
-        self.document, problems = load_document(self.options.config, environ)
+        self.document, problems = load_document(self.options.config, os.environ)
         self.terminal.err.secrets = self.document.secrets
         applications, problems = check_config(self.document, problems, self.cluster.check_values)
         if not all(problem.warning for problem in problems):

@@ -574,7 +574,7 @@ BROKEN = [
     pytest.param(
         LLM + "      engine_kwargs: {tensor_parallel_size: 0}\n",
         [
-            ":6:23: applications[0].args.llm_configs[0].engine_kwargs.tensor_parallel_size: 0 is not a number, 1 to 9999"
+            ":6:23: applications[0].args.llm_configs[0].engine_kwargs.tensor_parallel_size: 0 is not a whole number, 1 to 9999"
         ],
         id="tensor parallel zero",
     ),
@@ -725,6 +725,10 @@ def test_the_program_says_it_with_exit_code_2_and_without_ray(name: str) -> None
         pytest.param(
             ["x", "--nonsense"], "unrecognized arguments: --nonsense", id="unknown option"
         ),
+        pytest.param(
+            ["x", "--export", "serve", "--plan"], "--export excludes --plan", id="export and plan"
+        ),
+        pytest.param(["x", "--detailed-exitcode"], "is for --plan", id="nothing to be detailed of"),
         pytest.param(
             [str(ROOT / "test_single_model.yaml"), "--only", "gpt*"],
             "--only gpt*: no application has that name; there are falcon3-1b-instruct-app",
@@ -1471,6 +1475,19 @@ def test_a_manifests_problems_stand_where_they_are_in_it(text: str, tmp_path: Pa
     assert problem.message == "unknown key, did you mean 'route_prefix'?"
 
 
+def test_a_manifests_text_in_quotes_keeps_its_place(tmp_path: Path) -> None:
+    file = tmp_path / "service.yaml"
+    head, _, _ = SERVICE.partition("  serveConfigV2")
+    file.write_text(
+        f"{head}  serveConfigV2: 'applications: [{{import_path: m:a, rout_prefix: /}}]'\n"
+    )
+    document, _ = app.load_document(str(file), {})
+    [problem] = app.located(
+        document, app.check_keys(document.data, app.TOP, (), app.known_schemas())
+    )
+    assert problem.place == (str(file), 6, 53)
+
+
 def test_a_manifest_after_others_is_the_config(tmp_path: Path) -> None:
     file = tmp_path / "all.yaml"
     file.write_text(f"{MAP}---\n{SERVICE}".replace("rout_prefix", "route_prefix"))
@@ -1484,7 +1501,7 @@ def test_a_manifest_after_others_is_the_config(tmp_path: Path) -> None:
     [
         pytest.param(
             f"{SERVICE}---\n{SERVICE.replace('llms', 'more')}",
-            "there are several RayServices: llms, more; keep one of them in the file; --only",
+            "there are several RayServices: llms, more; keep one of them in the file; --only can't choose",
             6,
             id="several",
         ),
@@ -1518,7 +1535,7 @@ def test_manifests_that_are_no_config(text: str, said: str, line: int, tmp_path:
         pytest.param(
             "lora_config",
             "{max_num_adapters_per_replica: 0}",
-            "0 is not a number, 1 or more",
+            "0 is not a whole number, 1 or more",
             id="adapters",
         ),
         pytest.param(
@@ -1530,7 +1547,7 @@ def test_manifests_that_are_no_config(text: str, said: str, line: int, tmp_path:
         pytest.param(
             "deployment_config",
             "{max_replicas_per_node: 0}",
-            "0 is not a number, 1 to 100",
+            "0 is not a whole number, 1 to 100",
             id="replicas per node",
         ),
         pytest.param(

@@ -28,6 +28,7 @@ applications:
       deployment_config:
         cpus: 1
         gpus: ${{SHARE}}
+        max_ongoing_requests: ${{ASKED}}
 - name: two
   route_prefix: /two
   import_path: m:a
@@ -36,7 +37,7 @@ OTHER = """
 model_loading_config: {model_id: first, model_source: "${NOT_THERE:-/models}/first"}
 deployment_config: {num_cpus: 1, num_gpus: 0.45}
 """
-VARIABLES = {"MODELS": "/a/secret/place", "SHARE": "0.3"}
+VARIABLES = {"MODELS": "/a/secret/place", "SHARE": "0.3", "ASKED": "7"}
 
 
 @pytest.fixture
@@ -70,14 +71,17 @@ def test_a_plain_config_has_what_a_deployment_would_have(config: Path) -> None:
     first, second = llms(out)
     assert first["model_loading_config"]["model_source"] == "/models/first"
     for llm, share in ((first, 0.45), (second, 0.3)):
-        assert llm["deployment_config"] == {"ray_actor_options": {"num_cpus": 1.0, "num_gpus": 0.0}}
+        options = llm["deployment_config"]
+        assert options["ray_actor_options"] == {"num_cpus": 1.0, "num_gpus": 0.0}
         assert llm["placement_group_config"] == {"bundle_per_worker": {"GPU": share}}
         assert llm["engine_kwargs"] == {"gpu_memory_utilization": round(0.9 * share, 4)}
         # It hides what the application has, and so repeats it.
         assert llm["runtime_env"]["env_vars"]["VLLM_RAY_PER_WORKER_GPUS"] == str(share)
         assert llm["runtime_env"]["env_vars"]["HF_TOKEN"] == "${HF_TOKEN}"
     comments = [line for line in out.splitlines() if line.startswith("#")]
-    assert any("one: args.llm_configs[1].deployment_config.gpus: 0.3 →" in c for c in comments)
+    assert any(
+        'one: args.llm_configs[1].deployment_config.gpus: "${SHARE}" →' in c for c in comments
+    )
     assert any("placement_group_config" in line for line in comments)
     assert not any(" two: " in line for line in comments)
 
@@ -87,11 +91,12 @@ def test_secrets_are_not_written_and_variables_stay(config: Path) -> None:
     assert SECRET not in out + err
     assert VARIABLES["MODELS"] not in out + err
     assert llms(out)[1]["model_loading_config"]["model_source"] == "${MODELS}/second"
+    assert llms(out)[1]["deployment_config"]["max_ongoing_requests"] == "${ASKED}"
     [application, _] = yaml.safe_load(out)["applications"]
     variables = application["runtime_env"]["env_vars"]
     assert variables == {"HF_TOKEN": "${HF_TOKEN}", "HUB": "https://***@hub/x"}
     for text in (out, err):
-        assert "HF_TOKEN, MODELS" in text
+        assert "ASKED, HF_TOKEN, MODELS" in text
 
 
 def test_what_comes_out_goes_in_and_needs_no_change(
