@@ -443,6 +443,17 @@ def test_a_controller_is_waited_for_and_one_that_never_comes_back_is_lost(
     assert run.stop_reason.startswith("Serve's controller has not answered for 0 s (ClusterError(")
 
 
+def test_a_cluster_that_is_lost_between_two_stages_keeps_what_the_first_has_reached() -> None:
+    cluster = ScriptedCluster({"old": [None]})
+    cluster.submitted.append("old")
+    old = app.deletion(spec("old"), app.Running(state("old", "RUNNING")), "--prune")
+    lost = app.ClusterError("the head has gone")
+    with patch.object(cluster, "nodes", side_effect=[[CPU_NODE], lost]):
+        run = deploy(cluster, old, create("new"))
+    assert results(run) == {"old": "DELETED", "new": "INTERRUPTED"}
+    assert (code(run), run.stop_reason) == (3, "the head has gone")
+
+
 def test_a_watcher_with_a_defect_does_not_leave_everybody_waiting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
