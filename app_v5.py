@@ -19,14 +19,15 @@ config or the command line is wrong and nothing was touched; 3 no Ray cluster, o
 #   how a file is read, what is hidden:            section 3 (Config)
 #   which keys are accepted, or an error's words:  section 4 (Check)
 #   what a replica reserves:                       section 5 (Resources)
-#   what fits where:                               section 6 (Plan)
-#   what restarts, what changes in place:          section 7 (Changes)
-#   what a failure's cause or hint says:           section 8 (Causes)
-#   anything that calls Ray:                       section 9 (Ray)
-#   what is checked of an application that runs:   section 10 (Verify)
-#   the order of things, deadlines, stopping:      section 11 (Deploy)
-#   what is printed:                               section 12 (Report)
-#   exit codes:                                    section 13 (Command line)
+#   what a share of a card buys:                  section 6 (Memory)
+#   what fits where:                               section 7 (Plan)
+#   what restarts, what changes in place:          section 8 (Changes)
+#   what a failure's cause or hint says:           section 9 (Causes)
+#   anything that calls Ray:                       section 10 (Ray)
+#   what is checked of an application that runs:   section 11 (Verify)
+#   the order of things, deadlines, stopping:      section 12 (Deploy)
+#   what is printed:                               section 13 (Report)
+#   exit codes:                                    section 14 (Command line)
 
 from __future__ import annotations
 
@@ -59,6 +60,7 @@ import math
 import re
 import socket
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -71,11 +73,12 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TextIO
 from urllib.parse import quote, quote_plus
 
 import yaml
 from rich.console import Console
+from rich.highlighter import RegexHighlighter
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -100,6 +103,7 @@ UNHEALTHY_GRACE_S = 30.0
 PROXY_TIMEOUT_S = 60.0  # a proxy that restarts took 25 s
 SMOKE_TIMEOUT_S = 60.0
 STOP_GRACE_S = 2.0
+MEMORY_TIMEOUT_S = 30.0  # with vLLM's answer about a model's memory, which may need a config.json
 
 MAX_FILE_BYTES = 2 * 1024 * 1024
 MAX_DEPTH = 100
@@ -109,10 +113,15 @@ MOST_CAUSE_CHARACTERS = 300
 MOST_BODY_BYTES = 2**20
 MOST_LOGS, LOG_LINES = 3, 400
 MOST_NEW_NODES = 8
+MANY_REQUESTS = 1_000_000  # Ray's max_ongoing_requests for LLMs is above that: no limit
 
 WHOLE_GPU_MEMORY_FRACTION = 0.9
 """What an engine takes of a card that it has to itself; vLLM's own default is 0.92, and engines
 that share a card need room for one CUDA context each."""
+
+ACTIVATIONS_BYTES = 3 * 2**29
+"""What an engine keeps of its share for activations, graphs and CUDA's context: a guess until a
+start has measured it (from 0.6 to 5.6 GiB was seen for models of 0.5 to 1 billion parameters)."""
 
 SURGE_PERCENT = 20
 """How many replicas more than wanted --no-downtime starts at a time: as many as Serve otherwise
@@ -197,9 +206,19 @@ class ApplicationSpec:
 
 
 @dataclass(frozen=True)
+class Card:
+    """A GPU's memory in bytes: all of it, what is in use, and by whom, in words."""
+
+    total: int
+    used: int = 0
+    users: str = ""
+
+
+@dataclass(frozen=True)
 class Node:
     """One live node. `free_gpus` are the free shares of its single GPUs (a guess where Ray does not
-    tell); `holders` are ("application/deployment", what it holds there)."""
+    tell); `holders` are ("application/deployment", what it holds there); `cards` are its GPUs where
+    their size is known."""
 
     name: str
     total: Resources
@@ -207,7 +226,29 @@ class Node:
     free_gpus: tuple[float, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
     holders: tuple[tuple[str, Resources], ...] = ()
+    cards: tuple[Card, ...] = ()
     new: bool = False  # an autoscaler may add it: nothing of it is free yet
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What vLLM says of one worker of an engine before it loads a weight, in bytes and in blocks of
+    its KV cache. `requests` has, for max_model_len and for halves of it, what a request of so many
+    tokens needs; `sequences` is max_num_seqs where each needs a block (Mamba); `pinned` is
+    kv_cache_memory_bytes. `measured` is what a start kept for activations, on a card of so many
+    bytes, and `suggested` the kv_cache_memory_bytes that it names. `unknown` says why there is
+    nothing of all that."""
+
+    weights: int = 0
+    block: int = 0
+    requests: tuple[tuple[int, int], ...] = ()
+    sequences: int = 0
+    fraction: float = 0.0
+    pinned: int = 0
+    platform: str = ""
+    measured: tuple[int, ...] = ()
+    suggested: int = 0
+    unknown: str = ""
 
 
 @dataclass(frozen=True)
@@ -224,6 +265,9 @@ class Demand:
     ingress: bool = False
     max_replicas_per_node: int | None = None
     label_selectors: tuple[Mapping[str, str], ...] = ()  # one per bundle, or empty
+    max_ongoing_requests: int = 0
+    target_ongoing_requests: float = 0.0
+    memory: Memory | None = None  # of an LLM's engine
 
     @property
     def label(self) -> str:
@@ -412,6 +456,14 @@ def option(default: Any, text: str, **how: Any) -> Any:
     return field(default=default, metadata={"help": text, **how})
 
 
+def parse_bytes(text: str) -> int:
+    """ "80GiB", "80G" or "24576MiB" in bytes. Raises ValueError."""
+    found = re.fullmatch(r"(\d+) ?([MG])i?B?", text.strip())
+    if not found:
+        raise ValueError(text)
+    return int(found[1]) << {"M": 20, "G": 30}[found[2]]
+
+
 @dataclass(frozen=True)
 class Options:
     """The command line: every field but the first is an option."""
@@ -438,6 +490,9 @@ class Options:
         None,
         "print the config, exact shares and all, for others; litellm: what runs, as a model_list",
         choices=("serve", "rayservice", "litellm"),
+    )
+    gpu_memory: int = option(
+        0, "size of a GPU that Ray does not know, as 80GiB, for the plan", type=parse_bytes
     )
     no_smoke_test: bool = option(False, "do not ask the applications anything over HTTP")
     address: str = option("", "HOST:PORT of the cluster (RAY_ADDRESS, or this machine's)")
@@ -685,6 +740,14 @@ def shortened(text: str, most: int) -> str:
 
 def first_line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+def read_json(text: str) -> Config:
+    """A JSON object; empty for anything else."""
+    try:
+        return as_dict(json.loads(text))
+    except ValueError:
+        return {}
 
 
 def as_list(value: Any) -> list[Any]:
@@ -1281,6 +1344,11 @@ def describe_model(llm: Config) -> ModelSpec:
     )
 
 
+def serves(deployment: str, model: ModelSpec) -> bool:
+    """Whether a deployment is a model's; Ray names it "<server class>:<deployment name>"."""
+    return deployment.endswith(f":{model.deployment_name}")
+
+
 def short(number: float) -> str:
     """A number as people write it: 0.45, 1, 16."""
     return f"{number:.4f}".rstrip("0").rstrip(".")
@@ -1303,13 +1371,227 @@ def format_resources(resources: Resources) -> str:
 
 
 # ======================================================================================
-# 6. Plan: demands × nodes → placement
+# 6. Memory: what vLLM says of an engine → what its share of a card buys
+# ======================================================================================
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Room:
+    """What an engine's share of a card, of `card` bytes, holds: one worker's bytes in all and for
+    the KV cache, and the tokens and full requests that go into that."""
+
+    card: int
+    budget: int
+    cache: int
+    tokens: int
+    requests: float
+
+
+def gib(amount: float) -> str:
+    small = 0 < amount < GIB / 10
+    return f"{amount / 2**20:.3g} MiB" if small else f"{short(round(amount / GIB, 2))} GiB"
+
+
+def kept(memory: Memory, card: int) -> int:
+    """What an engine keeps for activations: measured on this kind of card, or a guess."""
+    size, activations = memory.measured or (0, 0)
+    return activations if size == card else ACTIVATIONS_BYTES
+
+
+def room_of(memory: Memory | None, card: int) -> Room | None:
+    """What an engine has room for; None where nobody knows, as without the size of a card. The
+    figures are those that the engine logs at its start (vllm/v1/core/kv_cache_utils.py)."""
+    if memory is None or not memory.block or not (memory.pinned or card):
+        return None
+    budget = int(card * memory.fraction)
+    cache = memory.pinned or budget - memory.weights - kept(memory, card)
+    length, blocks = memory.requests[0]
+    requests = max(0, cache // memory.block) / blocks
+    return Room(card, budget, cache, int(requests * length), requests)
+
+
+def least_gpus(demand: Demand, card: int, requests: float) -> float:
+    """The smallest num_gpus with room for so many full requests."""
+    memory, workers = demand.memory or Memory(), max(1, len(gpu_shares(demand)))
+    cache = (math.ceil(requests * memory.requests[0][1]) + 1) * memory.block
+    needed = (memory.weights + kept(memory, card) + cache) / (card * WHOLE_GPU_MEMORY_FRACTION)
+    return math.ceil(needed * 100) / 100 * workers
+
+
+def gpu_shares(demand: Demand) -> list[float]:
+    return [bundle["GPU"] for bundle in demand.bundles if bundle.get("GPU")]
+
+
+def memory_misfit(demand: Demand, room: Room) -> str:
+    """Why an engine would not start in its room, or ""; one block of it is never used."""
+    memory = demand.memory or Memory()
+    blocks = room.cache // memory.block
+    length, needed = memory.requests[0]
+    if blocks <= needed:
+        fits = next((n for n, needs in memory.requests if blocks > needs), 0)
+        hints = [f"max_model_len {fits:,} would fit"] if fits else []
+        if room.card and not memory.pinned:
+            hints.append(f"num_gpus {short(least_gpus(demand, room.card, 1))} would do")
+        left = f"{gib(max(0, room.cache))} of {gib(room.budget or room.cache)} are left for that"
+        text = f"a request of {length:,} tokens needs {gib(needed * memory.block)} of KV cache"
+        return "; ".join([text, left, *hints])
+    if memory.sequences > blocks:
+        text = f"max_num_seqs is {memory.sequences}, and its share holds {blocks} Mamba blocks"
+        return f"{text}; set engine_kwargs.max_num_seqs to {blocks} or less"
+    return ""
+
+
+def format_memory(demand: Demand, room: Room | None) -> list[str]:
+    """What an engine's share of a card buys."""
+    memory = demand.memory
+    if memory is None:
+        return []
+    if memory.unknown:
+        return [f"memory: not known: {memory.unknown}"]
+    lines = [f"memory: weights {gib(memory.weights)}"]
+    if not memory.block:
+        return lines
+    length, blocks = memory.requests[0]
+    lines[0] += f" · a request of {length:,} tokens needs {gib(blocks * memory.block)} of KV cache"
+    if memory.platform == "cpu" and gpu_shares(demand):
+        lines[0] += " (as a CPU build has it: blocks are smaller on a GPU)"
+    if room is None and not gpu_shares(demand):
+        return lines  # of main memory the engine itself takes what is free
+    if room is None:
+        return [*lines, "  no card's size is known here: --gpu-memory 80GiB would plan with one"]
+    cache = f"{gib(room.cache)} for the KV cache"
+    if memory.pinned:
+        lines.append(f"  {cache}: kv_cache_memory_bytes")
+    else:
+        how = "measured" if memory.measured[:1] == (room.card,) else "a guess"
+        share = f"{short(gpu_shares(demand)[0])} of {gib(room.card)}, at gpu_memory_utilization "
+        share += f"{short(memory.fraction)}: {gib(room.budget)}"
+        share += f"; {cache} ({gib(kept(memory, room.card))} kept for activations, {how})"
+        lines.append(f"  {share}")
+    most, full = demand.max_ongoing_requests, math.floor(room.requests)
+    queue = f" (max_ongoing_requests is {most}: the last {most - full} would queue)"
+    lines.append(f"  room for {room.tokens:,} tokens, {full:,} full requests at once")
+    lines[-1] += queue if full < most < MANY_REQUESTS else ""
+    target = demand.target_ongoing_requests
+    if room.card and 0 < target < MANY_REQUESTS and not memory.pinned:
+        least = short(least_gpus(demand, room.card, target))
+        wanted = f"target_ongoing_requests {short(target)}"
+        lines.append(f"  the smallest num_gpus that serves {wanted} in full: {least}")
+    return lines
+
+
+MEASURED = re.compile(r"Available KV cache memory: ([\d.]+) GiB")
+SUGGESTED = re.compile(r"--kv-cache-memory=(\d+)` \([\d.]+ GiB\) to fit into requested")
+"""What an engine says at its start on a GPU (vllm/v1/worker/gpu_worker.py)."""
+
+
+def learn(memory: Memory, card: int, log: str) -> Memory:
+    """What an engine's log of its start adds to what was known of its memory before."""
+    cache, suggested = MEASURED.search(log), SUGGESTED.search(log)
+    if cache and card:
+        activations = card * memory.fraction - memory.weights - float(cache[1]) * GIB
+        memory = replace(memory, measured=(card, int(activations)))
+    return replace(memory, suggested=int(suggested[1])) if suggested else memory
+
+
+def remembered(demands: Sequence[Demand], before: Sequence[Demand]) -> tuple[Demand, ...]:
+    """Demands with what an earlier start of the same models measured."""
+    found = []
+    for demand in demands:
+        old = next((d.memory for d in before if d.deployment == demand.deployment), None)
+        memory = demand.memory
+        if memory and old and (old.weights, old.platform) == (memory.weights, memory.platform):
+            memory = replace(memory, measured=old.measured, suggested=old.suggested)
+        found.append(replace(demand, memory=memory))
+    return tuple(found)
+
+
+def measure_memory(options: Callable[[], Config], variables: Mapping[str, str]) -> Config:
+    """The fields of a `Memory` for an engine with these arguments, in an environment with these
+    variables, in 0.5 s. Whatever goes wrong, the engine itself will say: this is a help only."""
+    saved = dict(os.environ)
+    # Ray hides a node's GPUs from who reserves none, and vLLM's platform is then no GPU's.
+    if not os.environ.get("CUDA_VISIBLE_DEVICES"):
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    os.environ.update(variables)
+    try:
+        return ask_vllm(options())
+    except Exception as error:  # noqa: BLE001
+        text = " ".join(str(error).split()) or repr(error)
+        return {"unknown": shortened(text, MOST_CAUSE_CHARACTERS)}
+    finally:
+        os.environ.clear()
+        os.environ.update(saved)
+
+
+def ask_vllm(options: Config) -> Config:
+    """See `measure_memory`: vLLM's own code makes the model on torch's meta device, where it has no
+    weights, and from that the layout of the KV cache. Of several workers it is the first one's:
+    `world_size` alone makes a shard. Compared with started engines for Llama and Falcon-H1."""
+    import torch
+    from vllm.config import get_layers_from_vllm_config, set_current_vllm_config
+    from vllm.distributed import parallel_state
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.platforms import current_platform
+    from vllm.utils.torch_utils import set_default_torch_dtype
+    from vllm.v1.attention.backends import utils as backends
+    from vllm.v1.core import kv_cache_utils as caches
+
+    options = {k: v for k, v in options.items() if k != "distributed_executor_backend"}
+    workers = options.pop("tensor_parallel_size", 1)
+    config = AsyncEngineArgs(**options).create_engine_config()
+    with set_current_vllm_config(config):
+        if not parallel_state.model_parallel_is_initialized():
+            method = f"file://{tempfile.mkstemp()[1]}"
+            parallel_state.init_distributed_environment(1, 0, method, 0, "gloo")
+            parallel_state.ensure_model_parallel_initialized(1, 1)
+        config.parallel_config.tensor_parallel_size = workers
+        parallel_state.get_tp_group().world_size = workers
+        with set_default_torch_dtype(config.model_config.dtype), torch.device("meta"):
+            model = initialize_model(config)
+        current_platform.update_block_size_for_backend(config)
+        layers = get_layers_from_vllm_config(config, AttentionLayerBase)
+        found = {name: layer.get_kv_cache_spec(config) for name, layer in layers.items()}
+        specs = {name: spec for name, spec in found.items() if spec}
+        weights = sum(part.numel() * part.element_size() for part in model.parameters())
+        facts: Config = {"weights": weights, "platform": current_platform.device_type}
+        if not specs:
+            return facts
+        kinds = {layer.get_attn_backend() for layer in layers.values()}
+        layouts = [layout.name for layout in backends.get_supported_kv_cache_layouts(kinds)]
+        backends.resolve_kv_cache_layout(config, [layouts], list(specs.values()))
+        groups = caches.get_kv_cache_groups(config, specs)
+        block = caches._pool_bytes_per_block(groups)
+        cache = caches.get_kv_cache_config_from_groups(config, groups, block)
+        length, requests = config.model_config.max_model_len, []
+        for shorter in filter(None, (length // 2**step for step in range(8))):
+            config.model_config.max_model_len = shorter
+            needed = caches._max_memory_usage_bytes_from_groups(config, groups)
+            requests.append((shorter, needed // block))
+    graphs = config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+    graphs = graphs or (facts["platform"] == "cpu" and not config.model_config.enforce_eager)
+    return facts | {
+        "block": block,
+        "requests": requests,
+        "sequences": config.scheduler_config.max_num_seqs * (cache.has_mamba_layers and graphs),
+        "fraction": config.cache_config.gpu_memory_utilization,
+        "pinned": config.cache_config.kv_cache_memory_bytes or 0,
+    }
+
+
+# ======================================================================================
+# 7. Plan: demands × nodes → placement
 # ======================================================================================
 #
 # GCS picks nodes by each node's *sums*; the raylets then allocate *devices* (a share of a GPU comes
 # from one GPU), and may refuse, upon which GCS tries others, perhaps for seconds: "slow" here
 # (ray-project/ray#52133). Compared with raylets in test_plan_against_ray.py.
 
+BAR, FREE, BAR_WIDTH = "█▓▒", "·", 20
 PER_DEVICE = ("GPU", "TPU", "neuron_cores", "NPU", "HPU", "RBLN", "FURIOSA", "TTNPU", "MBLT")
 """Resources that Ray allocates device by device (ray_config_def.h, unit_instance_resources)."""
 
@@ -1338,13 +1620,14 @@ class Slot:
 @dataclass
 class Fit:
     """What became of one demand: how many of its minimum of replicas fit, and if not all of them
-    do, whether they `never` will, and why."""
+    do, whether they `never` will, and why; and what its engine has room for there."""
 
     demand: Demand
     replicas: int
     never: bool
     slow: bool
     reason: str = ""
+    room: Room | None = None
 
 
 def take(devices: Devices, need: int) -> Devices:
@@ -1395,6 +1678,22 @@ def node_of(
     return Node(name, total, sums, gpus, row.get("Labels") or {}, staying)
 
 
+def read_cards(summary: Config) -> dict[str, tuple[Card, ...]]:
+    """The GPUs of each node (id) in the dashboard's `GET /nodes?view=summary`, which has MiB."""
+    found = {}
+    for row in as_list(as_dict(summary.get("data")).get("summary")):
+        cards = []
+        for gpu in row.get("gpus") or ():
+            users = [
+                f"process {p['pid']} ({gib(p['gpuMemoryUsage'] * 2**20)})"
+                for p in gpu.get("processesPids") or ()
+            ]
+            sizes = (int(gpu["memoryTotal"]) * 2**20, int(gpu["memoryUsed"]) * 2**20)
+            cards.append(Card(*sizes, ", ".join(users[:MOST_LOGS])))
+        found[as_dict(row.get("raylet")).get("nodeId", "")] = tuple(cards)
+    return found
+
+
 AUTOSCALER = re.compile(
     r"(?ms)StandardAutoscaler: (\{[^\n]*\})$|Using Autoscaling Config: \n(.*?)^\d{4}-\d\d-\d\d "
 )
@@ -1428,6 +1727,8 @@ def describe_deployment(name: str, info: Any) -> Config:
         "label_selectors": selectors,
         "strategy": replica.placement_group_strategy or "PACK",
         "max_replicas_per_node": replica.max_replicas_per_node,
+        "max_ongoing_requests": options.max_ongoing_requests,
+        "target_ongoing_requests": scaling.get_target_ongoing_requests() if scaling else 0,
         "min_replicas": scaling.min_replicas if scaling else options.num_replicas,
         "max_replicas": scaling.max_replicas if scaling else options.num_replicas,
         "autoscaling": scaling is not None,
@@ -1545,6 +1846,7 @@ def predict(demands: Sequence[Demand], nodes: Sequence[Node]) -> Plan:
     for demand in demands:
         # GCS tries a misfit that sums allow again and again, and what comes after waits with it.
         plan.slow = any(fit.slow for fit in plan.misfits)
+        begin = len(plan.slots)
         replicas = sum(plan.place(demand) for _ in range(demand.min_replicas))
         # What scales from zero must be able to have one replica.
         empty = Plan(nodes, [stock(node, node.total) for node in nodes])
@@ -1553,6 +1855,14 @@ def predict(demands: Sequence[Demand], nodes: Sequence[Node]) -> Plan:
         plan.fits.append(fit)
         if never or replicas < demand.min_replicas:
             fit.reason = shortage(plan, demand, empty.free if never else plan.free)
+        shares = gpu_shares(demand)
+        mine = plan.slots[begin:]
+        places = [nodes[slot.node] for slot in mine if slot.gpus] or (nodes if shares else [])
+        card = next((node.cards[0].total for node in places if node.cards), 0)
+        fit.room = room_of(demand.memory, card)
+        if fit.room and (misfit := memory_misfit(demand, fit.room)):
+            fit.never, fit.reason = True, misfit
+        fit.reason = fit.reason or card_misfit(plan, demand, mine)
     return plan
 
 
@@ -1613,6 +1923,21 @@ def holders_of(plan: Plan, node: int, resource: str, gpu: int | None) -> str:
     return " + ".join(texts[:MOST_LOGS] + others)
 
 
+def card_misfit(plan: Plan, demand: Demand, slots: Sequence[Slot]) -> str:
+    """Which card has less memory free than an engine demands of it at its start, or ""."""
+    memory = demand.memory
+    for slot in slots if memory else ():
+        for index in slot.gpus:
+            cards = plan.nodes[slot.node].cards[index : index + 1]
+            if memory and cards and cards[0].users and not memory.unknown:
+                asked, free = cards[0].total * memory.fraction, cards[0].total - cards[0].used
+                if asked > free:
+                    where = f"GPU {index} of node {plan.nodes[slot.node].name}"
+                    users = f"in use by {cards[0].users}"
+                    return f"needs {gib(asked)} free on {where}; {gib(free)} are, {users}"
+    return ""
+
+
 def format_prediction(plan: Plan) -> list[str]:
     """The packing node by node, how far the deployments could grow, and what does not fit."""
     lines = ["predicted packing at min replicas (Ray decides in the end):"]
@@ -1633,21 +1958,42 @@ def format_prediction(plan: Plan) -> list[str]:
     return lines
 
 
+def bar(shares: Iterable[float]) -> str:
+    """A card as twenty characters, with one pattern a holder; what is free has dots."""
+    drawn, held = "", 0.0
+    for share, pattern in zip(shares, itertools.cycle(BAR), strict=False):
+        held += share
+        drawn += pattern * (round(held * BAR_WIDTH) - len(drawn))
+    return drawn.ljust(BAR_WIDTH, FREE)
+
+
 def format_node(plan: Plan, index: int) -> list[str]:
     """One line a GPU, and one for the CPUs: who has which share, and what is free."""
     node, free = plan.nodes[index], plan.free[index]
     slots = [slot for slot in plan.slots if slot.node == index]
     lines, amount = [], partial(format_amount, "GPU")
+    fractions = {
+        fit.demand.label: fit.demand.memory.fraction for fit in plan.fits if fit.demand.memory
+    }
     for gpu, left in enumerate(free.get("GPU", ())):
-        shares = Counter((slot.label, slot.gpus[gpu]) for slot in slots if gpu in slot.gpus)
-        running, parts = 1 - left / STEPS, []
-        for (label, share), count in shares.items():
-            running -= share * count
-            times = f"{count} x " if count > 1 else ""
-            parts.append(f"{label} {times}{amount(share)}")
-        parts += [f"already running {amount(running)}"] * (round(running, 4) > 0)
+        mine = [slot for slot in slots if gpu in slot.gpus]
+        shares = Counter((slot.label, slot.gpus[gpu]) for slot in mine)
+        parts = {
+            f"{label} {f'{count} x ' if count > 1 else ''}{amount(share)}": share * count
+            for (label, share), count in shares.items()
+        }
+        running = round(1 - left / STEPS - sum(parts.values()), 4)
+        parts |= {f"already running {amount(running)}": running} if running > 0 else {}
         held = f"{' + '.join(parts)} · " if parts else ""
-        lines.append(f"node {node.name} · GPU {gpu}: {held}{amount(left / STEPS)} free")
+        line = (
+            f"node {node.name} · GPU {gpu} {bar(parts.values())} {held}{amount(left / STEPS)} free"
+        )
+        for card in node.cards[gpu : gpu + 1]:
+            asked = sum(fractions.get(slot.label, 0.0) for slot in mine) * card.total
+            line += (
+                f" · memory: {gib(card.used)} in use, {gib(asked)} of {gib(card.total)} asked for"
+            )
+        lines.append(line)
     if total := node.total.get("CPU"):
         planned = sum(slot.resources.get("CPU", 0.0) for slot in slots)
         idle = free["CPU"][0] / STEPS
@@ -1666,7 +2012,7 @@ def format_misfit(fit: Fit) -> str:
 
 
 # ======================================================================================
-# 7. Changes: config and what runs → what a run does with each application
+# 8. Changes: config and what runs → what a run does with each application
 # ======================================================================================
 
 LIGHTWEIGHT_OPTIONS = frozenset(
@@ -1800,6 +2146,9 @@ def needs_restart(path: KeyPath) -> bool:
 def read_demand(row: Config) -> Demand:
     """A demand from plain data, in which tuples are lists."""
     fields: Config = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+    if memory := fields.get("memory"):
+        facts: Config = {k: tuple(v) if isinstance(v, list) else v for k, v in memory.items()}
+        fields["memory"] = Memory(**facts)
     return Demand(**fields)
 
 
@@ -1880,7 +2229,7 @@ def taken_routes(
 
 
 # ======================================================================================
-# 8. Causes: what Serve and the engine say → the root cause, a hint, the phase of a start
+# 9. Causes: what Serve and the engine say → the root cause, a hint, the phase of a start
 # ======================================================================================
 
 ANSI = re.compile(r"\x1b\[[\d;]*m")
@@ -2075,7 +2424,7 @@ def serve_failure(message: str, port: int) -> ClusterError:
 
 
 # ======================================================================================
-# 9. Ray: the only section that imports Ray, and the only one that knows its private parts
+# 10. Ray: the only section that imports Ray, and the only one that knows its private parts
 # ======================================================================================
 
 SERVE, SERVE_CONTROLLER, REPLICA_PREFIX = "serve", "SERVE_CONTROLLER_ACTOR", "SERVE_REPLICA::"
@@ -2097,6 +2446,9 @@ class Builder:
     An actor keeps what it imported, and runs one call at a time, which is the one lock that
     `RequestRouterConfig` needs (it edits a process-global pickling table, measured on Ray 2.60).
     """
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Config] = {}
 
     def warm_up(self, module: str) -> None:
         """Import a builder's module ahead of its first use; errors are the build's to report."""
@@ -2150,6 +2502,38 @@ class Builder:
             rows.append((describe_deployment(name, info), row.SerializeToString()))
         return rows
 
+    def memory(self, config: Config) -> list[Config]:
+        """The fields of a `Memory` for each LLM of an application. Equal models are asked once."""
+        found = []
+        for _, llm, _ in llm_places({"applications": [config]}):
+            envs = [as_dict(owner.get("runtime_env")) for owner in (config, llm)]
+            variables = as_dict(envs[0].get("env_vars")) | as_dict(envs[1].get("env_vars"))
+            loading = as_dict(llm["model_loading_config"])
+            source = loading.get("model_source") or loading["model_id"]
+            key = json.dumps([source, llm.get("engine_kwargs"), variables], sort_keys=True)
+            if key not in self.answers:
+                self.answers[key] = measure_memory(partial(engine_options, llm), variables)
+            found.append(self.answers[key])
+        return found
+
+
+def engine_options(llm: Config) -> Config:
+    """What an LLM's engine is started with. Raises ValueError where that would not tell its
+    memory."""
+    from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
+
+    engine = LLMConfig.model_validate(llm).get_engine_config()
+    options: Config = engine.get_initialization_kwargs()
+    unknown = {
+        "it is another engine's": llm.get("server_cls"),
+        "its model is in a bucket": engine.mirror_config,
+        "it has a draft model": options.get("speculative_config"),
+        "it has pipeline stages": options.get("pipeline_parallel_size", 1) > 1,
+    }
+    for why in filter(unknown.get, unknown):
+        raise ValueError(f"{why}, which is not looked into")
+    return options
+
 
 @dataclass
 class BuildProcess:
@@ -2181,17 +2565,22 @@ def check_reachable(address: str, timeout_s: float) -> None:
 
 
 def read_log(**where: Any) -> str:
-    """The end of a log file. Raises Unreachable for whatever goes wrong: a log is a help, and never
-    a condition. Ray's own `get_log` tells its timeout to the server only, and waits for ever for a
-    dashboard that hangs (ray/util/state/api.py)."""
+    """The end of a log file. Raises Unreachable. Ray's own `get_log` tells its timeout only to the
+    server, and waits for ever for a dashboard that hangs (ray/util/state/api.py)."""
+    return ask_dashboard("api/v0/logs/file", media_type="file", timeout=LOG_TIMEOUT_S, **where)
+
+
+def ask_dashboard(path: str, **query: Any) -> str:
+    """An answer of the dashboard. Raises Unreachable for whatever goes wrong: what it tells is a
+    help, and never a condition."""
     import requests
     from ray._private.authentication import http_token_authentication
     from ray.dashboard.utils import ray_address_to_api_server_url
 
     try:
         answer = requests.get(
-            f"{ray_address_to_api_server_url(None)}/api/v0/logs/file",
-            {"media_type": "file", "timeout": LOG_TIMEOUT_S, **where},
+            f"{ray_address_to_api_server_url(None)}/{path}",
+            query,
             headers=http_token_authentication.get_auth_headers_if_auth_enabled({}),
             timeout=LOG_TIMEOUT_S,
         )
@@ -2234,8 +2623,9 @@ def schema_problems(
 class RayCluster:
     """The effects that the program has on one Ray cluster. `connect` comes first."""
 
-    def __init__(self, worker_logs: bool = False) -> None:
-        self.log_level = logging.INFO if worker_logs else logging.ERROR
+    def __init__(self, options: Options) -> None:
+        self.gpu_memory = options.gpu_memory
+        self.log_level = logging.INFO if options.logs else logging.ERROR
         self.address = self.dashboard_url = ""
         self.builders: dict[str, BuildProcess] = {}
         self.built: dict[str, list[bytes]] = {}
@@ -2498,13 +2888,20 @@ class RayCluster:
         """Where an application is built: alone, or with those of its module and runtime_env. The
         first call starts the process and its imports, which take 10 s for an LLM."""
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         runtime_env = application.config.get("runtime_env") or {}
         module = application.config["import_path"].replace(":", ".").rpartition(".")[0]
         key = json.dumps([alone and application.name, module, runtime_env], sort_keys=True)
         with self.lock:
             if key not in self.builders:
-                actor = ray.remote(num_cpus=0, runtime_env=runtime_env or None)(Builder).remote()
+                # Where there are GPUs, what vLLM says of its memory is of their platform.
+                gpus = [
+                    n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("GPU")
+                ]
+                where = NodeAffinitySchedulingStrategy(gpus[0], soft=True) if gpus else "DEFAULT"
+                how = {"runtime_env": runtime_env or None, "scheduling_strategy": where}
+                actor = ray.remote(num_cpus=0, **how)(Builder).remote()
                 self.builders[key] = BuildProcess(actor, actor.warm_up.remote(module))
             return self.builders[key]
 
@@ -2528,6 +2925,8 @@ class RayCluster:
                     check()
                 process.began = time.monotonic()
             rows = ray.get(call)
+            process.began = math.inf
+            facts = self.ask_memory(process, application, check)
         except DeadlinePassed:
             ray.kill(process.actor)
             raise
@@ -2542,7 +2941,40 @@ class RayCluster:
             process.began = math.inf
             process.turn.release()
         self.built[application.name] = [row for _, row in rows]
-        return tuple(read_demand({**fields, "application": application.name}) for fields, _ in rows)
+        demands = []
+        for fields, _ in rows:
+            fields["memory"] = next(
+                (
+                    facts[m.deployment_name]
+                    for m in application.models
+                    if serves(fields["deployment"], m) and facts
+                ),
+                None,
+            )
+            demands.append(read_demand({**fields, "application": application.name}))
+        return tuple(demands)
+
+    def ask_memory(
+        self, process: BuildProcess, application: ApplicationSpec, check: Callable[[], None]
+    ) -> dict[str, Config]:
+        """What vLLM says of the memory of each LLM (by its deployment) of one of Ray's builders. A
+        process that does not come back with it is given up; the application is deployed without."""
+        import ray
+
+        if not is_rays_builder(application.config):
+            return {}
+        call = process.actor.memory.remote(application.config)
+        until, late = time.monotonic() + MEMORY_TIMEOUT_S, False
+        while not ray.wait([call], timeout=0.2)[0] and not late:
+            check()
+            late = time.monotonic() > until
+        names = [model.deployment_name for model in application.models]
+        try:
+            return dict(zip(names, ray.get(call, timeout=0 if late else None), strict=True))
+        except ray.exceptions.RayError as error:
+            ray.kill(process.actor)
+            why = f"no answer within {MEMORY_TIMEOUT_S:.0f} s" if late else first_line(str(error))
+            return {name: {"unknown": why} for name in names}
 
     # -- resources -----------------------------------------------------------------------------
 
@@ -2552,7 +2984,7 @@ class RayCluster:
         import ray
         from ray._private.state import available_resources_per_node
 
-        available, holdings = available_resources_per_node(), self.holdings()
+        available, holdings, cards = available_resources_per_node(), self.holdings(), self.cards()
         alive = [row for row in ray.nodes() if row["Alive"]]
         addresses = Counter(row["NodeManagerAddress"] for row in alive)
         nodes = []
@@ -2561,8 +2993,24 @@ class RayCluster:
             name = address if addresses[address] == 1 else f"{address}/{node_id[:6]}"
             held = [(label, amounts) for where, label, amounts in holdings if where == node_id]
             free = available.get(node_id, {})
-            nodes.append(node_of(name, row, free, held, giving_way))
+            node = node_of(name, row, free, held, giving_way)
+            count = int(node.total.get("GPU", 0))
+            mine = cards.get(node_id) or (Card(self.gpu_memory),) * (
+                count if self.gpu_memory else 0
+            )
+            if len(node.holders) < len(
+                held
+            ):  # what gives way holds memory, too: nobody knows where
+                mine = tuple(replace(card, users="") for card in mine)
+            nodes.append(replace(node, cards=mine))
         return nodes
+
+    def cards(self) -> dict[str, tuple[Card, ...]]:
+        """The GPUs of each node (id), as far as the dashboard tells."""
+        try:
+            return read_cards(read_json(ask_dashboard("nodes", view="summary")))
+        except Unreachable:
+            return {}
 
     def held(self) -> dict[str, list[tuple[str, Resources, set[int]]]]:
         """What each replica holds, by its actor's name: (node id, resources, indices of GPUs): the
@@ -2662,7 +3110,7 @@ class RayCluster:
 
 
 # ======================================================================================
-# 10. Verify: an application that runs → the proof that it is what was promised, and answers
+# 11. Verify: an application that runs → the proof that it is what was promised, and answers
 # ======================================================================================
 
 OK, NOT_FOUND, SERVER_ERROR = 200, 404, 500
@@ -2708,11 +3156,6 @@ def fetch(url: str, body: Config | None, timeout_s: float) -> Response:
                 break
     text = b"".join(parts).decode(errors="replace")
     return Response(answer.status, text, first_s, time.monotonic() - started, ended)
-
-
-def serves(deployment: str, model: ModelSpec) -> bool:
-    """Whether a deployment is a model's; Ray names it "<server class>:<deployment name>"."""
-    return deployment.endswith(f":{model.deployment_name}")
 
 
 def demand_of(model: ModelSpec, demands: Sequence[Demand]) -> Demand | None:
@@ -2834,14 +3277,6 @@ def read_parts(text: str) -> list[Config]:
     return [part for part in map(read_json, lines or [text]) if part]
 
 
-def read_json(text: str) -> Config:
-    """A JSON object; empty for anything else."""
-    try:
-        return as_dict(json.loads(text))
-    except ValueError:
-        return {}
-
-
 def format_refusal(response: Response) -> str:
     """An answer that is none: its status, and the message in its body."""
     body: Config = dict(itertools.chain(*(part.items() for part in read_parts(response.text))))
@@ -2867,7 +3302,7 @@ def shares_gpu(action: Action) -> bool:
 
 
 # ======================================================================================
-# 11. Deploy: the pool, the one watcher, deadlines, stopping
+# 12. Deploy: the pool, the one watcher, deadlines, stopping
 # ======================================================================================
 
 
@@ -2878,6 +3313,7 @@ class Cluster(Protocol):
     def build(self, app: ApplicationSpec, check: Callable[[], None]) -> tuple[Demand, ...]: ...
     def submit(self, action: Action) -> None: ...
     def delete(self, name: str) -> None: ...
+    def remember(self, name: str, record: Record | None) -> None: ...
     def nodes(self, giving_way: Collection[str]) -> list[Node]: ...
     def states(self, timeout_s: float) -> dict[str, ApplicationDetails]: ...
     def holdings(self) -> list[tuple[str, str, Resources]]: ...
@@ -3071,7 +3507,9 @@ def carry_out(action: Action, run: Run) -> None:
             return
         if action.submits:
             run.enter(action, "building")
-            action.demands = run.cluster.build(action.application, partial(run.check, action))
+            demands = run.cluster.build(action.application, partial(run.check, action))
+            before = action.before.record if action.before else None
+            action.demands = remembered(demands, before.demands if before else ())
             run.enter(action, "built")
         if not run.options.plan:
             bring_up(action, run)
@@ -3191,6 +3629,7 @@ def prove(action: Action, run: Run) -> None:
     a bad answer, and Stopped; not having reached an application is not its failure."""
     application, details = action.application, action.details
     assert details is not None
+    learn_memory(action, run)
     held = run.cluster.reservations(details)
     proof = Proof(tuple(held), mismatches(application, action.demands, held))
     action.proof = proof
@@ -3228,6 +3667,25 @@ def prove(action: Action, run: Run) -> None:
         action.proof = replace(proof, unverified=run.stop_reason or "time ran out")
 
 
+def learn_memory(action: Action, run: Run) -> None:
+    """Keep in the cluster what the engines that share a card have measured at this start."""
+    card = next((node.cards[0].total for node in run.nodes if node.cards), 0)
+    demands = []
+    for demand in action.demands:
+        deployment = action.details.deployments.get(demand.deployment) if action.details else None
+        replicas = running_replicas(deployment) if deployment else []
+        memory = demand.memory
+        if memory and memory.block and replicas and gpu_shares(demand) and action.submits:
+            with contextlib.suppress(Unreachable):
+                log = run.cluster.replica_log(replicas[0].actor_id or "")
+                memory = learn(memory, card, log)
+        demands.append(replace(demand, memory=memory))
+    if tuple(demands) != action.demands:
+        action.demands = tuple(demands)
+        record = Record(action.version, action.kept, action.demands)
+        run.cluster.remember(action.name, record)
+
+
 def delete_application(action: Action, run: Run) -> None:
     """Delete an application, and wait until what it held is free."""
     if action.before is None:
@@ -3255,7 +3713,7 @@ def exit_code(actions: Sequence[Action], stop_code: int) -> int:
 
 
 # ======================================================================================
-# 12. Report: what was reached → text, live view, JSON
+# 13. Report: what was reached → text, live view, JSON
 # ======================================================================================
 
 RULE, THIN_RULE = "=" * 80, "-" * 80
@@ -3360,6 +3818,10 @@ def format_running(action: Action, report: Report) -> list[str]:
             amounts, count = describe_demand(demand)
             lines += [f"   Resources per replica: {amounts}", f"   Replicas: {count}"]
         lines += [f"   Note: {note}" for note in model.notes]
+    pins = [d.memory.suggested for d in action.demands if d.memory and d.memory.suggested]
+    lines += [
+        f"   Note: engine_kwargs.kv_cache_memory_bytes: {pin} keeps what it has" for pin in pins
+    ]
     lines += [*map(format_demand, others), *format_proof(action.proof or Proof())]
     if report.base_url is None:
         return [*lines, "   It ran when the cluster was last seen"]
@@ -3469,13 +3931,23 @@ def format_summary(report: Report) -> list[str]:
     return [*lines, RULE]
 
 
+def room_in(report: Report, demand: Demand) -> Room | None:
+    """What an engine has room for, in a plan on the card that it would get."""
+    fits = report.plan.fits if report.plan else ()
+    rooms = (fit.room for fit in fits if fit.demand.label == demand.label)
+    return next(rooms, room_of(demand.memory, 0))
+
+
 def format_plan(report: Report) -> list[str]:
     """What `--plan` prints: what each replica would reserve, and where all of it would go."""
     lines = [RULE, "📋 Plan (nothing was changed)", RULE]
     for action in report.actions:
         route = action.application.route_prefix or "(no HTTP route)"
         lines += ["", f"• {action.name}  {route}", *format_action(action)]
-        lines += [*format_cause(action.cause), *map(format_demand, action.demands)]
+        lines += format_cause(action.cause)
+        for demand in action.demands:
+            memory = format_memory(demand, room_in(report, demand))
+            lines += [format_demand(demand), *(f"      {line}" for line in memory)]
         for model in action.application.models:
             lines += [f"   Note: {note}" for note in model.notes]
             if model.measures_memory and action.submits:
@@ -3499,16 +3971,20 @@ def report_json(report: Report) -> Config:
         "exit_code": report.code,
         "seconds": round(report.seconds, 1),
         "dashboard": report.dashboard_url,
-        "applications": [action_json(action, report.base_url) for action in report.actions],
+        "applications": [action_json(action, report) for action in report.actions],
         "not_in_file": [{"name": d.name, "status": d.status.value} for d in report.others],
         "packing": format_prediction(report.plan) if report.plan else None,
         "misfits": list(map(format_misfit, report.plan.misfits)) if report.plan else None,
     }
 
 
-def action_json(action: Action, base_url: str | None) -> Config:
-    address, paths = endpoints(action.application, base_url)
-    demands = [(demand, dataclasses.asdict(demand)) for demand in action.demands]
+def action_json(action: Action, report: Report) -> Config:
+    address, paths = endpoints(action.application, report.base_url)
+    demands = []
+    for demand in action.demands:
+        room = room_in(report, demand)
+        more = {"reserved_per_replica": demand.reserved, "room": room and dataclasses.asdict(room)}
+        demands.append(dataclasses.asdict(demand) | more)
     return {
         "name": action.name,
         "change": action.change.value,
@@ -3516,7 +3992,7 @@ def action_json(action: Action, base_url: str | None) -> Config:
         "gap": gap(action) or None,
         "route_prefix": action.application.route_prefix,
         "models": [dataclasses.asdict(model) for model in action.application.models],
-        "deployments": [{**row, "reserved_per_replica": d.reserved} for d, row in demands],
+        "deployments": demands,
         "result": action.result.value if action.result else None,
         "seconds": round(action.seconds(), 1),
         "attempts": action.attempt,
@@ -3627,6 +4103,12 @@ class Redacted(io.TextIOBase):
         self.stream.flush()
 
 
+class Bars(RegexHighlighter):
+    """The colours of a card's bar."""
+
+    highlights: ClassVar = [r"(?P<cyan>█+)(?P<magenta>▓*)(?P<yellow>▒*)"]
+
+
 class Terminal:
     """The one place that writes: progress and messages to stderr, the report to stdout."""
 
@@ -3647,7 +4129,10 @@ class Terminal:
         self.console.print("\n".join(lines), markup=False, emoji=False)
 
     def output(self, text: str) -> None:
-        print(text, file=self.out, flush=True)
+        if self.out.isatty():
+            Console(file=self.out, highlighter=Bars(), soft_wrap=True).print(text, markup=False)
+        else:
+            print(text, file=self.out, flush=True)
 
     def took(self, action: Action) -> str:
         return format_seconds(action.seconds(self.clock()))
@@ -3696,7 +4181,7 @@ class Terminal:
 
 
 # ======================================================================================
-# 13. Command line: options, main() -> int, the one place where exceptions become exit codes
+# 14. Command line: options, main() -> int, the one place where exceptions become exit codes
 # ======================================================================================
 
 
@@ -3956,7 +4441,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without emoji shows question marks
     options = parse_options(argv)
-    session = Session(options, RayCluster(options.logs), sys.stdout, sys.stderr)
+    session = Session(options, RayCluster(options), sys.stdout, sys.stderr)
     run = session.run
     # Ray prints what raylets say; only the report belongs on stdout.
     sys.stdout = sys.stderr = session.terminal.err

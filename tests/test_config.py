@@ -621,7 +621,7 @@ def load(text: str | bytes, environ: dict[str, str] | None = None) -> app.Docume
     return document
 
 
-CHECK_VALUES = app.RayCluster().check_values
+CHECK_VALUES = app.RayCluster(app.Options("")).check_values
 
 
 def problems(text: str | bytes, environ: dict[str, str] | None = None) -> list[str]:

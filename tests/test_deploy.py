@@ -91,6 +91,7 @@ class ScriptedCluster:
         self.lock = threading.Lock()
         self.submitted: list[str] = []
         self.deleted: list[str] = []
+        self.records: dict[str, app.Record | None] = {}
         self.done: list[str] = []
         self.polls: dict[str, int] = {}
         self.building = self.most_building = 0
@@ -130,6 +131,9 @@ class ScriptedCluster:
         with self.lock:
             self.submitted.append(action.name)
             self.done.append(f"submit {action.name} {action.version}")
+
+    def remember(self, name: str, record: app.Record | None) -> None:
+        self.records[name] = record
 
     def delete(self, name: str) -> None:
         self.deleted.append(name)

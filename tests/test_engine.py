@@ -81,12 +81,11 @@ def test_both_architectures_answer_and_reserve_exactly_their_cpu(
     serve_head: RayHead, tmp_path: Path, http_port: int, tiny_llama: Path, tiny_falcon_h1: Path
 ) -> None:
     share = {"num_cpus": 1, "num_gpus": 0}
+    hybrid = application("falcon-h1", tiny_falcon_h1, share)
+    # The other one has the 1 GiB of the cluster's environment.
+    hybrid["args"]["llm_configs"][0]["runtime_env"] = {"env_vars": {"VLLM_CPU_KVCACHE_SPACE": "2"}}
     summary = deploy(
-        serve_head,
-        tmp_path,
-        http_port,
-        application("falcon3", tiny_llama, share),
-        application("falcon-h1", tiny_falcon_h1, share),
+        serve_head, tmp_path, http_port, application("falcon3", tiny_llama, share), hybrid
     )
     assert "Total applications deployed: 2/2" in summary
     assert summary.count("Resources per replica: 1.0 CPUs\n") == 2
@@ -99,17 +98,42 @@ def test_both_architectures_answer_and_reserve_exactly_their_cpu(
 
     engines = engine_pids(serve_head)
     assert len(engines) == 2
+    config = tmp_path / "config.yaml"
+    assert (
+        predicted(serve_head, config)
+        == logged(serve_head)
+        == {
+            ("2,097,152", "16384.00"),
+            ("1,398,101", "10922.67"),
+        }
+    )
     more = {**share, "autoscaling_config": {"min_replicas": 1, "max_replicas": 2}}
     again = deploy(
         serve_head,
         tmp_path,
         http_port,
         application("falcon3", tiny_llama, more),
-        application("falcon-h1", tiny_falcon_h1, share),
+        hybrid,
     )
     assert "in place because args.llm_configs[0].deployment_config.autoscaling_config" in again
     assert "Unchanged: it runs already" in again
     assert engine_pids(serve_head) == engines
+
+
+def predicted(head: RayHead, config: Path) -> set[tuple[str, str]]:
+    """The tokens and full requests that vLLM said each engine has room for before it started: the
+    run that deployed it keeps that in the cluster."""
+    plan = json.loads(run_app_v5(config, "--plan", "--json", head=head).stdout)
+    assert {row["change"] for row in plan["applications"]} == {"unchanged"}
+    rooms = [d["room"] for row in plan["applications"] for d in row["deployments"] if d["room"]]
+    return {(f"{room['tokens']:,}", f"{room['requests']:.2f}") for room in rooms}
+
+
+def logged(head: RayHead) -> set[tuple[str, str]]:
+    """The same, as the engines say when they have started (vllm/v1/core/kv_cache_utils.py)."""
+    line = re.compile(r"KV cache size: ([\d,]+) tokens, Maximum concurrency for .*: ([\d.]+)x")
+    logs = (head.temp_dir / "session_latest" / "logs").glob("worker-*")
+    return {pair for log in logs for pair in line.findall(log.read_text(errors="replace"))}
 
 
 def engine_pids(head: RayHead) -> set[int]:
@@ -132,6 +156,8 @@ def test_two_replicas_on_the_gpu_code_path_share_one_gpu(
         summary,
     )
     assert reserved(one_gpu_head) == [[{"CPU": 1.0, "GPU": 0.45}]] * 2
+    config = tmp_path / "config.yaml"
+    assert predicted(one_gpu_head, config) == logged(one_gpu_head) == {("2,097,152", "16384.00")}
     wait_for_gpu_line(one_gpu_head, r" GPU \(0\.9 used of 0\.9 reserved")
     assert isinstance(chat(f"http://localhost:{http_port}/falcon3", "falcon3"), str)
 

@@ -54,7 +54,7 @@ def export(config: Path, *arguments: str) -> tuple[int | None, str, str]:
     """The exit code, stdout and stderr; no cluster is there to be asked."""
     options = app.parse_options([str(config), "--export", *arguments])
     out, err = io.StringIO(), io.StringIO()
-    session = app.Session(options, app.RayCluster(), out, err)
+    session = app.Session(options, app.RayCluster(app.Options("")), out, err)
     session.work()
     return session.code, out.getvalue(), err.getvalue()
 

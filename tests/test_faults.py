@@ -177,7 +177,7 @@ def test_a_wrong_file_is_refused_before_anything_is_sent(
     Path("config.yaml").write_bytes(text.encode() if isinstance(text, str) else text)
     options = app_v5.parse_options(["config.yaml"])
     out, err = io.StringIO(), io.StringIO()
-    session = app_v5.Session(options, Unsent(), out, err)
+    session = app_v5.Session(options, Unsent(options), out, err)
     started = time.monotonic()
     session.work()
     assert time.monotonic() - started < 10

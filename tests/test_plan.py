@@ -294,9 +294,10 @@ def test_the_text_of_a_tight_cluster() -> None:
     plan = predict(demands, [node("10.0.0.1", CPU=16, GPU=1), old])
     assert [fit.demand.label for fit in plan.misfits] == ["falcon-h1-2/D", "huge/D"]
     assert format_prediction(plan)[1:] == [
-        "node 10.0.0.1 · GPU 0: falcon3/D 2 x 0.45 · 0.10 free",
+        "node 10.0.0.1 · GPU 0 ██████████████████·· falcon3/D 2 x 0.45 · 0.10 free",
         "node 10.0.0.1 · CPU: 2 of 16 used by this plan, 14 free",
-        "node 10.0.0.2 · GPU 0: falcon-h1/D 0.45 + already running 0.50 · 0.05 free",
+        "node 10.0.0.2 · GPU 0 █████████▓▓▓▓▓▓▓▓▓▓· falcon-h1/D 0.45 + already running 0.50"
+        " · 0.05 free",
         "node 10.0.0.2 · CPU: 1 of 4 used by this plan, 1 by what runs, 2 free",
         "falcon3/D: room for 2 of 3 replicas",
         "falcon-h1/D: room for 1 of 9 replicas",
@@ -378,7 +379,7 @@ def test_some_replicas_fit_and_a_node_to_come_is_named() -> None:
     new = Node("gpu (the autoscaler may add it)", {"GPU": 1}, {}, new=True)
     plan = predict([demand("x", {"GPU": 0.9}, replicas=2)], [node("A", GPU=1), new])
     assert format_prediction(plan)[1:] == [
-        "node A · GPU 0: x/D 0.90 · 0.10 free",
+        "node A · GPU 0 ██████████████████·· x/D 0.90 · 0.10 free",
         "node gpu (the autoscaler may add it)",
         "x/D: predicted: does not fit now; 1 of 2 replicas fit; needs 0.90 GPU; the largest free "
         "share is 0.10 (node A, GPU 0, held by x/D 0.90)",

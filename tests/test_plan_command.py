@@ -61,7 +61,10 @@ def test_a_plan_shows_what_goes_where(ray_head: RayHead, tmp_path: Path) -> None
     out = finished.stdout
     assert "LLMServer:f3: 1.0 CPUs, 0.45 GPUs per replica, replicas 1 → 3 (autoscaling)" in out
     assert "OpenAiIngress (ingress): 1.0 CPUs per replica, replicas 1" in out
-    assert "GPU 0: falcon3/LLMServer:f3 0.45 + h1/LLMServer:fh1 0.45 · 0.10 free" in out
+    assert (
+        "GPU 0 █████████▓▓▓▓▓▓▓▓▓·· falcon3/LLMServer:f3 0.45 + h1/LLMServer:fh1 0.45 · 0.10 free"
+        in out
+    )
     assert "CPU: 4 of 16 used by this plan, 12 free" in out
     assert "falcon3/LLMServer:f3: room for 3 of 3 replicas" in out
     assert "h1/LLMServer:fh1: room for 3 of 5 replicas" in out

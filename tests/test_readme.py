@@ -202,7 +202,9 @@ def test_the_configs_are_right(text: str, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(config))
     document, problems = app.load_document(str(file), {})
-    applications, problems = app.check_config(document, problems, app.RayCluster().check_values)
+    applications, problems = app.check_config(
+        document, problems, app.RayCluster(app.Options("")).check_values
+    )
     assert problems == []
     assert applications[0].models[0].promised["GPU"] == 0.45
 

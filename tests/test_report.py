@@ -324,7 +324,7 @@ def test_a_plan_says_what_would_go_where() -> None:
     one, two = (f"{row[0]}/LLMServer:{row[1]}-deployment" for row in (FALCON3, FALCON_H1))
     assert lines[-6:] == [
         "predicted packing at min replicas (Ray decides in the end):",
-        f"node n · GPU 0: {one} 0.45 + already running 0.50 · 0.05 free",
+        f"node n · GPU 0 █████████▓▓▓▓▓▓▓▓▓▓· {one} 0.45 + already running 0.50 · 0.05 free",
         "node n · CPU: 1 of 8 used by this plan, 7 free",
         f"{one}: room for 1 of 3 replicas",
         f"{two}: predicted: does not fit now; needs 0.45 GPU; the largest free share is 0.05 "
@@ -354,7 +354,7 @@ def test_json_has_the_same_facts() -> None:
     )
     assert bad["logs"][0] == "ray logs actor --id abc --tail 400 --err"
     assert (bad["submitted"], bad["deleted"], bad["attempts"]) == (True, False, 1)
-    perhaps = app.action_json(failed(sent="perhaps"), None)
+    perhaps = app.action_json(failed(sent="perhaps"), replace(report(), base_url=None))
     assert (perhaps["submitted"], perhaps["base_url"]) == (None, None)
 
 

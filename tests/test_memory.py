@@ -1,0 +1,270 @@
+"""What a share of a card buys: the arithmetic, and vLLM's own figures for models of real size."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import app_v5 as app
+
+GIB = 2**30
+FALCON3 = app.Memory(
+    weights=int(3.11 * GIB),
+    block=9 * 2**20,
+    requests=((4096, 32), (2048, 16), (1024, 8)),
+    fraction=0.405,
+    platform="cuda",
+)
+
+
+def demand(memory: app.Memory | None = FALCON3, gpu: float = 0.45, **more: Any) -> app.Demand:
+    return app.Demand("a", "LLMServer:m", ({"CPU": 1.0, "GPU": gpu},), memory=memory, **more)
+
+
+def node(card: int, used: int = 0, users: str = "") -> app.Node:
+    total = {"CPU": 16.0, "GPU": 1.0}
+    return app.Node("n", total, total, (1.0,), cards=(app.Card(card * GIB, used * GIB, users),))
+
+
+def test_a_share_of_a_card_in_words() -> None:
+    [fit] = app.predict(
+        [demand(max_ongoing_requests=100, target_ongoing_requests=85)], [node(80)]
+    ).fits
+    assert fit.reason == ""
+    assert app.format_memory(fit.demand, fit.room) == [
+        "memory: weights 3.11 GiB · a request of 4,096 tokens needs 0.28 GiB of KV cache",
+        "  0.45 of 80 GiB, at gpu_memory_utilization 0.405: 32.4 GiB; 27.79 GiB for the KV cache"
+        " (1.5 GiB kept for activations, a guess)",
+        "  room for 404,608 tokens, 98 full requests at once"
+        " (max_ongoing_requests is 100: the last 2 would queue)",
+        "  the smallest num_gpus that serves target_ongoing_requests 85 in full: 0.4",
+    ]
+
+
+@pytest.mark.parametrize("requests", [1, 7, 85, 200])
+def test_the_smallest_share_is_enough_and_a_smaller_one_is_not(requests: int) -> None:
+    def full(gpus: float) -> float:
+        memory = replace(FALCON3, fraction=gpus * app.WHOLE_GPU_MEMORY_FRACTION)
+        room = app.room_of(memory, 80 * GIB)
+        assert room is not None
+        return room.requests
+
+    least = app.least_gpus(demand(), 80 * GIB, requests)
+    assert full(least) >= requests
+    assert full(least - 0.01) < requests + 1
+
+
+def test_a_share_without_room_for_one_request_never_fits() -> None:
+    plan = app.predict([demand(replace(FALCON3, fraction=0.2))], [node(24)])
+    [fit] = plan.misfits
+    assert fit.never
+    assert fit.reason == (
+        "a request of 4,096 tokens needs 0.28 GiB of KV cache; 0.19 GiB of 4.8 GiB are left for"
+        " that; max_model_len 2,048 would fit; num_gpus 0.23 would do"
+    )
+
+
+def test_more_sequences_than_mamba_blocks_never_fit() -> None:
+    hybrid = replace(FALCON3, weights=GIB, block=14 * 2**20, sequences=256)
+    [fit] = app.predict([demand(replace(hybrid, fraction=0.2))], [node(24)]).misfits
+    assert fit.reason == (
+        "max_num_seqs is 256, and its share holds 168 Mamba blocks;"
+        " set engine_kwargs.max_num_seqs to 168 or less"
+    )
+    assert app.predict([demand(hybrid)], [node(24)]).misfits == []
+
+
+def test_what_others_hold_of_a_card_counts() -> None:
+    busy = node(24, 20, "process 77 (20 GiB)")
+    [fit] = app.predict([demand()], [busy]).misfits
+    assert not fit.never
+    assert fit.reason == (
+        "needs 9.72 GiB free on GPU 0 of node n; 4 GiB are, in use by process 77 (20 GiB)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("card", "count", "fitting"), [(24, 2, 2), (24, 4, 4), (24, 8, 0), (80, 8, 8)]
+)
+def test_several_models_on_one_card(card: int, count: int, fitting: int) -> None:
+    share = 1 / count
+    memory = replace(FALCON3, fraction=round(share * 0.9, 4))
+    models = [replace(demand(memory, share), application=f"m{n}") for n in range(count)]
+    plan = app.predict(models, [node(card)])
+    assert sum(not fit.reason for fit in plan.fits) == fitting
+
+
+def test_a_card_s_sum_stands_beside_it() -> None:
+    two = [replace(demand(), application=name) for name in "ab"]
+    [line, *_] = app.format_node(app.predict(two, [node(80)]), 0)
+    assert line == (
+        "node n · GPU 0 █████████▓▓▓▓▓▓▓▓▓·· a/LLMServer:m 0.45 + b/LLMServer:m 0.45 · 0.10 free"
+        " · memory: 0 GiB in use, 64.8 GiB of 80 GiB asked for"
+    )
+
+
+def test_what_is_not_known_is_said() -> None:
+    unknown = demand(app.Memory(unknown="it has a draft model"))
+    assert app.format_memory(unknown, None) == ["memory: not known: it has a draft model"]
+    assert app.format_memory(demand(), None)[1].endswith("--gpu-memory 80GiB would plan with one")
+    assert app.format_memory(demand(None), None) == []
+
+
+LOG = """\
+INFO gpu_worker.py:626] Available KV cache memory: 27.5 GiB
+INFO gpu_worker.py:860] Free memory on device (79.1/80.0 GiB) on startup. Desired GPU memory \
+utilization is (0.405, 32.4 GiB). Replace gpu_memory_utilization config with \
+`--kv-cache-memory=29370000000` (27.35 GiB) to fit into requested memory, or \
+`--kv-cache-memory=79000000000` (73.5 GiB) to fully utilize gpu memory.
+"""
+
+
+def test_a_start_replaces_the_guess_on_the_same_kind_of_card() -> None:
+    card = 80 * GIB
+    learnt = app.learn(FALCON3, card, LOG)
+    assert learnt.suggested == 29_370_000_000
+    assert app.kept(learnt, card) == pytest.approx(1.79 * GIB, rel=0.01)
+    assert app.kept(learnt, 24 * GIB) == app.ACTIVATIONS_BYTES
+    [again] = app.remembered([demand()], [demand(learnt)])
+    assert again.memory == learnt
+    [other] = app.remembered([demand(replace(FALCON3, weights=1))], [demand(learnt)])
+    assert other.memory is not None
+    assert other.memory.measured == ()
+    [fit] = app.predict([again], [node(80)]).fits
+    assert "27.5 GiB for the KV cache (1.79 GiB kept for activations, measured)" in "".join(
+        app.format_memory(fit.demand, fit.room)
+    )
+
+
+def test_a_record_keeps_it() -> None:
+    learnt = demand(app.learn(FALCON3, 80 * GIB, LOG))
+    row = json.loads(json.dumps(asdict(learnt)))
+    found = app.read_demand(row).memory
+    assert found is not None
+    assert (found.measured, found.suggested) == (learnt.memory.measured, 29_370_000_000)  # type: ignore[union-attr]
+
+
+def test_the_dashboard_s_cards() -> None:
+    gpu = {
+        "memoryTotal": 81920,
+        "memoryUsed": 20480,
+        "processesPids": [{"pid": 77, "gpuMemoryUsage": 20480}],
+    }
+    summary = {"data": {"summary": [{"raylet": {"nodeId": "abc"}, "gpus": [gpu]}, {"raylet": {}}]}}
+    assert app.read_cards(summary)["abc"] == (app.Card(80 * GIB, 20 * GIB, "process 77 (20 GiB)"),)
+    assert app.read_cards({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("80GiB", 80 * GIB), ("24576MiB", 24 * GIB), ("24G", 24 * GIB)]
+)
+def test_sizes_of_cards(text: str, size: int) -> None:
+    assert app.parse_options(["c.yaml", "--gpu-memory", text]).gpu_memory == size
+
+
+def test_a_wrong_size_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        app.parse_options(["c.yaml", "--gpu-memory", "much"])
+    assert "--gpu-memory" in capsys.readouterr().err
+
+
+# -- vLLM's own figures ------------------------------------------------------------------------
+
+REAL: dict[str, dict[str, Any]] = {
+    "falcon3-1b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 131072,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 8192,
+    },
+    "falcon-h1-0.5b": {
+        "architectures": ["FalconH1ForCausalLM"],
+        "model_type": "falcon_h1",
+        "vocab_size": 32784,
+        "hidden_size": 1024,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 16384,
+        "mamba_d_ssm": 1536,
+        "mamba_n_heads": 24,
+        "mamba_d_head": 64,
+        "mamba_d_state": 128,
+        "mamba_n_groups": 1,
+    },
+}
+SCRIPT = """
+import json, sys
+import app_v5
+builder = app_v5.Builder()
+print("ANSWERS" + json.dumps(builder.memory(json.loads(sys.argv[1]))))
+"""
+
+
+@pytest.mark.engine
+def test_models_of_real_size_from_their_config_alone(tmp_path: Path) -> None:
+    llms = []
+    for name, tensor_parallel, more in (
+        ("falcon3-1b", 1, {}),
+        ("falcon3-1b", 2, {}),
+        ("falcon-h1-0.5b", 1, {}),
+        ("falcon-h1-0.5b", 1, {"enforce_eager": True}),
+        ("falcon3-1b", 1, {"max_model_len": 99_999}),
+        ("falcon3-1b", 1, {"pipeline_parallel_size": 2}),
+    ):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        shape = {**REAL[name], "torch_dtype": "bfloat16", "tie_word_embeddings": False}
+        (folder / "config.json").write_text(json.dumps(shape))
+        engine = {
+            "max_model_len": 4096,
+            "dtype": "bfloat16",
+            "skip_tokenizer_init": True,
+            "tensor_parallel_size": tensor_parallel,
+            **more,
+        }
+        loading = {"model_id": name, "model_source": str(folder)}
+        llms.append({"model_loading_config": loading, "engine_kwargs": engine})
+    config = {"import_path": "ray.serve.llm:build_openai_app", "args": {"llm_configs": llms}}
+    # A process of its own, as vLLM makes a process group that lasts.
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(config)],
+        cwd=Path(app.__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout.partition("ANSWERS")[2])
+    falcon3, halves, hybrid, eager, long, stages = answers
+
+    def request(answer: dict[str, Any]) -> float:
+        size: int = answer["block"] * answer["requests"][0][1]
+        return round(size / GIB, 2)
+
+    assert (round(falcon3["weights"] / GIB, 2), request(falcon3)) == (3.11, 0.28)
+    assert (round(hybrid["weights"] / GIB, 2), request(hybrid)) == (0.97, 0.11)
+    # A table of positions and the layers' norms are whole in each shard.
+    assert halves["weights"] == pytest.approx(falcon3["weights"] / 2, rel=0.001)
+    assert halves["block"] * 2 == falcon3["block"]
+    room = app.room_of(app.Memory(**{**falcon3, "pinned": 20 * GIB}), 0)
+    assert room is not None
+    assert (room.tokens, int(room.requests)) == (291_200, 71)
+    assert hybrid["sequences"] > 0 == eager["sequences"] == falcon3["sequences"]
+    assert "max_model_len" in long["unknown"]
+    assert "pipeline stages" in stages["unknown"]
