@@ -1669,16 +1669,15 @@ def format_misfit(fit: Fit) -> str:
 # 7. Changes: config and what runs → what a run does with each application
 # ======================================================================================
 
-LIGHTWEIGHT_OPTIONS = frozenset(
-    (
-        *("num_replicas", "autoscaling_config", "max_ongoing_requests", "max_queued_requests"),
-        *("user_config", "health_check_period_s", "health_check_timeout_s"),
-        *("graceful_shutdown_wait_loop_s", "graceful_shutdown_timeout_s", "backpressure_config"),
-        *("logging_config", "max_constructor_retry_count", "rolling_update_percentage"),
-        "max_surge_percent",
-    )
-)
-"""Deployment options that Serve changes in place, without a new replica."""
+LIGHTWEIGHT_OPTIONS = {
+    *("num_replicas", "autoscaling_config", "max_ongoing_requests", "max_queued_requests"),
+    *("user_config", "health_check_period_s", "health_check_timeout_s", "backpressure_config"),
+    *("graceful_shutdown_wait_loop_s", "graceful_shutdown_timeout_s", "logging_config"),
+    *("max_constructor_retry_count", "rolling_update_percentage", "max_surge_percent"),
+    *("route_prefix", "external_scaler_enabled"),
+}
+"""Options of deployments, and of applications, that Serve changes in place, without a new
+replica."""
 
 DEPLOYMENT_CONFIGS = ("deployment_config", "ingress_deployment_config")
 NOT_GIVEN = object()
@@ -1696,15 +1695,14 @@ def version_of(config: Config, key: bytes, taken: Collection[str]) -> str:
     back what still runs of it; with the time behind it where one of those `taken` has it, too, and
     has to restart. `deployments` are not in it: Serve compares those itself."""
 
-    def heavy(value: Any, parent: str = "") -> Any:
-        if isinstance(value, list):
-            return [heavy(item) for item in value]
-        light = LIGHTWEIGHT_OPTIONS if parent in DEPLOYMENT_CONFIGS else ()
-        rows = value.items() if isinstance(value, dict) else ()
-        return {k: heavy(item, k) for k, item in rows if k not in light} if rows else value
+    def heavy(found: Config) -> Config:
+        for options in (as_dict(found.get(name)) for name in DEPLOYMENT_CONFIGS):
+            for light in LIGHTWEIGHT_OPTIONS & options.keys():
+                del options[light]
+        return found
 
-    plain = json.loads(json.dumps(config, default=str))  # in which all keys are texts
-    kept = {name: heavy(plain.get(name)) for name in ("import_path", "runtime_env", "args")}
+    plain = json.loads(json.dumps(config, default=str), object_hook=heavy)  # all keys are texts
+    kept = {name: plain.get(name) for name in ("import_path", "runtime_env", "args")}
     version = fingerprint(json.dumps(kept, sort_keys=True), key)
     is_taken = any(old.partition(".")[0] == version for old in taken)
     return f"{version}.{time.time_ns():x}" if is_taken else version
@@ -1737,47 +1735,48 @@ def decide(
     action = Action(application, Change.CREATE, version, before=running, kept=kept)
     if running is None:
         return action
-    status = running.details.status.value
+    action.change, action.surge = Change.RESTART, options.no_downtime
+    status, declared = running.details.status.value, running.details.source == "declarative"
     known = record is not None and running.versions == {record.version}
-    declared = running.details.source == "declarative"
     found = {
         "--force": options.force,
         BY_SERVE_DEPLOY: declared,
         "it was deployed by other means: nothing to compare with": not (known or declared),
         f"it is {status}": status in ("DEPLOY_FAILED", "UNHEALTHY"),
     }
-    reasons = tuple(text for text, is_so in found.items() if is_so)
-    restart = replace(action, change=Change.RESTART, reasons=reasons, surge=options.no_downtime)
-    if record is None or reasons:
-        return restart
-    return compare(restart, replace(record, config=map_texts(record.config, hide)), status)
+    action.reasons = tuple(text for text, is_so in found.items() if is_so)
+    if record and not action.reasons:
+        edits = list(differences(map_texts(record.config, hide), kept))
+        apply_edits(action, edits, record.version, status)
+    return action
 
 
-def compare(restart: Action, record: Record, status: str) -> Action:
-    """What an edit needs of a restart, for an application whose last deployment is known."""
-    edits = list(differences(record.config, restart.kept))
+def apply_edits(
+    action: Action, edits: Sequence[tuple[KeyPath, str]], version: str, status: str
+) -> None:
+    """Make of a restart as little as the edits need since what has this version was deployed."""
     heavy = [(path, text) for path, text in edits if needs_restart(path)]
-    reasons = tuple(text for _, text in heavy or edits)
+    action.reasons = tuple(text for _, text in heavy or edits)
     if any(path[0] != "deployments" for path, _ in heavy):
-        return replace(restart, reasons=reasons)
+        return
+    action.version = version
     if heavy:
-        names = frozenset(str(path[1]) for path, _ in heavy)
-        return replace(restart, version=record.version, reasons=reasons, restarting=names)
+        action.restarting = frozenset(str(path[1]) for path, _ in heavy)
+        return
     if status != "RUNNING":
-        reasons = reasons or (f"it is {status}",)
-    change = Change.IN_PLACE if reasons else Change.UNCHANGED
-    return replace(restart, change=change, version=record.version, reasons=reasons, surge=False)
+        action.reasons = action.reasons or (f"it is {status}",)
+    action.change = Change.IN_PLACE if action.reasons else Change.UNCHANGED
+    action.surge = False
 
 
 def differences(before: Any, after: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
     """What was edited: its path, and "args.llm_configs[0].engine_kwargs.seed: 1 → 2"."""
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        before, after = (dict(enumerate(side)) for side in (before, after))
     old, new = ({} if side is NOT_GIVEN else side for side in (before, after))
     if isinstance(old, dict) and isinstance(new, dict) and (old or new):
         for key in dict.fromkeys([*old, *new]):
             yield from differences(old.get(key, NOT_GIVEN), new.get(key, NOT_GIVEN), (*path, key))
-    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        for index, (old, new) in enumerate(zip(before, after, strict=True)):
-            yield from differences(old, new, (*path, index))
     elif before != after:
         texts = []
         for side in (before, after):
@@ -1789,8 +1788,6 @@ def differences(before: Any, after: Any, path: KeyPath = ()) -> Iterator[tuple[K
 
 def needs_restart(path: KeyPath) -> bool:
     """Whether a change at this place of an application needs new replicas."""
-    if path[0] in ("route_prefix", "logging_config", "external_scaler_enabled"):
-        return False
     if path[0] == "deployments":
         return not LIGHTWEIGHT_OPTIONS.issuperset(path[2:3])
     inside = (option for key, option in itertools.pairwise(path) if key in DEPLOYMENT_CONFIGS)
@@ -1814,23 +1811,21 @@ def running_replicas(deployment: DeploymentDetails) -> list[ReplicaDetails]:
     return [replica for replica in deployment.replicas if replica.state == "RUNNING"]
 
 
-def restarted_deployments(action: Action) -> list[DeploymentDetails]:
-    """The deployments on the cluster whose replicas a restart replaces."""
-    if action.change is not Change.RESTART or action.before is None:
-        return []
-    names, deployments = action.restarting, action.before.details.deployments.values()
-    return [d for d in deployments if names is None or d.name in names]
+def restarts(action: Action, deployment: str) -> bool:
+    """Whether a deployment gets new replicas for those that run."""
+    names = action.restarting
+    return action.change is Change.RESTART and (names is None or deployment in names)
 
 
 def gap(action: Action) -> str:
     """What a restart means for those who send requests; empty when nothing restarts."""
-    restarted = list(filter(running_replicas, restarted_deployments(action)))
-    alone = [d.name for d in restarted if d.target_num_replicas <= 1]
+    deployments = action.before.details.deployments.values() if action.before else ()
+    restarted = [d for d in deployments if restarts(action, d.name) and running_replicas(d)]
     if not restarted:
         return ""
     if action.surge:
         return "no gap, where there is room: new replicas start before the old ones stop"
-    if alone:
+    if alone := [d.name for d in restarted if d.target_num_replicas <= 1]:
         return (
             f"with a gap: Serve stops the one replica of {' and of '.join(alone)} before it starts "
             "the new one (--no-downtime starts the new one first, where there is room)"
@@ -1839,17 +1834,12 @@ def gap(action: Action) -> str:
 
 
 def demands_at_once(action: Action) -> list[Demand]:
-    """What there has to be room for: all replicas, or with --no-downtime the new ones that start
-    while the old ones stay."""
-    if not action.surge or action.before is None:
+    """What there has to be room for: all replicas, or with --no-downtime a new one of each
+    deployment that restarts, since an old one stops when that runs."""
+    if not action.surge:
         return list(action.demands)
-    counts = dict.fromkeys(action.before.details.deployments, 0)
-    for deployment in restarted_deployments(action):
-        counts[deployment.name] = math.ceil(deployment.target_num_replicas * SURGE_PERCENT / 100)
-    return [
-        replace(demand, min_replicas=counts.get(demand.deployment, demand.min_replicas))
-        for demand in action.demands
-    ]
+    demands = [d for d in action.demands if restarts(action, d.deployment)]
+    return [replace(demand, min_replicas=min(1, demand.min_replicas)) for demand in demands]
 
 
 def giving_way(actions: Iterable[Action]) -> frozenset[str]:
@@ -1862,14 +1852,14 @@ def taken_routes(
     applications: Sequence[ApplicationSpec], others: Mapping[str, ApplicationDetails]
 ) -> Problems:
     """The routes that other running applications hold: Serve would refuse the second one."""
-    holders = {d.route_prefix: d for d in others.values()}
+    holders = {d.route_prefix: d for d in others.values() if d.route_prefix}
     problems = []
     for application in applications:
-        route = application.route_prefix
-        holder = holders.get(route)
-        if route is None or holder is None or holder.name == application.name:
+        route, path = application.route_prefix, ("applications", application.index, "route_prefix")
+        holder = holders.get(route or "")
+        if holder is None or holder.name == application.name:
             continue
-        name, path = holder.name, ("applications", application.index, "route_prefix")
+        name = holder.name
         hint = f"choose another route, or delete {name} first"
         if any(name == item.name for item in applications):
             hint = f"give {name} a free route in one run, and both their new ones in a second"
