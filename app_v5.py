@@ -1077,28 +1077,24 @@ def read_applications(document: Document) -> tuple[tuple[ApplicationSpec, ...], 
     Short resource keys go into `ray_actor_options`, and each LLM's engine is fitted to the share
     that its deployment declares. The document is not changed.
     """
-    data = unshared(document.data)
-    problems: Problems = []
-    applications = as_list(data["applications"])
-    for index, config in enumerate(applications):
-        for place, override in enumerate(as_list(config.get("deployments"))):
-            path: KeyPath = ("applications", index, "deployments", place)
-            problems += move_short_keys(as_dict(override), path)
+    data, problems, specs = unshared(document.data), Problems(), []
+    models: dict[Any, list[ModelSpec]] = defaultdict(list)
+    for path, llm, _ in llm_places(data):
+        application = data["applications"][path[1]]
+        if is_llm(application, llm):
+            options = llm["deployment_config"] = llm.get("deployment_config") or {}
+            problems += move_short_keys(options, (*path, "deployment_config"))
+            problems += fit_engine(llm, path, as_dict(application.get("runtime_env")))
+            models[path[1]].append(describe_model(llm))
+    for index, config in enumerate(data["applications"]):
+        for number, override in enumerate(as_list(config.get("deployments"))):
+            here = ("applications", index, "deployments", number)
+            problems += move_short_keys(as_dict(override), here)
         if config.get("logging_config") is None and data.get("logging_config"):
             config["logging_config"] = data["logging_config"]
-        config.setdefault("name", DEFAULT_APPLICATION)
-    models: list[list[ModelSpec]] = [[] for _ in applications]
-    for path, llm, _ in llm_places(data):
-        application = applications[index := int(path[1])]
-        if is_llm(application, llm):
-            llm["deployment_config"] = llm.get("deployment_config") or {}
-            problems += move_short_keys(llm["deployment_config"], (*path, "deployment_config"))
-            problems += fit_engine(llm, path, as_dict(application.get("runtime_env")))
-            models[index].append(describe_model(llm))
-    specs = []
-    for index, config in enumerate(applications):
-        route, mine = config.get("route_prefix", DEFAULT_ROUTE), tuple(models[index])
-        specs.append(ApplicationSpec(index, config["name"], route, config, mine))
+        name = config.setdefault("name", DEFAULT_APPLICATION)
+        route = config.get("route_prefix", DEFAULT_ROUTE)
+        specs.append(ApplicationSpec(index, name, route, config, tuple(models[index])))
     return tuple(specs), problems
 
 
@@ -1107,16 +1103,16 @@ def move_short_keys(options: Config, path: KeyPath) -> Problems:
     problems: Problems = []
     actor = as_dict(options.get("ray_actor_options"))
     for option, spellings in SHORT_KEYS.items():
-        given: dict[KeyPath, Any] = {(key,): options.pop(key, None) for key in spellings}
-        given["ray_actor_options", option] = actor.get(option)
-        values = {where: float(value) for where, value in given.items() if value is not None}
-        if len(set(values.values())) > 1:
-            texts = [f"{format_key(where)}: {short(value)}" for where, value in values.items()]
-            message = f"{' and '.join(texts)} disagree"
-            problems.append(Problem((*path, *next(iter(values))), message, "give one of them"))
-        if values:
-            actor[option] = next(iter(values.values()))
-            options["ray_actor_options"] = actor
+        given = {key: options.pop(key, None) for key in spellings}
+        given[f"ray_actor_options.{option}"] = actor.get(option)
+        values = {key: float(value) for key, value in given.items() if value is not None}
+        if not values:
+            continue
+        first, actor[option] = next(iter(values.items()))
+        options["ray_actor_options"] = actor
+        if set(values.values()) != {actor[option]}:
+            texts = " and ".join(f"{key}: {short(value)}" for key, value in values.items())
+            problems.append(Problem((*path, first), f"{texts} disagree", "give one of them"))
     return problems
 
 
@@ -1165,10 +1161,7 @@ def fit_engine(llm: Config, path: KeyPath, application_env: Config) -> Problems:
         # The user's own stays as it is.
         workers = sum(float(bundle.get("GPU") or 0) for bundle in worker_bundles(llm))
         if workers and gpus:
-            total = short(workers + gpus)
-            message = (
-                f"this and num_gpus: {short(gpus)} count twice: a replica reserves {total} GPU"
-            )
+            message = f"with num_gpus: {short(gpus)} a replica reserves {short(workers + gpus)} GPU"
             hint = "set num_gpus: 0, or leave out placement_group_config"
             problems = [Problem((*path, "placement_group_config"), message, hint, warning=True)]
     elif accelerator_kind(llm) == "cpu" or gpus == 0:
@@ -1208,9 +1201,6 @@ def fit_gpu_engine(llm: Config, place: KeyPath, gpus: float) -> Problems:
     if share > 1:
         hint = f"set engine_kwargs.tensor_parallel_size: {int(gpus)}"
         problems.append(warn(f"{each}, and a worker uses one", hint))
-    if abs(share * workers - gpus) > 0.5 / STEPS:
-        total = short(share * workers)
-        problems.append(warn(f"{each}, cut to four digits: a replica reserves {total} GPU"))
     if workers > 1 and 2 * share <= 1:
         message = f"Ray may put two workers of {short(share)} GPU on one card, where NCCL fails"
         hint = "give each worker more than half a GPU, or use one worker"
@@ -1265,8 +1255,6 @@ def describe_model(llm: Config) -> ModelSpec:
         if options.get(option) is not None or held:
             promised[resource] = float(options.get(option) or 0) + held
     notes: tuple[str, ...] = ()
-    if options.get("num_gpus") is None and not workers:
-        notes = ("num_gpus is not given: Ray's default of 1 GPU for each engine worker",)
     if shares and engine.get("gpu_memory_utilization"):
         fraction = short(float(engine["gpu_memory_utilization"]))
         notes = (f"gpu_memory_utilization {fraction} for a share of {short(share)} GPU a worker",)
