@@ -1669,7 +1669,6 @@ replica."""
 
 DEPLOYMENT_CONFIGS = ("deployment_config", "ingress_deployment_config")
 NOT_GIVEN = object()
-PRUNED = "the file does not name it (--prune)"
 BY_SERVE_DEPLOY = (
     "it was deployed by `serve deploy`: it comes back when Serve's controller restarts, until "
     "`serve deploy` runs with a file without it"
@@ -1848,12 +1847,11 @@ def taken_routes(
         if holder is None or holder.name == application.name:
             continue
         name = holder.name
-        hint = f"choose another route, or delete {name} first"
-        if any(name == item.name for item in applications):
-            hint = f"give {name} a free route in one run, and both their new ones in a second"
-        origin = " (deployed by `serve deploy`)" if holder.source == "declarative" else ""
-        message = f"{route} is the route of {name}, which is running{origin}"
-        problems.append(Problem(path, message, hint))
+        hint = (
+            f"choose another route, or delete {name} first; to swap them, give {name} a free "
+            "route in one run, and both their new ones in a second"
+        )
+        problems.append(Problem(path, f"{route} is the route of {name}, which is running", hint))
     return problems
 
 
@@ -2042,14 +2040,13 @@ def serve_failure(message: str, port: int) -> ClusterError:
 
     if "Failed to bind" not in message:
         return ClusterError(f"Ray Serve did not start: {root_cause(message).text}")
-    who = "another process has it"
+    who = "another process"
     with contextlib.suppress(psutil.Error, OSError):
-        for connection in psutil.net_connections("tcp"):
-            if connection.laddr and connection.laddr.port == port and connection.pid:
-                process = psutil.Process(connection.pid)
-                who = f"process {process.pid} ({process.name()}) has it"
+        found = [c.pid for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == port]
+        for process in map(psutil.Process, filter(None, found)):
+            who = f"process {process.pid} ({process.name()})"
     hint = "stop that, or set another http_options.port"
-    return ClusterError(f"Ray Serve did not start: port {port} is taken: {who}", hint)
+    return ClusterError(f"Ray Serve did not start: port {port} is taken: {who} has it", hint)
 
 
 # ======================================================================================
@@ -3867,7 +3864,7 @@ class Session:
         if problems := taken_routes(chosen, staying):
             raise ConfigError(located(self.document, problems))
         specs = [ApplicationSpec(-1, d.name, d.route_prefix, {}) for d in pruned]
-        actions = [deletion(spec, running.get(spec.name), PRUNED) for spec in specs]
+        actions = [deletion(spec, running.get(spec.name), "--prune") for spec in specs]
         doomed = {d.route_prefix: d.name for d in pruned if d.route_prefix}
         key = cluster.fingerprint_key(make=not options.plan)
         for item in chosen:
