@@ -1086,7 +1086,7 @@ def read_applications(document: Document) -> tuple[tuple[ApplicationSpec, ...], 
             problems += move_short_keys(options, (*path, "deployment_config"))
             problems += fit_engine(llm, path, as_dict(application.get("runtime_env")))
             models[path[1]].append(describe_model(llm))
-    for index, config in enumerate(data["applications"]):
+    for index, config in enumerate(as_list(data["applications"])):
         for number, override in enumerate(as_list(config.get("deployments"))):
             here = ("applications", index, "deployments", number)
             problems += move_short_keys(as_dict(override), here)
@@ -1662,10 +1662,8 @@ LIGHTWEIGHT_OPTIONS = {
     *("user_config", "health_check_period_s", "health_check_timeout_s", "backpressure_config"),
     *("graceful_shutdown_wait_loop_s", "graceful_shutdown_timeout_s", "logging_config"),
     *("max_constructor_retry_count", "rolling_update_percentage", "max_surge_percent"),
-    *("route_prefix", "external_scaler_enabled"),
 }
-"""Options of deployments, and of applications, that Serve changes in place, without a new
-replica."""
+"""Deployment options that Serve changes in place, without a new replica."""
 
 DEPLOYMENT_CONFIGS = ("deployment_config", "ingress_deployment_config")
 NOT_GIVEN = object()
@@ -1775,6 +1773,8 @@ def differences(before: Any, after: Any, path: KeyPath = ()) -> Iterator[tuple[K
 
 def needs_restart(path: KeyPath) -> bool:
     """Whether a change at this place of an application needs new replicas."""
+    if path[0] in ("route_prefix", "logging_config", "external_scaler_enabled"):
+        return False
     if path[0] == "deployments":
         return not LIGHTWEIGHT_OPTIONS.issuperset(path[2:3])
     inside = (option for key, option in itertools.pairwise(path) if key in DEPLOYMENT_CONFIGS)
