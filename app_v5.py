@@ -430,9 +430,7 @@ class Options:
     max_workers: int = option(
         0, "how many deploy at once (min(applications, max(2, cluster's CPUs)); 1: as V4)", type=int
     )
-    timeout: float = option(
-        30 * 60.0, "seconds for each application (1800; 0: for ever)", type=float
-    )
+    timeout: float = option(1800.0, "seconds for an application (1800; 0: for ever)", type=float)
     detailed_exitcode: bool = option(False, "with --plan: 5 when a run would change something")
     export: str | None = option(
         None,
@@ -1231,12 +1229,10 @@ def share_memory(llm: Config, path: KeyPath, application_env: Config) -> Problem
         return []
     engine = llm["engine_kwargs"] = as_dict(llm.get("engine_kwargs"))
     fitting, key = round(WHOLE_GPU_MEMORY_FRACTION * share, 4), "gpu_memory_utilization"
-    if engine.get(key) is None:
-        engine[key] = fitting
-    asked = short(float(engine[key]))
-    if float(engine[key]) <= share:
+    engine[key] = asked = float(engine.get(key) or fitting)
+    if asked <= share:
         return []
-    message = f"{asked} of the card's memory is more than the {short(share)} GPU that a worker has"
+    message = f"{short(asked)} of the card's memory is more than the {short(share)} GPU of a worker"
     hint = f"leave it out (it becomes {short(fitting)}) or lower it"
     return [Problem((*path, "engine_kwargs", key), message, hint, warning=True)]
 
@@ -1255,8 +1251,7 @@ def describe_model(llm: Config) -> ModelSpec:
         if options.get(option) is not None or held:
             promised[resource] = float(options.get(option) or 0) + held
     notes: tuple[str, ...] = ()
-    if shares and engine.get("gpu_memory_utilization"):
-        fraction = short(float(engine["gpu_memory_utilization"]))
+    if shares and (fraction := engine.get("gpu_memory_utilization")):
         notes = (f"gpu_memory_utilization {fraction} for a share of {short(share)} GPU a worker",)
     name = as_dict(llm["deployment_config"]).get("name")
     return ModelSpec(

@@ -250,7 +250,7 @@ def test_an_engine_never_demands_more_than_its_share(engine: Config, expected: f
     [
         pytest.param(
             llm({"num_gpus": 0.45}, engine_kwargs={"gpu_memory_utilization": 0.9}),
-            "0.9 of the card's memory is more than the 0.45 GPU that a worker has",
+            "0.9 of the card's memory is more than the 0.45 GPU of a worker",
             id="more memory than the share",
         ),
         pytest.param(
