@@ -482,9 +482,7 @@ class Options:
     max_workers: int = option(
         0, "how many deploy at once (min(applications, max(2, cluster's CPUs)); 1: as V4)", type=int
     )
-    timeout: float = option(
-        30 * 60.0, "seconds for each application (1800; 0: for ever)", type=float
-    )
+    timeout: float = option(1800.0, "seconds for an application (1800; 0: for ever)", type=float)
     detailed_exitcode: bool = option(False, "with --plan: 5 when a run would change something")
     export: str | None = option(
         None,
@@ -1140,28 +1138,24 @@ def read_applications(document: Document) -> tuple[tuple[ApplicationSpec, ...], 
     Short resource keys go into `ray_actor_options`, and each LLM's engine is fitted to the share
     that its deployment declares. The document is not changed.
     """
-    data = unshared(document.data)
-    problems: Problems = []
-    applications = as_list(data["applications"])
-    for index, config in enumerate(applications):
-        for place, override in enumerate(as_list(config.get("deployments"))):
-            path: KeyPath = ("applications", index, "deployments", place)
-            problems += move_short_keys(as_dict(override), path)
+    data, problems, specs = unshared(document.data), Problems(), []
+    models: dict[Any, list[ModelSpec]] = defaultdict(list)
+    for path, llm, _ in llm_places(data):
+        application = data["applications"][path[1]]
+        if is_llm(application, llm):
+            options = llm["deployment_config"] = llm.get("deployment_config") or {}
+            problems += move_short_keys(options, (*path, "deployment_config"))
+            problems += fit_engine(llm, path, as_dict(application.get("runtime_env")))
+            models[path[1]].append(describe_model(llm))
+    for index, config in enumerate(as_list(data["applications"])):
+        for number, override in enumerate(as_list(config.get("deployments"))):
+            here = ("applications", index, "deployments", number)
+            problems += move_short_keys(as_dict(override), here)
         if config.get("logging_config") is None and data.get("logging_config"):
             config["logging_config"] = data["logging_config"]
-        config.setdefault("name", DEFAULT_APPLICATION)
-    models: list[list[ModelSpec]] = [[] for _ in applications]
-    for path, llm, _ in llm_places(data):
-        application = applications[index := int(path[1])]
-        if is_llm(application, llm):
-            llm["deployment_config"] = llm.get("deployment_config") or {}
-            problems += move_short_keys(llm["deployment_config"], (*path, "deployment_config"))
-            problems += fit_engine(llm, path, as_dict(application.get("runtime_env")))
-            models[index].append(describe_model(llm))
-    specs = []
-    for index, config in enumerate(applications):
-        route, mine = config.get("route_prefix", DEFAULT_ROUTE), tuple(models[index])
-        specs.append(ApplicationSpec(index, config["name"], route, config, mine))
+        name = config.setdefault("name", DEFAULT_APPLICATION)
+        route = config.get("route_prefix", DEFAULT_ROUTE)
+        specs.append(ApplicationSpec(index, name, route, config, tuple(models[index])))
     return tuple(specs), problems
 
 
@@ -1170,16 +1164,16 @@ def move_short_keys(options: Config, path: KeyPath) -> Problems:
     problems: Problems = []
     actor = as_dict(options.get("ray_actor_options"))
     for option, spellings in SHORT_KEYS.items():
-        given: dict[KeyPath, Any] = {(key,): options.pop(key, None) for key in spellings}
-        given["ray_actor_options", option] = actor.get(option)
-        values = {where: float(value) for where, value in given.items() if value is not None}
-        if len(set(values.values())) > 1:
-            texts = [f"{format_key(where)}: {short(value)}" for where, value in values.items()]
-            message = f"{' and '.join(texts)} disagree"
-            problems.append(Problem((*path, *next(iter(values))), message, "give one of them"))
-        if values:
-            actor[option] = next(iter(values.values()))
-            options["ray_actor_options"] = actor
+        given = {key: options.pop(key, None) for key in spellings}
+        given[f"ray_actor_options.{option}"] = actor.get(option)
+        values = {key: float(value) for key, value in given.items() if value is not None}
+        if not values:
+            continue
+        first, actor[option] = next(iter(values.items()))
+        options["ray_actor_options"] = actor
+        if set(values.values()) != {actor[option]}:
+            texts = " and ".join(f"{key}: {short(value)}" for key, value in values.items())
+            problems.append(Problem((*path, first), f"{texts} disagree", "give one of them"))
     return problems
 
 
@@ -1228,10 +1222,7 @@ def fit_engine(llm: Config, path: KeyPath, application_env: Config) -> Problems:
         # The user's own stays as it is.
         workers = sum(float(bundle.get("GPU") or 0) for bundle in worker_bundles(llm))
         if workers and gpus:
-            total = short(workers + gpus)
-            message = (
-                f"this and num_gpus: {short(gpus)} count twice: a replica reserves {total} GPU"
-            )
+            message = f"with num_gpus: {short(gpus)} a replica reserves {short(workers + gpus)} GPU"
             hint = "set num_gpus: 0, or leave out placement_group_config"
             problems = [Problem((*path, "placement_group_config"), message, hint, warning=True)]
     elif accelerator_kind(llm) == "cpu" or gpus == 0:
@@ -1271,9 +1262,6 @@ def fit_gpu_engine(llm: Config, place: KeyPath, gpus: float) -> Problems:
     if share > 1:
         hint = f"set engine_kwargs.tensor_parallel_size: {int(gpus)}"
         problems.append(warn(f"{each}, and a worker uses one", hint))
-    if abs(share * workers - gpus) > 0.5 / STEPS:
-        total = short(share * workers)
-        problems.append(warn(f"{each}, cut to four digits: a replica reserves {total} GPU"))
     if workers > 1 and 2 * share <= 1:
         message = f"Ray may put two workers of {short(share)} GPU on one card, where NCCL fails"
         hint = "give each worker more than half a GPU, or use one worker"
@@ -1304,12 +1292,10 @@ def share_memory(llm: Config, path: KeyPath, application_env: Config) -> Problem
         return []
     engine = llm["engine_kwargs"] = as_dict(llm.get("engine_kwargs"))
     fitting, key = round(WHOLE_GPU_MEMORY_FRACTION * share, 4), "gpu_memory_utilization"
-    if engine.get(key) is None:
-        engine[key] = fitting
-    asked = short(float(engine[key]))
-    if float(engine[key]) <= share:
+    engine[key] = asked = float(engine.get(key) or fitting)
+    if asked <= share:
         return []
-    message = f"{asked} of the card's memory is more than the {short(share)} GPU that a worker has"
+    message = f"{short(asked)} of the card's memory is more than the {short(share)} GPU of a worker"
     hint = f"leave it out (it becomes {short(fitting)}) or lower it"
     return [Problem((*path, "engine_kwargs", key), message, hint, warning=True)]
 
@@ -1328,10 +1314,7 @@ def describe_model(llm: Config) -> ModelSpec:
         if options.get(option) is not None or held:
             promised[resource] = float(options.get(option) or 0) + held
     notes: tuple[str, ...] = ()
-    if options.get("num_gpus") is None and not workers:
-        notes = ("num_gpus is not given: Ray's default of 1 GPU for each engine worker",)
-    if shares and engine.get("gpu_memory_utilization"):
-        fraction = short(float(engine["gpu_memory_utilization"]))
+    if shares and (fraction := engine.get("gpu_memory_utilization")):
         notes = (f"gpu_memory_utilization {fraction} for a share of {short(share)} GPU a worker",)
     name = as_dict(llm["deployment_config"]).get("name")
     return ModelSpec(
@@ -2015,20 +1998,16 @@ def format_misfit(fit: Fit) -> str:
 # 8. Changes: config and what runs → what a run does with each application
 # ======================================================================================
 
-LIGHTWEIGHT_OPTIONS = frozenset(
-    (
-        *("num_replicas", "autoscaling_config", "max_ongoing_requests", "max_queued_requests"),
-        *("user_config", "health_check_period_s", "health_check_timeout_s"),
-        *("graceful_shutdown_wait_loop_s", "graceful_shutdown_timeout_s", "backpressure_config"),
-        *("logging_config", "max_constructor_retry_count", "rolling_update_percentage"),
-        "max_surge_percent",
-    )
-)
+LIGHTWEIGHT_OPTIONS = {
+    *("num_replicas", "autoscaling_config", "max_ongoing_requests", "max_queued_requests"),
+    *("user_config", "health_check_period_s", "health_check_timeout_s", "backpressure_config"),
+    *("graceful_shutdown_wait_loop_s", "graceful_shutdown_timeout_s", "logging_config"),
+    *("max_constructor_retry_count", "rolling_update_percentage", "max_surge_percent"),
+}
 """Deployment options that Serve changes in place, without a new replica."""
 
 DEPLOYMENT_CONFIGS = ("deployment_config", "ingress_deployment_config")
 NOT_GIVEN = object()
-PRUNED = "the file does not name it (--prune)"
 BY_SERVE_DEPLOY = (
     "it was deployed by `serve deploy`: it comes back when Serve's controller restarts, until "
     "`serve deploy` runs with a file without it"
@@ -2042,15 +2021,14 @@ def version_of(config: Config, key: bytes, taken: Collection[str]) -> str:
     back what still runs of it; with the time behind it where one of those `taken` has it, too, and
     has to restart. `deployments` are not in it: Serve compares those itself."""
 
-    def heavy(value: Any, parent: str = "") -> Any:
-        if isinstance(value, list):
-            return [heavy(item) for item in value]
-        light = LIGHTWEIGHT_OPTIONS if parent in DEPLOYMENT_CONFIGS else ()
-        rows = value.items() if isinstance(value, dict) else ()
-        return {k: heavy(item, k) for k, item in rows if k not in light} if rows else value
+    def heavy(found: Config) -> Config:
+        for options in (as_dict(found.get(name)) for name in DEPLOYMENT_CONFIGS):
+            for light in LIGHTWEIGHT_OPTIONS & options.keys():
+                del options[light]
+        return found
 
-    plain = json.loads(json.dumps(config, default=str))  # in which all keys are texts
-    kept = {name: heavy(plain.get(name)) for name in ("import_path", "runtime_env", "args")}
+    plain = json.loads(json.dumps(config, default=str), object_hook=heavy)  # all keys are texts
+    kept = {name: plain.get(name) for name in ("import_path", "runtime_env", "args")}
     version = fingerprint(json.dumps(kept, sort_keys=True), key)
     is_taken = any(old.partition(".")[0] == version for old in taken)
     return f"{version}.{time.time_ns():x}" if is_taken else version
@@ -2083,47 +2061,48 @@ def decide(
     action = Action(application, Change.CREATE, version, before=running, kept=kept)
     if running is None:
         return action
-    status = running.details.status.value
+    action.change, action.surge = Change.RESTART, options.no_downtime
+    status, declared = running.details.status.value, running.details.source == "declarative"
     known = record is not None and running.versions == {record.version}
-    declared = running.details.source == "declarative"
     found = {
         "--force": options.force,
         BY_SERVE_DEPLOY: declared,
         "it was deployed by other means: nothing to compare with": not (known or declared),
         f"it is {status}": status in ("DEPLOY_FAILED", "UNHEALTHY"),
     }
-    reasons = tuple(text for text, is_so in found.items() if is_so)
-    restart = replace(action, change=Change.RESTART, reasons=reasons, surge=options.no_downtime)
-    if record is None or reasons:
-        return restart
-    return compare(restart, replace(record, config=map_texts(record.config, hide)), status)
+    action.reasons = tuple(text for text, is_so in found.items() if is_so)
+    if record and not action.reasons:
+        edits = list(differences(map_texts(record.config, hide), kept))
+        apply_edits(action, edits, record.version, status)
+    return action
 
 
-def compare(restart: Action, record: Record, status: str) -> Action:
-    """What an edit needs of a restart, for an application whose last deployment is known."""
-    edits = list(differences(record.config, restart.kept))
+def apply_edits(
+    action: Action, edits: Sequence[tuple[KeyPath, str]], version: str, status: str
+) -> None:
+    """Make of a restart as little as the edits need since what has this version was deployed."""
     heavy = [(path, text) for path, text in edits if needs_restart(path)]
-    reasons = tuple(text for _, text in heavy or edits)
+    action.reasons = tuple(text for _, text in heavy or edits)
     if any(path[0] != "deployments" for path, _ in heavy):
-        return replace(restart, reasons=reasons)
+        return
+    action.version = version
     if heavy:
-        names = frozenset(str(path[1]) for path, _ in heavy)
-        return replace(restart, version=record.version, reasons=reasons, restarting=names)
+        action.restarting = frozenset(str(path[1]) for path, _ in heavy)
+        return
     if status != "RUNNING":
-        reasons = reasons or (f"it is {status}",)
-    change = Change.IN_PLACE if reasons else Change.UNCHANGED
-    return replace(restart, change=change, version=record.version, reasons=reasons, surge=False)
+        action.reasons = action.reasons or (f"it is {status}",)
+    action.change = Change.IN_PLACE if action.reasons else Change.UNCHANGED
+    action.surge = False
 
 
 def differences(before: Any, after: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
     """What was edited: its path, and "args.llm_configs[0].engine_kwargs.seed: 1 → 2"."""
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        before, after = (dict(enumerate(side)) for side in (before, after))
     old, new = ({} if side is NOT_GIVEN else side for side in (before, after))
     if isinstance(old, dict) and isinstance(new, dict) and (old or new):
         for key in dict.fromkeys([*old, *new]):
             yield from differences(old.get(key, NOT_GIVEN), new.get(key, NOT_GIVEN), (*path, key))
-    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        for index, (old, new) in enumerate(zip(before, after, strict=True)):
-            yield from differences(old, new, (*path, index))
     elif before != after:
         texts = []
         for side in (before, after):
@@ -2163,23 +2142,21 @@ def running_replicas(deployment: DeploymentDetails) -> list[ReplicaDetails]:
     return [replica for replica in deployment.replicas if replica.state == "RUNNING"]
 
 
-def restarted_deployments(action: Action) -> list[DeploymentDetails]:
-    """The deployments on the cluster whose replicas a restart replaces."""
-    if action.change is not Change.RESTART or action.before is None:
-        return []
-    names, deployments = action.restarting, action.before.details.deployments.values()
-    return [d for d in deployments if names is None or d.name in names]
+def restarts(action: Action, deployment: str) -> bool:
+    """Whether a deployment gets new replicas for those that run."""
+    names = action.restarting
+    return action.change is Change.RESTART and (names is None or deployment in names)
 
 
 def gap(action: Action) -> str:
     """What a restart means for those who send requests; empty when nothing restarts."""
-    restarted = list(filter(running_replicas, restarted_deployments(action)))
-    alone = [d.name for d in restarted if d.target_num_replicas <= 1]
+    deployments = action.before.details.deployments.values() if action.before else ()
+    restarted = [d for d in deployments if restarts(action, d.name) and running_replicas(d)]
     if not restarted:
         return ""
     if action.surge:
         return "no gap, where there is room: new replicas start before the old ones stop"
-    if alone:
+    if alone := [d.name for d in restarted if d.target_num_replicas <= 1]:
         return (
             f"with a gap: Serve stops the one replica of {' and of '.join(alone)} before it starts "
             "the new one (--no-downtime starts the new one first, where there is room)"
@@ -2188,17 +2165,12 @@ def gap(action: Action) -> str:
 
 
 def demands_at_once(action: Action) -> list[Demand]:
-    """What there has to be room for: all replicas, or with --no-downtime the new ones that start
-    while the old ones stay."""
-    if not action.surge or action.before is None:
+    """What there has to be room for: all replicas, or with --no-downtime a new one of each
+    deployment that restarts, since an old one stops when that runs."""
+    if not action.surge:
         return list(action.demands)
-    counts = dict.fromkeys(action.before.details.deployments, 0)
-    for deployment in restarted_deployments(action):
-        counts[deployment.name] = math.ceil(deployment.target_num_replicas * SURGE_PERCENT / 100)
-    return [
-        replace(demand, min_replicas=counts.get(demand.deployment, demand.min_replicas))
-        for demand in action.demands
-    ]
+    demands = [d for d in action.demands if restarts(action, d.deployment)]
+    return [replace(demand, min_replicas=min(1, demand.min_replicas)) for demand in demands]
 
 
 def giving_way(actions: Iterable[Action]) -> frozenset[str]:
@@ -2211,20 +2183,19 @@ def taken_routes(
     applications: Sequence[ApplicationSpec], others: Mapping[str, ApplicationDetails]
 ) -> Problems:
     """The routes that other running applications hold: Serve would refuse the second one."""
-    holders = {d.route_prefix: d for d in others.values()}
+    holders = {d.route_prefix: d for d in others.values() if d.route_prefix}
     problems = []
     for application in applications:
-        route = application.route_prefix
-        holder = holders.get(route)
-        if route is None or holder is None or holder.name == application.name:
+        route, path = application.route_prefix, ("applications", application.index, "route_prefix")
+        holder = holders.get(route or "")
+        if holder is None or holder.name == application.name:
             continue
-        name, path = holder.name, ("applications", application.index, "route_prefix")
-        hint = f"choose another route, or delete {name} first"
-        if any(name == item.name for item in applications):
-            hint = f"give {name} a free route in one run, and both their new ones in a second"
-        origin = " (deployed by `serve deploy`)" if holder.source == "declarative" else ""
-        message = f"{route} is the route of {name}, which is running{origin}"
-        problems.append(Problem(path, message, hint))
+        name = holder.name
+        hint = (
+            f"choose another route, or delete {name} first; to swap them, give {name} a free "
+            "route in one run, and both their new ones in a second"
+        )
+        problems.append(Problem(path, f"{route} is the route of {name}, which is running", hint))
     return problems
 
 
@@ -2413,14 +2384,13 @@ def serve_failure(message: str, port: int) -> ClusterError:
 
     if "Failed to bind" not in message:
         return ClusterError(f"Ray Serve did not start: {root_cause(message).text}")
-    who = "another process has it"
+    who = "another process"
     with contextlib.suppress(psutil.Error, OSError):
-        for connection in psutil.net_connections("tcp"):
-            if connection.laddr and connection.laddr.port == port and connection.pid:
-                process = psutil.Process(connection.pid)
-                who = f"process {process.pid} ({process.name()}) has it"
+        found = [c.pid for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == port]
+        for process in map(psutil.Process, filter(None, found)):
+            who = f"process {process.pid} ({process.name()})"
     hint = "stop that, or set another http_options.port"
-    return ClusterError(f"Ray Serve did not start: port {port} is taken: {who}", hint)
+    return ClusterError(f"Ray Serve did not start: port {port} is taken: {who} has it", hint)
 
 
 # ======================================================================================
@@ -4374,7 +4344,7 @@ class Session:
         if problems := taken_routes(chosen, staying):
             raise ConfigError(located(self.document, problems))
         specs = [ApplicationSpec(-1, d.name, d.route_prefix, {}) for d in pruned]
-        actions = [deletion(spec, running.get(spec.name), PRUNED) for spec in specs]
+        actions = [deletion(spec, running.get(spec.name), "--prune") for spec in specs]
         doomed = {d.route_prefix: d.name for d in pruned if d.route_prefix}
         key = cluster.fingerprint_key(make=not options.plan)
         for item in chosen:
