@@ -3598,33 +3598,27 @@ def export_models(applications: Sequence[ApplicationSpec], base_url: str) -> str
     return yaml.safe_dump({"model_list": rows}, sort_keys=False)
 
 
-class Redacted(io.TextIOBase):
-    """A stream on which nobody writes a secret, nor Ray, which prints its workers' lines there."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream, self.secrets = stream, frozenset[str]()
-
-    def write(self, text: str) -> int:
-        return self.stream.write(redact(text, self.secrets))
-
-    def flush(self) -> None:
-        self.stream.flush()
-
-
-class Terminal:
-    """The one place that writes: progress and messages to stderr, the report to stdout."""
+class Terminal(io.TextIOBase):
+    """The one place that writes: progress and messages to stderr, the report to stdout. What others
+    print, Ray for one its workers' lines, they write to this: so nobody shows a secret."""
 
     def __init__(self, clock: Callable[[], float], out: TextIO, err: TextIO) -> None:
-        self.clock, self.out, self.err = clock, out, Redacted(err)
+        self.clock, self.out, self.err, self.secrets = clock, out, err, frozenset[str]()
         # What others print while the live view is there goes through the console, too.
-        how: dict[str, Any] = {"file": self.err, "force_terminal": err.isatty()}
+        how: dict[str, Any] = {"file": self, "force_terminal": err.isatty()}
         self.console = Console(**how, highlight=False, soft_wrap=True)
         self.live = Live(console=self.console, auto_refresh=False)
         self.shown: dict[int, tuple[str, str]] = {}
         self.plans = False
 
     def redact(self, text: str) -> str:
-        return redact(text, self.err.secrets)
+        return redact(text, self.secrets)
+
+    def write(self, text: str) -> int:
+        return self.err.write(self.redact(text))
+
+    def flush(self) -> None:
+        self.err.flush()
 
     def say(self, *lines: str) -> None:
         """A message about the run as a whole, above the live view where there is one."""
@@ -3708,11 +3702,8 @@ def parse_options(argv: Sequence[str] | None) -> Options:
     return Options(**vars(given))
 
 
-CheckValues = Callable[[Document, Sequence[ApplicationSpec]], Problems]
-
-
 def check_config(
-    document: Document, problems: Problems, check_values: CheckValues
+    document: Document, problems: Problems, check_values: Callable[..., Problems]
 ) -> tuple[tuple[ApplicationSpec, ...], Problems]:
     """The applications of a loaded document, and what is wrong with it: first its keys, and once
     those are in order the values, which takes Ray's schemas."""
@@ -3812,7 +3803,7 @@ class Session:
     def load(self) -> tuple[ApplicationSpec, ...]:
         """The config's applications; warnings go to the terminal. Raises ConfigError."""
         self.document, problems = load_document(self.options.config, os.environ)
-        self.terminal.err.secrets = self.document.secrets
+        self.terminal.secrets = self.document.secrets
         applications, problems = check_config(self.document, problems, self.cluster.check_values)
         if not all(problem.warning for problem in problems):
             raise ConfigError(problems)
@@ -3848,14 +3839,13 @@ class Session:
 
     def wait_for_others(self, names: Sequence[str]) -> None:
         """Wait, within --timeout, for other runs that work on the same."""
-        until, said = self.run.clock() + (self.options.timeout or math.inf), set[str]()
-        while self.run.clock() < until and (claims := set(self.cluster.claims(names).values())):
-            if claims - said:
-                self.say(f"⏳ Waiting for another run that works on the same: {', '.join(claims)}")
-            if self.run.stop_code:
-                raise Stopped
-            said |= claims
+        run, claims = self.run, self.cluster.claims(names)
+        until = run.clock() + (self.options.timeout or math.inf)
+        for who in dict.fromkeys(claims.values()):
+            self.say(f"⏳ Waiting for another run that works on the same: {who}")
+        while claims and not run.stop_code and run.clock() < until:
             time.sleep(POLL_INTERVAL_S)
+            claims = self.cluster.claims(names)
 
     def decide(self, chosen: Sequence[ApplicationSpec], known: Collection[str]) -> list[Action]:
         """What to do with each application; `known` are the names in the file, `chosen` is what
@@ -3942,7 +3932,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     session = Session(options, RayCluster(options.logs), sys.stdout, sys.stderr)
     run = session.run
     # Ray prints what raylets say; only the report belongs on stdout.
-    sys.stdout = sys.stderr = session.terminal.err
+    sys.stdout = sys.stderr = session.terminal
 
     def stop(number: int, _: object) -> None:
         if run.stop_code:
