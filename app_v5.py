@@ -73,12 +73,11 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from urllib.parse import quote, quote_plus
 
 import yaml
 from rich.console import Console
-from rich.highlighter import RegexHighlighter
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -3774,9 +3773,7 @@ def format_running(action: Action, report: Report) -> list[str]:
     """The summary of one application that runs, in the layout that V5's users know."""
     application = action.application
     lines = [f"• {action.name}"]
-    if action.change is Change.UNCHANGED:
-        lines.append("   Unchanged: it runs already, and was left alone")
-    elif action.reasons:
+    if action.reasons or action.change is not Change.CREATE:
         lines += format_action(action)
     if action.attempt > 1:
         lines.append("   Second attempt, alone: other engines on its GPU disturbed the first")
@@ -3795,8 +3792,6 @@ def format_running(action: Action, report: Report) -> list[str]:
     lines += [*map(format_demand, others), *format_proof(action.proof or Proof())]
     if report.base_url is None:
         return [*lines, "   It ran when the cluster was last seen"]
-    if application.route_prefix is None:
-        return [*lines, "   No HTTP route (route_prefix: null)"]
     address, paths = endpoints(application, report.base_url)
     lines += [f"   Base URL: {address}", "   Endpoints:"] if address else []
     return lines + ["     • {:<4} {}".format(*path.split(maxsplit=1)) for path in paths]
@@ -3835,12 +3830,11 @@ def format_unfinished(action: Action) -> list[str]:
     lines += format_cause(action.cause)
     if result is Result.UNKNOWN:
         return [*lines, "   The cluster was lost: whether it runs, or ever will, is not known"]
-    doing = "deleting" if action.change is Change.DELETE else "deploying"
     if result is Result.STILL_DEPLOYING and details:
         state = describe_state(details, action.waits_for, "")
         lines.append(f"   Last state: {' · '.join(filter(None, state))}")
-        lines.append(f"   The cluster goes on {doing} it")
-    elif result is Result.INTERRUPTED:
+    if result is not Result.FAILED:
+        doing = "deleting" if action.change is Change.DELETE else "deploying"
         submitted = {
             "yes": f"It was submitted and goes on {doing}; this program no longer watches it",
             "perhaps": "It was being handed over: whether Serve has it is not known",
@@ -4037,62 +4031,39 @@ def export_config(
     return comments + yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100), names
 
 
-def export_manifest(document: Document, config: str) -> str:
-    """A config as the `serveConfigV2` of a RayService."""
-    name = re.sub(r"[^a-z0-9]+", "-", Path(document.file).stem.lower()).strip("-")
-    return MANIFEST.format(name=name or "llms", config=textwrap.indent(config, "    "))
-
-
-def export_models(
-    applications: Sequence[ApplicationSpec],
-    states: Mapping[str, ApplicationDetails],
-    base_url: str,
-) -> str:
-    """The models that run, as the `model_list` of a LiteLLM gateway."""
+def export_models(applications: Sequence[ApplicationSpec], base_url: str) -> str:
+    """The models of these applications, as the `model_list` of a LiteLLM gateway."""
     rows = []
     for application in applications:
         address, _ = endpoints(application, base_url)
-        found = states.get(application.name)
-        for model in application.models if address and found and found.status == "RUNNING" else ():
+        for model in application.models if address else ():
             where = {"api_base": f"{address.rstrip('/')}/v1", "api_key": "none"}
             params = {"model": f"openai/{model.model_id}", **where}
             rows.append({"model_name": model.model_id, "litellm_params": params})
     return yaml.safe_dump({"model_list": rows}, sort_keys=False)
 
 
-class Redacted(io.TextIOBase):
-    """A stream on which nobody writes a secret, nor Ray, which prints its workers' lines there."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream, self.secrets = stream, frozenset[str]()
-
-    def write(self, text: str) -> int:
-        return self.stream.write(redact(text, self.secrets))
-
-    def flush(self) -> None:
-        self.stream.flush()
-
-
-class Bars(RegexHighlighter):
-    """The colours of a card's bar."""
-
-    highlights: ClassVar = [r"(?P<cyan>█+)(?P<magenta>▓*)(?P<yellow>▒*)"]
-
-
-class Terminal:
-    """The one place that writes: progress and messages to stderr, the report to stdout."""
+class Terminal(io.TextIOBase):
+    """The one place that writes: progress and messages to stderr, the report to stdout. What others
+    print, Ray for one its workers' lines, they write to this: so nobody shows a secret."""
 
     def __init__(self, clock: Callable[[], float], out: TextIO, err: TextIO) -> None:
-        self.clock, self.out, self.err = clock, out, Redacted(err)
+        self.clock, self.out, self.err, self.secrets = clock, out, err, frozenset[str]()
         # What others print while the live view is there goes through the console, too.
-        how: dict[str, Any] = {"file": self.err, "force_terminal": err.isatty()}
+        how: dict[str, Any] = {"file": self, "force_terminal": err.isatty()}
         self.console = Console(**how, highlight=False, soft_wrap=True)
         self.live = Live(console=self.console, auto_refresh=False)
         self.shown: dict[int, tuple[str, str]] = {}
         self.plans = False
 
     def redact(self, text: str) -> str:
-        return redact(text, self.err.secrets)
+        return redact(text, self.secrets)
+
+    def write(self, text: str) -> int:
+        return self.err.write(self.redact(text))
+
+    def flush(self) -> None:
+        self.err.flush()
 
     def say(self, *lines: str) -> None:
         """A message about the run as a whole, above the live view where there is one."""
@@ -4100,7 +4071,10 @@ class Terminal:
 
     def output(self, text: str) -> None:
         if self.out.isatty():
-            Console(file=self.out, highlighter=Bars(), soft_wrap=True).print(text, markup=False)
+            shown = Text(text)
+            for pattern, style in zip(BAR, ("cyan", "magenta", "yellow"), strict=True):
+                shown.highlight_regex(f"{pattern}+", style)
+            Console(file=self.out, soft_wrap=True).print(shown)
         else:
             print(text, file=self.out, flush=True)
 
@@ -4180,19 +4154,17 @@ def parse_options(argv: Sequence[str] | None) -> Options:
 
 
 def check_config(
-    document: Document,
-    problems: Problems,
-    check_values: Callable[[Document, Sequence[ApplicationSpec]], Problems],
+    document: Document, problems: Problems, check_values: Callable[..., Problems]
 ) -> tuple[tuple[ApplicationSpec, ...], Problems]:
     """The applications of a loaded document, and what is wrong with it: first its keys, and once
     those are in order the values, which takes Ray's schemas."""
     said = {problem.path for problem in problems}
     found = check_keys(document.data, TOP, (), known_schemas())
     problems = problems + [problem for problem in found if problem.path not in said]
-    applications: tuple[ApplicationSpec, ...] = ()
-    if all(problem.warning for problem in problems):
-        applications, found = read_applications(document)
-        problems += found
+    if not all(problem.warning for problem in problems):
+        return (), located(document, problems)
+    applications, found = read_applications(document)
+    problems += found
     if all(problem.warning for problem in problems):
         problems += check_values(document, applications)
     return applications, located(document, problems)
@@ -4254,7 +4226,8 @@ class Session:
         say(f"📦 Found {len(applications)} application(s) to {purpose}")
         names = [] if options.plan else [item.name for item in applications]
         cluster.connect(options.address, names)
-        self.wait_for_others(names)
+        if options.wait:
+            self.wait_for_others(names)
         actions = self.decide(applications, {item.name for item in everything})
         if run.stop_code:
             raise Stopped
@@ -4268,9 +4241,6 @@ class Session:
         if options.plan:
             return self.plan(actions)
         self.refuse_claimed(actions)
-        doomed = [a.name for a in actions if a.change is Change.DELETE and a.before]
-        if doomed:
-            say(f"🗑️  Deleting {', '.join(doomed)}")
         if not options.delete:
             if ignored := cluster.start_serve(self.document.data):
                 options_kept = f"keeps its own http_options ({', '.join(ignored)})"
@@ -4284,7 +4254,7 @@ class Session:
     def load(self) -> tuple[ApplicationSpec, ...]:
         """The config's applications; warnings go to the terminal. Raises ConfigError."""
         self.document, problems = load_document(self.options.config, os.environ)
-        self.terminal.err.secrets = self.document.secrets
+        self.terminal.secrets = self.document.secrets
         applications, problems = check_config(self.document, problems, self.cluster.check_values)
         if not all(problem.warning for problem in problems):
             raise ConfigError(problems)
@@ -4300,14 +4270,17 @@ class Session:
         """Print a config for others. Only that of a gateway asks the cluster."""
         if self.options.export == "litellm":
             self.cluster.connect(self.options.address)
-            states, base_url = self.cluster.states(), self.cluster.endpoint()
-            text = export_models(applications, states, base_url)
+            states = self.cluster.states().values()
+            running = {details.name for details in states if details.status == "RUNNING"}
+            found = [item for item in applications if item.name in running]
+            text = export_models(found, self.cluster.endpoint())
         else:
             text, names = export_config(self.document, applications)
             if names:
                 self.say(f"⚠️  {', '.join(names)}: to be filled in, Ray does not do it")
-            if self.options.export == "rayservice":
-                text = export_manifest(self.document, text)
+        if self.options.export == "rayservice":
+            name = re.sub(r"[^a-z0-9]+", "-", Path(self.options.config).stem.lower()).strip("-")
+            text = MANIFEST.format(name=name or "llms", config=textwrap.indent(text, "    "))
         self.terminal.output(text.rstrip("\n"))
         return EXIT_OK
 
@@ -4316,15 +4289,12 @@ class Session:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
     def wait_for_others(self, names: Sequence[str]) -> None:
-        """With --wait, wait within --timeout for another run that works on the same."""
-        until = self.run.clock() + (self.options.timeout or math.inf)
-        claims = self.cluster.claims(names) if self.options.wait else {}
-        if claims:
-            who = next(iter(claims.values()))
+        """Wait, within --timeout, for other runs that work on the same."""
+        run, claims = self.run, self.cluster.claims(names)
+        until = run.clock() + (self.options.timeout or math.inf)
+        for who in dict.fromkeys(claims.values()):
             self.say(f"⏳ Waiting for another run that works on the same: {who}")
-        while claims and self.run.clock() < until:
-            if self.run.stop_code:
-                raise Stopped
+        while claims and not run.stop_code and run.clock() < until:
             time.sleep(POLL_INTERVAL_S)
             claims = self.cluster.claims(names)
 
@@ -4333,26 +4303,25 @@ class Session:
         --only leaves of them. Raises ConfigError for a route that another application has."""
         options, cluster = self.options, self.cluster
         states = {n: d for n, d in cluster.states().items() if d.status != "DELETING"}
-        others = [d for name, d in states.items() if name not in known]
-        pruned = [d for d in others if options.prune and self.is_chosen(d.name)]
-        self.others = [d for d in others if d not in pruned]
-        staying = {name: d for name, d in states.items() if d not in pruned}
-        names = [item.name for item in [*chosen, *pruned]]
-        running = cluster.running(states[name] for name in names if name in states)
+        others = [d for d in states.values() if d.name not in known]
+        pruned = {d.name: d for d in others if options.prune and self.is_chosen(d.name)}
+        self.others = [d for d in others if d.name not in pruned]
+        names = {*pruned, *(item.name for item in chosen)}
+        running = cluster.running(d for d in states.values() if d.name in names)
         if options.delete:
             return [deletion(item, running.get(item.name), "--delete") for item in chosen]
+        staying = {name: d for name, d in states.items() if name not in pruned}
         if problems := taken_routes(chosen, staying):
             raise ConfigError(located(self.document, problems))
-        specs = [ApplicationSpec(-1, d.name, d.route_prefix, {}) for d in pruned]
-        actions = [deletion(spec, running.get(spec.name), "--prune") for spec in specs]
-        doomed = {d.route_prefix: d.name for d in pruned if d.route_prefix}
+        specs = [ApplicationSpec(-1, name, d.route_prefix, {}) for name, d in pruned.items()]
+        actions = [deletion(spec, running[spec.name], "--prune") for spec in specs]
         key = cluster.fingerprint_key(make=not options.plan)
         for item in chosen:
             action = decide(item, running.get(item.name), options, self.document.secrets, key)
-            if action.submits and item.route_prefix in doomed:
-                old = doomed[item.route_prefix]
-                text = f"{old} has its route and goes first: 404 until this one runs"
-                action.reasons = (*action.reasons, text)
+            for old in pruned.values():
+                if item.route_prefix and item.route_prefix == old.route_prefix:
+                    text = f"{old.name} has its route and goes first: 404 until this one runs"
+                    action.reasons += (text,)
             actions.append(action)
         return actions
 
@@ -4414,7 +4383,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     session = Session(options, RayCluster(options), sys.stdout, sys.stderr)
     run = session.run
     # Ray prints what raylets say; only the report belongs on stdout.
-    sys.stdout = sys.stderr = session.terminal.err
+    sys.stdout = sys.stderr = session.terminal
 
     def stop(number: int, _: object) -> None:
         if run.stop_code:
@@ -4437,9 +4406,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    for stream in (sys.__stdout__, sys.__stderr__):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            stream.flush()  # type: ignore[union-attr]
     # Not sys.exit: a thread may hang in a call of Ray, and Ray's own way out takes signals badly.
-    os._exit(status)
+    os._exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -137,11 +138,25 @@ def test_a_manifest_holds_the_same_config(config: Path, monkeypatch: pytest.Monk
     assert yaml.safe_load(again)["applications"] == yaml.safe_load(plain)["applications"][1:]
 
 
+class Gateway(app.RayCluster):
+    """A cluster on which one of three applications runs."""
+
+    def connect(self, address: str, claims: Collection[str] = ()) -> None: ...
+
+    def states(self, timeout_s: float = 0.0) -> dict[str, Any]:
+        return {"a": state("a", "RUNNING"), "b": state("b", "DEPLOYING")}
+
+    def endpoint(self, timeout_s: float = 0.0) -> str:
+        return "http://localhost:8000"
+
+
 def test_a_gateways_models_are_those_that_run() -> None:
     model = app.ModelSpec("org/m", "/m", "m")
-    apps = [app.ApplicationSpec(i, n, f"/{n}", {}, (model,)) for i, n in enumerate("ab")]
-    states = {"a": state("a", "RUNNING"), "b": state("b", "DEPLOYING")}
-    rows = yaml.safe_load(app.export_models(apps, states, "http://localhost:8000"))
+    out = io.StringIO()
+    made = app.Session(app.Options("c", export="litellm"), Gateway(), out, io.StringIO())
+    apps = [app.ApplicationSpec(i, n, f"/{n}", {}, (model,)) for i, n in enumerate("abc")]
+    assert made.export(apps) == 0
+    rows = yaml.safe_load(out.getvalue())
     params = {"model": "openai/org/m", "api_base": "http://localhost:8000/a/v1", "api_key": "none"}
     assert rows == {"model_list": [{"model_name": "org/m", "litellm_params": params}]}
 

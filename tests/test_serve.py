@@ -104,7 +104,7 @@ def test_bound_applications_builders_and_families_all_deploy(user: User) -> None
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert user.get("/bound")["text"] == "bound"
     assert get_text(user, "/family") == "hello"
-    assert "No HTTP route" in about("quiet", finished.stdout)
+    assert "it has no HTTP route" in about("quiet", finished.stdout)
 
 
 def test_no_cluster_ends_with_3_and_says_how_to_start_one(tmp_path: Path) -> None:
