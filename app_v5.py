@@ -456,9 +456,6 @@ VARIABLE = re.compile(r"\$(?:\$\{|\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*
 LLM_ARGS = ("llm_config", "prefill_config", "decode_config")
 """Builder arguments that hold one LLM each; `llm_configs` holds a list of them."""
 
-DEFAULT_APPLICATION, DEFAULT_ROUTE = "default", "/"
-"""What Ray's schema takes when `name` and `route_prefix` are not given."""
-
 
 # -- text → document ---------------------------------------------------------------------------
 
@@ -477,8 +474,8 @@ def load_document(file: str, environ: Mapping[str, str]) -> tuple[Document, Prob
     return Document(file, data, loader.places, secrets, loader.written), loader.problems
 
 
-def unusable(message: str, place: Place | None = None, hint: str = "") -> ConfigError:
-    return ConfigError([Problem((), message, hint, place=place)])
+def unusable(message: str, place: Place) -> ConfigError:
+    return ConfigError([Problem((), message, place=place)])
 
 
 def read_file(file: str) -> bytes:
@@ -542,8 +539,8 @@ class DocumentLoader:
         [text, *others] = found.values()
         place = self.place(text.start_mark)
         if others:
-            hint = "keep one of them in the file; --only can't choose, it is for applications"
-            raise unusable(f"there are several RayServices: {', '.join(found)}", place, hint)
+            message = f"there are several RayServices: {', '.join(found)}; keep one of them"
+            raise unusable(f"{message}: --only can't choose, it is for applications", place)
         said = f"of this manifest {SERVE_CONFIG} counts here, and nothing of its cluster"
         self.problems.append(Problem((), said, warning=True, place=place))
         line, end = text.start_mark.line, text.end_mark.line
@@ -649,14 +646,14 @@ def node_at(node: yaml.Node | None, *keys: str) -> yaml.Node | None:
 
 def check_top(file: str, data: Any) -> None:
     """Raise ConfigError for what is no config of Serve's at all."""
-    keys, message, hint = as_dict(data), "expected a mapping with `applications`", ""
+    keys, message = as_dict(data), "expected a mapping with `applications`"
+    if "applications" in keys:
+        return
     if "import_path" in keys:
-        message = "this is the old form of a config, with one application at the top"
-        hint = "write it as the one item of `applications:`"
+        message = "this is the old form of a config: write it as the one item of `applications:`"
     elif close := difflib.get_close_matches("applications", map(str, keys), 1, 0.7):
-        hint = f"did you mean 'applications' by {close[0]!r}?"
-    if "applications" not in keys:
-        raise unusable(message, (file, 1, 1), hint)
+        message += f"; did you mean 'applications' by {close[0]!r}?"
+    raise unusable(message, (file, 1, 1))
 
 
 def tag_of(text: str) -> str:
@@ -824,14 +821,12 @@ REFUSING = (
 """Schemas for which Ray refuses an unknown key; the others ignore it without a word."""
 
 REQUIRED = {LLM: ("model_loading_config",), "ModelLoadingConfig": ("model_id",)}
-OF_AN_ENGINE = ("engine_kwargs", "placement_group_config")
 LISTS = ("applications", "deployments", "deployment_actors", "llm_configs", "bundles")
 INSTEAD = {
     "max_concurrent_queries": "max_ongoing_requests",
     "target_num_ongoing_requests_per_replica": "target_ongoing_requests, in autoscaling_config",
     "placement_group_bundles": "placement_group_config, beside deployment_config",
     "placement_group_strategy": "placement_group_config, beside deployment_config",
-    "env_vars": "runtime_env: {env_vars: ...}",
 }
 """Old names, and what Ray does not take where people write it (an LLM's bundles are made for its
 engine's workers)."""
@@ -943,8 +938,10 @@ def check_keys(value: Any, schema: str, path: KeyPath) -> Problems:
     for key, item in value.items():
         here = (*path, key)
         child = CHILDREN.get(key) or (fields or {}).get(key)
-        own = key in OF_AN_ENGINE and bool(value.get("server_cls"))  # another engine's
-        own = own or (key == "args" and not is_rays_builder(value))
+        of_engine = key in ("engine_kwargs", "placement_group_config")
+        others = (
+            value.get("server_cls") if of_engine else key == "args" and not is_rays_builder(value)
+        )
         if fields and key not in fields:
             problems.append(unknown_key(key, schema, here))
         elif item is None and schema != VARIABLES:
@@ -955,7 +952,7 @@ def check_keys(value: Any, schema: str, path: KeyPath) -> Problems:
             for index, below in enumerate(item):
                 problems += check_keys(below, str(child), (*here, index))
             problems += check_names(item, here)
-        elif child and not own:
+        elif child and not others:
             problems += check_keys(item, child, here)
     return problems
 
@@ -993,12 +990,6 @@ def unknown_key(key: Any, schema: str, path: KeyPath) -> Problem:
     if schema in REFUSING:
         return Problem(path, "unknown key, which the installed Ray and vLLM do not take")
     return Problem(path, "unknown key; Ray ignores it", warning=True)
-
-
-def is_llm(application: Config, llm: Config) -> bool:
-    """Whether what stands where builders have LLMs is one: a builder of the user's own may take
-    anything there, of which what is written as Ray's LLMs are counts."""
-    return is_rays_builder(application) or not check_keys(llm, LLM, ())
 
 
 def deployment_options(data: Config) -> Iterator[tuple[KeyPath, Config]]:
@@ -1061,18 +1052,19 @@ def read_applications(document: Document) -> tuple[tuple[ApplicationSpec, ...], 
             problems += move_short_keys(as_dict(override), path)
         if config.get("logging_config") is None and data.get("logging_config"):
             config["logging_config"] = data["logging_config"]
-        config.setdefault("name", DEFAULT_APPLICATION)
+        config.setdefault("name", "default")  # as in Ray's schema
     models: list[list[ModelSpec]] = [[] for _ in applications]
     for path, llm, _ in llm_places(data):
         application = applications[index := int(path[1])]
-        if is_llm(application, llm):
+        # A builder of the user's own may take anything; what is written as Ray's LLMs counts.
+        if is_rays_builder(application) or not check_keys(llm, LLM, ()):
             llm["deployment_config"] = llm.get("deployment_config") or {}
             problems += move_short_keys(llm["deployment_config"], (*path, "deployment_config"))
             problems += fit_engine(llm, path, as_dict(application.get("runtime_env")))
             models[index].append(describe_model(llm))
     specs = []
     for index, config in enumerate(applications):
-        route, mine = config.get("route_prefix", DEFAULT_ROUTE), tuple(models[index])
+        route, mine = config.get("route_prefix", "/"), tuple(models[index])
         specs.append(ApplicationSpec(index, config["name"], route, config, mine))
     return tuple(specs), problems
 
@@ -3812,8 +3804,9 @@ class Session:
         names = [item.name for item in applications]
         for pattern in self.options.only or ():
             if not self.options.prune and not fnmatch.filter(names, pattern):
-                message = f"--only {pattern}: no application has that name"
-                raise unusable(message, ("command line", 0, 0), f"there are {', '.join(names)}")
+                message = f"--only {pattern}: no application has that name; "
+                message += f"there are {', '.join(names)}"
+                raise unusable(message, ("command line", 0, 0))
         return applications
 
     def export(self, applications: Sequence[ApplicationSpec]) -> int:

@@ -1237,8 +1237,7 @@ def test_a_missing_file_does_not_hide_the_rest() -> None:
 
 def test_the_old_form_of_one_application_is_named() -> None:
     assert problems("import_path: m:a\n") == [
-        ":1:1: this is the old form of a config, with one application at the top; "
-        "write it as the one item of `applications:`"
+        ":1:1: this is the old form of a config: write it as the one item of `applications:`"
     ]
 
 
@@ -1487,7 +1486,7 @@ def test_a_manifest_after_others_is_the_config(tmp_path: Path) -> None:
     [
         pytest.param(
             f"{SERVICE}---\n{SERVICE.replace('llms', 'more')}",
-            "there are several RayServices: llms, more; keep one of them in the file; --only can't choose",
+            "there are several RayServices: llms, more; keep one of them: --only can't choose",
             6,
             id="several",
         ),

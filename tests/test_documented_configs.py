@@ -19,10 +19,7 @@ REMOTE_ONLY = (
 )
 IGNORED = "unknown key; Ray ignores it"
 NOT_OF_VLLM = "unknown key, which the installed Ray and vLLM do not take"
-OLD_FORM = (
-    ":1:1: this is the old form of a config, with one application at the top; "
-    "write it as the one item of `applications:`"
-)
+OLD_FORM = ":1:1: this is the old form of a config: write it as the one item of `applications:`"
 LLM = "applications[0].args.llm_configs[0]"
 DEPLOYMENT = "applications[0].deployments[0]"
 
