@@ -482,11 +482,14 @@ def read_file(file: str) -> bytes:
     """A file's content. Raises ConfigError when it is no regular file of sane size."""
     path, place = Path(file), (file, 0, 0)
     try:
-        if path.stat().st_size <= MAX_FILE_BYTES and path.is_file():
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise unusable(f"{size} bytes are more than the limit of {MAX_FILE_BYTES}", place)
+        if path.is_file():
             return path.read_bytes()
     except OSError as error:
         raise unusable(f"can't be read: {error.strerror or error}", place) from None
-    raise unusable(f"this is no regular file of at most {MAX_FILE_BYTES} bytes", place)
+    raise unusable("this is no regular file", place)
 
 
 class DocumentLoader:
@@ -517,14 +520,15 @@ class DocumentLoader:
             # Without the line itself, since a secret may stand in it.
             mark = error.context_mark
             context = f"{error.context} from line {mark.line + 1}, " if mark else ""
-            message = f"not YAML: {context}{error.problem}"
+            tabs = " (indent with spaces, not tabs)" if "\\t" in str(error.problem) else ""
+            message = f"not YAML: {context}{error.problem}{tabs}"
             raise unusable(message, self.place(error.problem_mark)) from None
         except yaml.reader.ReaderError as error:
             message = f"not YAML in UTF-8: byte {error.position}: {first_line(str(error))}"
             raise unusable(message, (file, 0, 0)) from None
         except RecursionError:
-            message = f"more than {MAX_DEPTH} levels, or {MAX_VALUES} values (aliases expanded)"
-            raise unusable(message, (file, 0, 0)) from None
+            most = f"more than {MAX_DEPTH} levels, or {MAX_VALUES} values"
+            raise unusable(f"excessive nesting or aliasing: {most}", (file, 0, 0)) from None
 
     def config_text(self, content: bytes) -> bytes | str:
         """A file's content, or where there is a RayService in it the config of that, which keeps
@@ -651,6 +655,8 @@ def check_top(file: str, data: Any) -> None:
         return
     if "import_path" in keys:
         message = "this is the old form of a config: write it as the one item of `applications:`"
+    elif "apiVersion" in keys:
+        message += "; of manifests a RayService is one, with the config in spec.serveConfigV2"
     elif close := difflib.get_close_matches("applications", map(str, keys), 1, 0.7):
         message += f"; did you mean 'applications' by {close[0]!r}?"
     raise unusable(message, (file, 1, 1))
@@ -912,7 +918,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(
         ("name", "model_id"),
         matching(
-            "a name for Ray: printable ASCII, no '#', 1 to 231 characters", r"[ -\"$-~]{1,231}"
+            "a name for Ray: printable ASCII, no '#', at most 231 characters", r"[ -\"$-~]{1,231}"
         ),
     ),
     "route_prefix": matching("ASCII: Serve would answer 500 to every request", r"[\0-\x7f]*"),
@@ -965,12 +971,12 @@ def check_value(value: Any, rule: Any, path: KeyPath) -> Problems:
 def check_names(items: list[Any], path: KeyPath) -> Problems:
     """What has the same name in a list of deployments, or of LLMs, as something before it."""
     problems: Problems = []
-    seen: set[str] = set()
+    first: dict[str, int] = {}
     for index, item in enumerate(map(as_dict, items)):
         name = as_dict(item.get("model_loading_config")).get("model_id", item.get("name"))
-        if isinstance(name, str) and name in seen:
-            problems.append(Problem((*path, index), f"{name!r} is there twice; give each its own"))
-        seen.add(str(name))
+        if isinstance(name, str) and first.setdefault(name, index) != index:
+            message = f"{name!r} is there twice, first in {format_key((*path, first[name]))}"
+            problems.append(Problem((*path, index), message, "give each its own"))
     return problems
 
 
