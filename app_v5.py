@@ -508,9 +508,6 @@ VARIABLE = re.compile(r"\$(?:\$\{|\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*
 LLM_ARGS = ("llm_config", "prefill_config", "decode_config")
 """Builder arguments that hold one LLM each; `llm_configs` holds a list of them."""
 
-DEFAULT_APPLICATION, DEFAULT_ROUTE = "default", "/"
-"""What Ray's schema takes when `name` and `route_prefix` are not given."""
-
 
 # -- text → document ---------------------------------------------------------------------------
 
@@ -529,8 +526,8 @@ def load_document(file: str, environ: Mapping[str, str]) -> tuple[Document, Prob
     return Document(file, data, loader.places, secrets, loader.written), loader.problems
 
 
-def unusable(message: str, hint: str = "", place: Place = ("", 0, 0)) -> ConfigError:
-    return ConfigError([Problem((), message, hint, place=place)])
+def unusable(message: str, place: Place) -> ConfigError:
+    return ConfigError([Problem((), message, place=place)])
 
 
 def read_file(file: str) -> bytes:
@@ -538,13 +535,13 @@ def read_file(file: str) -> bytes:
     path, place = Path(file), (file, 0, 0)
     try:
         size = path.stat().st_size
-        if not path.is_file():
-            raise unusable("this is no regular file", "give the YAML file", place)
         if size > MAX_FILE_BYTES:
-            raise unusable(f"{size} bytes are more than the limit of {MAX_FILE_BYTES}", "", place)
-        return path.read_bytes()
+            raise unusable(f"{size} bytes are more than the limit of {MAX_FILE_BYTES}", place)
+        if path.is_file():
+            return path.read_bytes()
     except OSError as error:
-        raise unusable(f"can't be read: {error.strerror or error}", "", place) from None
+        raise unusable(f"can't be read: {error.strerror or error}", place) from None
+    raise unusable("this is no regular file", place)
 
 
 class DocumentLoader:
@@ -573,25 +570,24 @@ class DocumentLoader:
             return unshared(self.yaml.construct_document(node))
         except yaml.MarkedYAMLError as error:
             # Without the line itself, since a secret may stand in it.
-            begun = f" from line {error.context_mark.line + 1}" if error.context_mark else ""
-            context = f"{error.context}{begun}, " if error.context else ""
+            mark = error.context_mark
+            context = f"{error.context} from line {mark.line + 1}, " if mark else ""
             tabs = " (indent with spaces, not tabs)" if "\\t" in str(error.problem) else ""
-            place = self.place(error.problem_mark)
-            raise unusable(f"not YAML: {context}{error.problem}{tabs}", "", place) from None
+            message = f"not YAML: {context}{error.problem}{tabs}"
+            raise unusable(message, self.place(error.problem_mark)) from None
         except yaml.reader.ReaderError as error:
-            message = f"not YAML: byte {error.position}: {first_line(str(error))}"
-            raise unusable(message, "save the file as UTF-8", (file, 0, 0)) from None
+            message = f"not YAML in UTF-8: byte {error.position}: {first_line(str(error))}"
+            raise unusable(message, (file, 0, 0)) from None
         except RecursionError:
             most = f"more than {MAX_DEPTH} levels, or {MAX_VALUES} values"
-            raise unusable(f"excessive nesting or aliasing: {most}", "", (file, 0, 0)) from None
+            raise unusable(f"excessive nesting or aliasing: {most}", (file, 0, 0)) from None
 
     def config_text(self, content: bytes) -> bytes | str:
         """A file's content, or where there is a RayService in it the config of that, which keeps
         its lines and columns. Raises ConfigError for several of them."""
         found = {}
-        if SERVE_CONFIG.encode() not in content:
-            return content
-        for root in yaml.compose_all(content, Loader=yaml.SafeLoader):
+        roots = yaml.compose_all(content, Loader=yaml.SafeLoader)
+        for root in roots if SERVE_CONFIG.encode() in content else ():
             if isinstance(text := node_at(root, "spec", SERVE_CONFIG), yaml.ScalarNode):
                 found[getattr(node_at(root, "metadata", "name"), "value", "")] = text
         if not found:
@@ -599,8 +595,8 @@ class DocumentLoader:
         [text, *others] = found.values()
         place = self.place(text.start_mark)
         if others:
-            hint = "keep one of them in the file; --only can't choose, it is for applications"
-            raise unusable(f"there are several RayServices: {', '.join(found)}", hint, place)
+            message = f"there are several RayServices: {', '.join(found)}; keep one of them"
+            raise unusable(f"{message}: --only can't choose, it is for applications", place)
         said = f"of this manifest {SERVE_CONFIG} counts here, and nothing of its cluster"
         self.problems.append(Problem((), said, warning=True, place=place))
         line, end = text.start_mark.line, text.end_mark.line
@@ -656,7 +652,7 @@ class DocumentLoader:
         try:
             return self.yaml.construct_object(node)
         except (ValueError, KeyError, AttributeError) as error:
-            raise unusable(f"a value can't be read: {error}", "", place) from None
+            raise unusable(f"a value can't be read: {error}", place) from None
 
     def variable(self, match: re.Match[str], path: KeyPath, place: Place) -> str:
         name = match["name"]
@@ -686,10 +682,11 @@ class DocumentLoader:
             found = None
             with contextlib.suppress(OSError):  # too long for a name
                 found = next((f"{d / llm}" for d in folders if (d / llm).exists()), None)
+            if found is None:
+                hint = f"looked in {' and in '.join(map(str, folders))}"
+                self.problems.append(Problem(path, f"there is no file {llm!r}", hint))
+                continue
             try:
-                if found is None:
-                    hint = f"looked in {' and in '.join(map(str, folders))}"
-                    raise unusable(f"there is no file {llm!r}", hint, self.places[path])
                 holder[path[-1]] = self.load(found, path)
             except ConfigError as error:
                 self.problems += [replace(problem, path=path) for problem in error.problems]
@@ -705,18 +702,16 @@ def node_at(node: yaml.Node | None, *keys: str) -> yaml.Node | None:
 
 def check_top(file: str, data: Any) -> None:
     """Raise ConfigError for what is no config of Serve's at all."""
-    keys, message, hint = as_dict(data), "expected a mapping with `applications`", ""
+    keys, message = as_dict(data), "expected a mapping with `applications`"
     if "applications" in keys:
         return
-    if "apiVersion" in keys:
-        message = f"this is a Kubernetes manifest ({keys.get('kind')}); {message}"
-        hint = "of manifests a RayService is one, with the config in spec.serveConfigV2"
-    elif "import_path" in keys:
-        message = "this is the old form of a config, with one application at the top"
-        hint = "write it as the one item of `applications:`"
+    if "import_path" in keys:
+        message = "this is the old form of a config: write it as the one item of `applications:`"
+    elif "apiVersion" in keys:
+        message += "; of manifests a RayService is one, with the config in spec.serveConfigV2"
     elif close := difflib.get_close_matches("applications", map(str, keys), 1, 0.7):
-        hint = f"did you mean 'applications' by {close[0]!r}?"
-    raise unusable(message, hint, (file, 1, 1))
+        message += f"; did you mean 'applications' by {close[0]!r}?"
+    raise unusable(message, (file, 1, 1))
 
 
 def tag_of(text: str) -> str:
@@ -892,29 +887,24 @@ REFUSING = (
 """Schemas for which Ray refuses an unknown key; the others ignore it without a word."""
 
 REQUIRED = {LLM: ("model_loading_config",), "ModelLoadingConfig": ("model_id",)}
-OF_AN_ENGINE = ("engine_kwargs", "placement_group_config")
 LISTS = ("applications", "deployments", "deployment_actors", "llm_configs", "bundles")
 INSTEAD = {
     "max_concurrent_queries": "max_ongoing_requests",
     "target_num_ongoing_requests_per_replica": "target_ongoing_requests, in autoscaling_config",
     "placement_group_bundles": "placement_group_config, beside deployment_config",
     "placement_group_strategy": "placement_group_config, beside deployment_config",
-    "env_vars": "runtime_env: {env_vars: ...}",
 }
 """Old names, and what Ray does not take where people write it (an LLM's bundles are made for its
 engine's workers)."""
 
-Schemas = Mapping[str, Mapping[str, str]]
-"""Schema -> its fields -> the schema of the field's value, or "". What was not found is not in it,
-and is not checked."""
-
-Rule = tuple[str, str, Callable[[Any], bool]]
-"""What to say about a wrong value ({}), a hint, and whether a value is right."""
+Rule = tuple[str, Callable[[Any], bool]]
+"""What a value has to be, as in "5 is not ...", and whether it is that."""
 
 
 @functools.cache
-def known_schemas() -> Schemas:
-    """The fields of the installed Ray's and vLLM's schemas, from their source (0.1 s)."""
+def known_schemas() -> dict[str, dict[str, str]]:
+    """The installed Ray's and vLLM's schemas, from their source (0.1 s): their fields, and the
+    schemas of those, or "". What was not found is not in it, and is not checked."""
     nodes: dict[str, ast.ClassDef] = {}
     for package, file in SCHEMA_SOURCES:
         spec = importlib.util.find_spec(package)
@@ -945,14 +935,6 @@ def fields_of(schema: str, nodes: Mapping[str, ast.ClassDef]) -> dict[str, str]:
 
 # -- document → problems -------------------------------------------------------------------------
 
-NAME: Rule = (
-    "Ray can't bear the name {}",
-    "use printable ASCII without '#', and at most 231 characters",
-    lambda value: isinstance(value, str) and bool(re.fullmatch(r"[ -\"$-~]{1,231}", value)),
-)
-"""Ray's metrics take ASCII alone: another name stops Serve's controller for good. "#" separates the
-parts of a replica's name, which, with its application's, becomes a file's (255 bytes)."""
-
 
 def number(needed: str, least: float, most: float = 1e18, step: float = 0) -> Rule:
     """The rule for a finite number in these bounds; Ray reads one that stands in quotes, too."""
@@ -963,15 +945,16 @@ def number(needed: str, least: float, most: float = 1e18, step: float = 0) -> Ru
             return fits and not isinstance(value, bool)
         return False
 
-    return f"{{}} is not {needed}", "", is_right
+    return needed, is_right
 
 
-def one_of(*words: str) -> Rule:
-    return "{} is not known", f"use {' or '.join(words)}", lambda value: value in words
+def matching(needed: str, pattern: str = r"(?s:.*)") -> Rule:
+    """The rule for a text that is like this from its beginning to its end."""
+    return needed, lambda value: isinstance(value, str) and bool(re.fullmatch(pattern, value))
 
 
 RULES: Mapping[str, Rule] = {
-    **dict.fromkeys(LISTS, ("{} is not a list", "", lambda value: isinstance(value, list))),
+    **dict.fromkeys(LISTS, ("a list", lambda value: isinstance(value, list))),
     **dict.fromkeys(
         (*SHORT_RESOURCES, "memory", AMOUNTS, "download_timeout_s", "max_download_tries"),
         number("a number, 0 or more", 0),
@@ -981,41 +964,37 @@ RULES: Mapping[str, Rule] = {
     "port": number("a port, 1 to 65535", 1, 65535),
     "max_replicas_per_node": number("a whole number, 1 to 100", 1, 100, 1),
     "max_num_adapters_per_replica": number("a whole number, 1 or more", 1, step=1),
-    "dynamic_lora_loading_path": (
-        "{} is not in the cloud",
-        "it begins with s3://, gs://, abfss:// or azure://",
-        lambda value: bool(re.match(r"(s3|gs|abfss|azure)://|pyarrow-", str(value))),
-    ),
-    "llm_engine": one_of("vLLM"),
+    "gpu_memory_utilization": number("above 0, 1 at most", 1e-6, 1),
+    "llm_engine": matching("vLLM", "vLLM"),
     **dict.fromkeys(
         ("strategy", "placement_group_strategy"),
-        one_of("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"),
+        matching("PACK, SPREAD, STRICT_PACK or STRICT_SPREAD", "(STRICT_)?(PACK|SPREAD)"),
     ),
-    "gpu_memory_utilization": number("above 0, 1 at most", 1e-6, 1),
-    "name": NAME,
-    "model_id": NAME,
-    "route_prefix": (
-        "Serve answers 500 to every request under a route that is not ASCII",
-        "",
-        lambda value: str(value).isascii(),
+    "dynamic_lora_loading_path": matching(
+        "in the cloud: s3://, gs://, abfss:// or azure://", r"((s3|gs|abfss|azure)://|pyarrow-).*"
     ),
-    VARIABLES: ("{} is not a text", "put it in quotes", lambda value: isinstance(value, str)),
+    # Ray's metrics take ASCII alone: another name stops Serve's controller for good. "#" separates
+    # the parts of a replica's name, which, with its application's, becomes a file's (255 bytes).
+    **dict.fromkeys(
+        ("name", "model_id"),
+        matching(
+            "a name for Ray: printable ASCII, no '#', at most 231 characters", r"[ -\"$-~]{1,231}"
+        ),
+    ),
+    "route_prefix": matching("ASCII: Serve would answer 500 to every request", r"[\0-\x7f]*"),
+    VARIABLES: matching("a text: put it in quotes"),
     **dict.fromkeys(
         ("target_capacity", "autoscaling_policy"),
-        (
-            "is only supported by `serve deploy`: Serve does not take it for single applications",
-            "leave it out, or deploy this file with `serve deploy`",
-            lambda _: False,
-        ),
+        ("taken for single applications: leave it out, or use `serve deploy`", lambda _: False),
     ),
 }
 """Key, or schema of which every value counts -> the rule, where this program itself reads a value,
 or Ray says nothing, or too little."""
 
 
-def check_keys(value: Any, schema: str, path: KeyPath, schemas: Schemas) -> Problems:
+def check_keys(value: Any, schema: str, path: KeyPath) -> Problems:
     """What is wrong with a value that has to be a mapping of this schema, and with all below it."""
-    fields = schemas.get(schema)
+    fields = known_schemas().get(schema)
     if fields == {}:  # an enumeration's, which is Ray's to check
         return []
     if not isinstance(value, dict):
@@ -1025,26 +1004,28 @@ def check_keys(value: Any, schema: str, path: KeyPath, schemas: Schemas) -> Prob
     for key, item in value.items():
         here = (*path, key)
         child = CHILDREN.get(key) or (fields or {}).get(key)
-        own = key in OF_AN_ENGINE and bool(value.get("server_cls"))  # another engine's
-        own = own or (key == "args" and not is_rays_builder(value))
+        of_engine = key in ("engine_kwargs", "placement_group_config")
+        others = (
+            value.get("server_cls") if of_engine else key == "args" and not is_rays_builder(value)
+        )
         if fields and key not in fields:
-            problems.append(unknown_key(key, schema, here, schemas))
+            problems.append(unknown_key(key, schema, here))
         elif item is None and schema != VARIABLES:
             pass  # as if it were not given
         elif wrong := check_value(item, schema if schema in RULES else key, here):
             problems += wrong
         elif key in LISTS:
             for index, below in enumerate(item):
-                problems += check_keys(below, str(child), (*here, index), schemas)
+                problems += check_keys(below, str(child), (*here, index))
             problems += check_names(item, here)
-        elif child and not own:
-            problems += check_keys(item, child, here, schemas)
+        elif child and not others:
+            problems += check_keys(item, child, here)
     return problems
 
 
 def check_value(value: Any, rule: Any, path: KeyPath) -> Problems:
-    wrong, hint, is_right = RULES.get(rule, ("", "", lambda _: True))
-    return [] if is_right(value) else [Problem(path, wrong.format(show_value(value)), hint)]
+    needed, is_right = RULES.get(rule, ("", lambda _: True))
+    return [] if is_right(value) else [Problem(path, f"{show_value(value)} is not {needed}")]
 
 
 def check_names(items: list[Any], path: KeyPath) -> Problems:
@@ -1059,31 +1040,22 @@ def check_names(items: list[Any], path: KeyPath) -> Problems:
     return problems
 
 
-def unknown_key(key: Any, schema: str, path: KeyPath, schemas: Schemas) -> Problem:
+def unknown_key(key: Any, schema: str, path: KeyPath) -> Problem:
     """What to say about a key that a schema does not have: an error if it is nearly right, is meant
     for another place, or is refused by Ray. At the top it may be another tool's."""
-    wrong = partial(Problem, path)
-    close = difflib.get_close_matches(str(key), schemas[schema], n=1, cutoff=0.75)
+    schemas = known_schemas()
     if schema != TOP:
-        pairs = itertools.chain(CHILDREN.items(), *(known.items() for known in schemas.values()))
-        parent = next((parent for parent, child in pairs if key in schemas.get(child, ())), "")
         if key in INSTEAD:
-            return wrong("is not taken here", f"write {INSTEAD[key]}")
-        if parent:
-            return wrong("does not belong here", f"move it into {parent}, or beside it")
-    if close:
-        return wrong(f"unknown key, did you mean {close[0]!r}?")
-    if schema not in REFUSING:
-        return wrong("unknown key; Ray ignores it", warning=True)
-    if schema == ENGINE:
-        return wrong("unknown key, which the installed vLLM does not take")
-    return wrong("unknown key", f"known are {', '.join(sorted(schemas[schema]))}")
-
-
-def is_llm(application: Config, llm: Config) -> bool:
-    """Whether what stands where builders have LLMs is one: a builder of the user's own may take
-    anything there, of which what is written as Ray's LLMs are counts."""
-    return is_rays_builder(application) or not check_keys(llm, LLM, (), known_schemas())
+            return Problem(path, "is not taken here", f"write {INSTEAD[key]}")
+        pairs = itertools.chain(CHILDREN.items(), *(fields.items() for fields in schemas.values()))
+        for parent, child in pairs:
+            if key in schemas.get(child, ()):
+                return Problem(path, "does not belong here", f"move it into {parent}, or beside it")
+    if close := difflib.get_close_matches(str(key), schemas[schema], n=1, cutoff=0.75):
+        return Problem(path, f"unknown key, did you mean {close[0]!r}?")
+    if schema in REFUSING:
+        return Problem(path, "unknown key, which the installed Ray and vLLM do not take")
+    return Problem(path, "unknown key; Ray ignores it", warning=True)
 
 
 def deployment_options(data: Config) -> Iterator[tuple[KeyPath, Config]]:
@@ -1141,7 +1113,8 @@ def read_applications(document: Document) -> tuple[tuple[ApplicationSpec, ...], 
     models: dict[Any, list[ModelSpec]] = defaultdict(list)
     for path, llm, _ in llm_places(data):
         application = data["applications"][path[1]]
-        if is_llm(application, llm):
+        # A builder of the user's own may take anything; what is written as Ray's LLMs counts.
+        if is_rays_builder(application) or not check_keys(llm, LLM, ()):
             options = llm["deployment_config"] = llm.get("deployment_config") or {}
             problems += move_short_keys(options, (*path, "deployment_config"))
             problems += fit_engine(llm, path, as_dict(application.get("runtime_env")))
@@ -1152,8 +1125,8 @@ def read_applications(document: Document) -> tuple[tuple[ApplicationSpec, ...], 
             problems += move_short_keys(as_dict(override), here)
         if config.get("logging_config") is None and data.get("logging_config"):
             config["logging_config"] = data["logging_config"]
-        name = config.setdefault("name", DEFAULT_APPLICATION)
-        route = config.get("route_prefix", DEFAULT_ROUTE)
+        name = config.setdefault("name", "default")  # as in Ray's schema
+        route = config.get("route_prefix", "/")
         specs.append(ApplicationSpec(index, name, route, config, tuple(models[index])))
     return tuple(specs), problems
 
@@ -3523,7 +3496,7 @@ def admit(action: Action, run: Run) -> None:
     for demand in action.demands:
         for name in (demand.deployment, demand.label):
             for problem in check_value(name, "name", ()):
-                raise ApplicationError(f"{problem.message}; {problem.hint}")
+                raise ApplicationError(problem.message)
     with run.lock:
         demands = demands_at_once(action)
         plan = predict([*run.admitted, *demands], run.nodes)
@@ -4159,7 +4132,7 @@ def check_config(
     """The applications of a loaded document, and what is wrong with it: first its keys, and once
     those are in order the values, which takes Ray's schemas."""
     said = {problem.path for problem in problems}
-    found = check_keys(document.data, TOP, (), known_schemas())
+    found = check_keys(document.data, TOP, ())
     problems = problems + [problem for problem in found if problem.path not in said]
     if not all(problem.warning for problem in problems):
         return (), located(document, problems)
@@ -4262,8 +4235,9 @@ class Session:
         names = [item.name for item in applications]
         for pattern in self.options.only or ():
             if not self.options.prune and not fnmatch.filter(names, pattern):
-                message = f"--only {pattern}: no application has that name"
-                raise unusable(message, f"there are {', '.join(names)}", ("command line", 0, 0))
+                message = f"--only {pattern}: no application has that name; "
+                message += f"there are {', '.join(names)}"
+                raise unusable(message, ("command line", 0, 0))
         return applications
 
     def export(self, applications: Sequence[ApplicationSpec]) -> int:

@@ -48,7 +48,7 @@ BROKEN = [
     pytest.param(
         "applications:\n\t- name: a\n",
         [
-            ":2:1: not YAML: while scanning for the next token, found character '\\t' that cannot start any token (indent with spaces, not tabs)"
+            ":2:1: not YAML: found character '\\t' that cannot start any token (indent with spaces, not tabs)"
         ],
         id="tab indent",
     ),
@@ -84,14 +84,14 @@ BROKEN = [
     pytest.param(
         "apiVersion: v1\nkind: Pod\n",
         [
-            ":1:1: this is a Kubernetes manifest (Pod); expected a mapping with `applications`; of manifests a RayService is one, with the config in spec.serveConfigV2"
+            ":1:1: expected a mapping with `applications`; of manifests a RayService is one, with the config in spec.serveConfigV2"
         ],
         id="a manifest",
     ),
     pytest.param(
         "apiVersion: ray.io/v1\nkind: RayService\nspec: {}\n",
         [
-            ":1:1: this is a Kubernetes manifest (RayService); expected a mapping with `applications`; of manifests a RayService is one, with the config in spec.serveConfigV2"
+            ":1:1: expected a mapping with `applications`; of manifests a RayService is one, with the config in spec.serveConfigV2"
         ],
         id="a RayService",
     ),
@@ -104,22 +104,20 @@ BROKEN = [
     ),
     pytest.param(
         b"applications: []\n# caf\xe9\n",
-        [
-            ": not YAML: byte 22: unacceptable character #x00e9: invalid continuation byte; save the file as UTF-8"
-        ],
+        [": not YAML in UTF-8: byte 22: unacceptable character #x00e9: invalid continuation byte"],
         id="latin-1",
     ),
     pytest.param(
         "applications: []".encode("utf-16-le"),
         [
-            ": not YAML: byte 1: unacceptable character #x0000: special characters are not allowed; save the file as UTF-8"
+            ": not YAML in UTF-8: byte 1: unacceptable character #x0000: special characters are not allowed"
         ],
         id="UTF-16",
     ),
     pytest.param(
         b"applications: []\x00",
         [
-            ": not YAML: byte 16: unacceptable character #x0000: special characters are not allowed; save the file as UTF-8"
+            ": not YAML in UTF-8: byte 16: unacceptable character #x0000: special characters are not allowed"
         ],
         id="NUL",
     ),
@@ -197,7 +195,7 @@ BROKEN = [
     pytest.param(
         "target_capacity: 50\napplications: []\n",
         [
-            ":1:1: target_capacity: is only supported by `serve deploy`: Serve does not take it for single applications; leave it out, or deploy this file with `serve deploy`"
+            ":1:1: target_capacity: 50 is not taken for single applications: leave it out, or use `serve deploy`"
         ],
         id="target_capacity",
     ),
@@ -245,21 +243,21 @@ BROKEN = [
     pytest.param(
         "applications:\n- {name: 'a#b', import_path: m:a}\n",
         [
-            ":2:4: applications[0].name: Ray can't bear the name 'a#b'; use printable ASCII without '#', and at most 231 characters"
+            ":2:4: applications[0].name: 'a#b' is not a name for Ray: printable ASCII, no '#', at most 231 characters"
         ],
         id="name with #",
     ),
     pytest.param(
         "applications:\n- {name: '', import_path: m:a}\n",
         [
-            ":2:4: applications[0].name: Ray can't bear the name ''; use printable ASCII without '#', and at most 231 characters"
+            ":2:4: applications[0].name: '' is not a name for Ray: printable ASCII, no '#', at most 231 characters"
         ],
         id="name empty",
     ),
     pytest.param(
         "applications:\n- {name: 5, import_path: m:a}\n",
         [
-            ":2:4: applications[0].name: Ray can't bear the name 5; use printable ASCII without '#', and at most 231 characters"
+            ":2:4: applications[0].name: 5 is not a name for Ray: printable ASCII, no '#', at most 231 characters"
         ],
         id="name a number",
     ),
@@ -313,18 +311,18 @@ BROKEN = [
     pytest.param(
         ONE + ", autoscaling_policy: {policy_function: m:f}}\n",
         [
-            ":2:31: applications[0].autoscaling_policy: is only supported by `serve deploy`: Serve does not take it for single applications; leave it out, or deploy this file with `serve deploy`"
+            ":2:31: applications[0].autoscaling_policy: {'policy_function': 'm:f'} is not taken for single applications: leave it out, or use `serve deploy`"
         ],
         id="autoscaling_policy",
     ),
     pytest.param(
         ONE + ", runtime_env: {env_vars: {A: 1}}}\n",
-        [":2:56: applications[0].runtime_env.env_vars.A: 1 is not a text; put it in quotes"],
+        [":2:56: applications[0].runtime_env.env_vars.A: 1 is not a text: put it in quotes"],
         id="env var a number",
     ),
     pytest.param(
         ONE + ", runtime_env: {env_vars: {A: yes}}}\n",
-        [":2:56: applications[0].runtime_env.env_vars.A: true is not a text; put it in quotes"],
+        [":2:56: applications[0].runtime_env.env_vars.A: true is not a text: put it in quotes"],
         id="env var a boolean",
     ),
     pytest.param(
@@ -532,7 +530,7 @@ BROKEN = [
     pytest.param(
         LLM + "      type: x\n",
         [
-            ":6:7: applications[0].args.llm_configs[0].type: unknown key; known are accelerator_config, accelerator_type, callback_config, deployment_config, engine_kwargs, experimental_configs, llm_engine, log_engine_metrics, lora_config, model_loading_config, placement_group_config, runtime_env, server_cls"
+            ":6:7: applications[0].args.llm_configs[0].type: unknown key, which the installed Ray and vLLM do not take"
         ],
         id="unknown LLM key",
     ),
@@ -670,7 +668,7 @@ def test_what_is_wrong_is_said_with_its_place_and_exit_code_2(
         pytest.param(
             ["gone.yaml"], "gone.yaml: can't be read: No such file or directory", id="gone"
         ),
-        pytest.param(["."], ".: this is no regular file; give the YAML file", id="a directory"),
+        pytest.param(["."], ".: this is no regular file", id="a directory"),
     ],
 )
 def test_a_file_that_is_none(arguments: list[str], message: str) -> None:
@@ -1016,7 +1014,7 @@ def test_llm_configs_may_be_paths_and_problems_point_into_them() -> None:
         pytest.param(
             "a: 1\n---\nb: 1\n", f"llm.yaml:2:1: {PATH}: not YAML: expected a single", id="two"
         ),
-        pytest.param("a: \xe9 é\n", f"llm.yaml: {PATH}: not YAML: byte 3", id="latin-1"),
+        pytest.param("a: \xe9 é\n", f"llm.yaml: {PATH}: not YAML in UTF-8: byte 3", id="latin-1"),
         pytest.param("#" * (app.MAX_FILE_BYTES + 1), "are more than the limit of", id="huge"),
     ],
 )
@@ -1169,9 +1167,7 @@ def test_a_fifo_is_refused_at_once(tmp_path: Path, config: str, key: str) -> Non
     Path("config.yaml").write_text(naming("fifo"))
     finished = run_app_v5(str(tmp_path / config), timeout_s=30.0)
     assert finished.returncode == 2
-    assert finished.stderr.splitlines()[2:] == [
-        f"❌ {tmp_path}/fifo: {key}this is no regular file; give the YAML file"
-    ]
+    assert finished.stderr.splitlines()[2:] == [f"❌ {tmp_path}/fifo: {key}this is no regular file"]
 
 
 def test_a_variable_that_is_not_utf_8_is_named_beside_json_too(tmp_path: Path) -> None:
@@ -1209,7 +1205,7 @@ def test_names_that_ray_can_not_bear(name: str, good: bool) -> None:
 
 def test_a_route_that_is_not_ascii() -> None:
     (found,) = problems(ONE + ", route_prefix: /café}\n")
-    assert "Serve answers 500 to every request under a route that is not ASCII" in found
+    assert "'/café' is not ASCII: Serve would answer 500 to every request" in found
 
 
 @pytest.mark.parametrize(
@@ -1247,8 +1243,7 @@ def test_a_missing_file_does_not_hide_the_rest() -> None:
 
 def test_the_old_form_of_one_application_is_named() -> None:
     assert problems("import_path: m:a\n") == [
-        ":1:1: this is the old form of a config, with one application at the top; "
-        "write it as the one item of `applications:`"
+        ":1:1: this is the old form of a config: write it as the one item of `applications:`"
     ]
 
 
@@ -1468,9 +1463,7 @@ def test_a_manifests_problems_stand_where_they_are_in_it(text: str, tmp_path: Pa
     [warning] = problems
     assert (warning.warning, warning.place) == (True, (str(file), 6, 18))
     assert document.data["applications"][0]["import_path"] == "m:a"
-    [problem] = app.located(
-        document, app.check_keys(document.data, app.TOP, (), app.known_schemas())
-    )
+    [problem] = app.located(document, app.check_keys(document.data, app.TOP, ()))
     assert problem.place == (str(file), 9, 9)
     assert problem.message == "unknown key, did you mean 'route_prefix'?"
 
@@ -1482,9 +1475,7 @@ def test_a_manifests_text_in_quotes_keeps_its_place(tmp_path: Path) -> None:
         f"{head}  serveConfigV2: 'applications: [{{import_path: m:a, rout_prefix: /}}]'\n"
     )
     document, _ = app.load_document(str(file), {})
-    [problem] = app.located(
-        document, app.check_keys(document.data, app.TOP, (), app.known_schemas())
-    )
+    [problem] = app.located(document, app.check_keys(document.data, app.TOP, ()))
     assert problem.place == (str(file), 6, 53)
 
 
@@ -1492,7 +1483,7 @@ def test_a_manifest_after_others_is_the_config(tmp_path: Path) -> None:
     file = tmp_path / "all.yaml"
     file.write_text(f"{MAP}---\n{SERVICE}".replace("rout_prefix", "route_prefix"))
     document, _ = app.load_document(str(file), {})
-    assert app.check_keys(document.data, app.TOP, (), app.known_schemas()) == []
+    assert app.check_keys(document.data, app.TOP, ()) == []
     assert document.places["applications", 0, "name"] == (str(file), 12, 9)
 
 
@@ -1501,11 +1492,11 @@ def test_a_manifest_after_others_is_the_config(tmp_path: Path) -> None:
     [
         pytest.param(
             f"{SERVICE}---\n{SERVICE.replace('llms', 'more')}",
-            "there are several RayServices: llms, more; keep one of them in the file; --only can't choose",
+            "there are several RayServices: llms, more; keep one of them: --only can't choose",
             6,
             id="several",
         ),
-        pytest.param(MAP, "this is a Kubernetes manifest (ConfigMap)", 1, id="none"),
+        pytest.param(MAP, "expected a mapping with `applications`", 1, id="none"),
         pytest.param(
             SERVICE.replace("- name", "- name: ["), ":8:", 8, id="a slip inside, at its place"
         ),
@@ -1531,7 +1522,7 @@ def test_manifests_that_are_no_config(text: str, said: str, line: int, tmp_path:
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
-        pytest.param("llm_engine", "SGLang", "'SGLang' is not known; use vLLM", id="engine"),
+        pytest.param("llm_engine", "SGLang", "'SGLang' is not vLLM", id="engine"),
         pytest.param(
             "lora_config",
             "{max_num_adapters_per_replica: 0}",
@@ -1541,7 +1532,7 @@ def test_manifests_that_are_no_config(text: str, said: str, line: int, tmp_path:
         pytest.param(
             "lora_config",
             "{dynamic_lora_loading_path: /loras}",
-            "'/loras' is not in the cloud; it begins with s3://",
+            "'/loras' is not in the cloud: s3://",
             id="a local path for adapters",
         ),
         pytest.param(
@@ -1553,7 +1544,7 @@ def test_manifests_that_are_no_config(text: str, said: str, line: int, tmp_path:
         pytest.param(
             "placement_group_config",
             "{strategy: FOO, bundles: [{GPU: 1}]}",
-            "'FOO' is not known; use PACK or SPREAD",
+            "'FOO' is not PACK, SPREAD",
             id="a strategy",
         ),
     ],
@@ -1567,5 +1558,5 @@ def test_what_ray_refuses_later_is_refused_before(option: str, value: str, said:
 def test_the_engines_are_those_that_ray_has() -> None:
     from ray.llm._internal.serve.core.configs.llm_config import LLMEngine
 
-    known = app.RULES["llm_engine"][2]
+    known = app.RULES["llm_engine"][1]
     assert all(known(engine.value) for engine in LLMEngine)

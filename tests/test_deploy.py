@@ -545,7 +545,7 @@ def test_a_builders_name_that_ray_can_not_bear_is_not_submitted() -> None:
     cluster.demands = {"a": (app.Demand("a", "Modèle", ({"CPU": 1.0},)),)}
     run = deploy(cluster, "a")
     assert (results(run), cluster.submitted) == ({"a": "FAILED"}, [])
-    assert "Ray can't bear the name 'Modèle'" in causes(run)[0]
+    assert "'Modèle' is not a name for Ray" in causes(run)[0]
 
 
 def test_an_engines_phase_is_read_in_its_log() -> None:

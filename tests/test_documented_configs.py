@@ -11,21 +11,15 @@ import app_v5 as app
 from documented_configs import DOCUMENTED, LLMS, OPENAI, SERVE, go_where_they_are
 from test_config import problems
 
-BY_SERVE_DEPLOY = (
-    "is only supported by `serve deploy`: Serve does not take it for single applications; "
-    "leave it out, or deploy this file with `serve deploy`"
-)
+BY_SERVE_DEPLOY = "is not taken for single applications: leave it out, or use `serve deploy`"
 REMOTE_ONLY = (
     "runtime_envs in the Serve config support only remote URIs in working_dir and py_modules, or "
     '"local://" URIs for directories that already exist on every node. Got error when parsing '
     "URI: Expected URI but received path "
 )
 IGNORED = "unknown key; Ray ignores it"
-NOT_OF_VLLM = "unknown key, which the installed vLLM does not take"
-OLD_FORM = (
-    ":1:1: this is the old form of a config, with one application at the top; "
-    "write it as the one item of `applications:`"
-)
+NOT_OF_VLLM = "unknown key, which the installed Ray and vLLM do not take"
+OLD_FORM = ":1:1: this is the old form of a config: write it as the one item of `applications:`"
 LLM = "applications[0].args.llm_configs[0]"
 DEPLOYMENT = "applications[0].deployments[0]"
 
@@ -106,12 +100,15 @@ ON_PURPOSE = [
   - name: Before
     autoscaling_config: {min_replicas: 1, max_replicas: 5}
 """,
-        [f":4:3: applications[0].autoscaling_policy: {BY_SERVE_DEPLOY}"],
+        [
+            ":4:3: applications[0].autoscaling_policy: "
+            f"{{'policy_function': 'policies:by_the_clock'}} {BY_SERVE_DEPLOY}"
+        ],
         id="one policy for an application",
     ),
     pytest.param(
         "target_capacity: 40\napplications:\n- import_path: m:app\n",
-        [f":1:1: target_capacity: {BY_SERVE_DEPLOY}"],
+        [f":1:1: target_capacity: 40 {BY_SERVE_DEPLOY}"],
         id="target_capacity",
     ),
     pytest.param(

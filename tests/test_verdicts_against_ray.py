@@ -29,13 +29,13 @@ Builders = dict[str, Callable[[app.Config], object]]
 EXAMPLES = 600
 
 DELIBERATE = {
-    "can't bear the name": "such a name stops Serve's controller, or is too long for a file",
-    "Serve answers 500": "a route that is not ASCII can't be asked",
+    "is not a name for Ray": "such a name stops Serve's controller, or is too long for a file",
+    "is not ASCII: Serve would answer 500": "a route that is not ASCII can't be asked",
     "did you mean": "Ray ignores the key without a word, and it is near a known one",
     "does not belong here": "Ray ignores the key without a word, and it is known elsewhere",
-    "is not a text; put it in quotes": "a variable that is no text breaks Serve's controller",
+    "is not a text: put it in quotes": "a variable that is no text breaks Serve's controller",
     "env_vars: ": "variables that are no mapping fail when the environment is made",
-    "is only supported by `serve deploy`": "Serve takes it only for all applications at once",
+    "is not taken for single applications": "Serve takes it only for all applications at once",
     "is not a port": "no proxy can listen there",
     "is there twice": "of two equal names Ray takes one without a word",
     "disagree; give one of them": "short keys are this program's own",
