@@ -2715,10 +2715,6 @@ def serves(deployment: str, model: ModelSpec) -> bool:
     return deployment.endswith(f":{model.deployment_name}")
 
 
-def demand_of(model: ModelSpec, demands: Sequence[Demand]) -> Demand | None:
-    return next((demand for demand in demands if serves(demand.deployment, model)), None)
-
-
 def mismatches(
     application: ApplicationSpec, demands: Sequence[Demand], reservations: Sequence[Reservation]
 ) -> tuple[str, ...]:
@@ -3353,7 +3349,7 @@ def format_running(action: Action, report: Report) -> list[str]:
     others = list(action.demands)
     for model in application.models:
         lines += [f"   Model: {model.source}", f"   Model ID: {model.model_id}"]
-        if demand := demand_of(model, others):
+        for demand in [d for d in others if serves(d.deployment, model)]:
             others.remove(demand)
             amounts, count = describe_demand(demand)
             lines += [f"   Resources per replica: {amounts}", f"   Replicas: {count}"]
