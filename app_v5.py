@@ -3100,10 +3100,6 @@ def fetch(url: str, body: Config | None, timeout_s: float) -> Response:
     return Response(answer.status, text, first_s, time.monotonic() - started, ended)
 
 
-def demand_of(model: ModelSpec, demands: Sequence[Demand]) -> Demand | None:
-    return next((demand for demand in demands if serves(demand.deployment, model)), None)
-
-
 def mismatches(
     application: ApplicationSpec, demands: Sequence[Demand], reservations: Sequence[Reservation]
 ) -> tuple[str, ...]:
@@ -3155,8 +3151,7 @@ def smoke_test(
     application: ApplicationSpec, asleep: Collection[str], base_url: str, ask: Fetch
 ) -> tuple[list[Answer], list[str]]:
     """Ask an application over its public address: its answers, and notes on models that were not
-    asked, as those `asleep` (ids) are, which have no replica. Raises ApplicationError for a bad
-    answer."""
+    asked, as those whose deployments are `asleep`. Raises ApplicationError for a bad answer."""
     url = base_url + quote((application.route_prefix or "").rstrip("/"))
     listed = ask(f"{url}/v1/models", None) if application.models else None
     foreign = not is_rays_builder(application.config)
@@ -3166,11 +3161,12 @@ def smoke_test(
         raise ApplicationError(f"GET {url}/v1/models: {format_refusal(listed)}")
     ids = [str(row.get("id")) for row in read_json(listed.text).get("data") or []]
     answers, notes = [Answer("GET /v1/models", listed.total_s)], []
-    for model_id in (model.model_id for model in application.models):
+    for model in application.models:
+        model_id = model.model_id
         if model_id not in ids:
             there = ", ".join(ids) or "nothing"
             raise ApplicationError(f"GET {url}/v1/models lists {there}, not {model_id}")
-        if model_id in asleep:
+        if any(serves(deployment, model) for deployment in asleep):
             notes.append(f"{model_id} is scaled to zero: not woken up")
         elif answer := ask_model(model_id, url, ask):
             answers.append(answer)
@@ -3265,22 +3261,22 @@ class Cluster(Protocol):
     def last_words(self, actor_id: str) -> str: ...
 
 
+@dataclass
 class Run:
     """What the threads of one run share: what they do, the latest states, and whether to stop."""
 
-    def __init__(
-        self, options: Options, cluster: Cluster, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self.options, self.cluster, self.clock = options, cluster, clock
-        self.lock = threading.Lock()  # of `admitted`
-        self.actions: list[Action] = []
-        self.polled: tuple[float, dict[str, ApplicationDetails]] = (-math.inf, {})
-        self.nodes: Sequence[Node] = ()
-        self.growth: Sequence[Node] = ()
-        self.admitted: list[Demand] = []
-        self.done = False
-        self.stop_code = 0
-        self.stop_reason = ""
+    options: Options
+    cluster: Cluster
+    clock: Callable[[], float] = time.monotonic
+    actions: list[Action] = field(default_factory=list)
+    polled: tuple[float, Mapping[str, ApplicationDetails]] = (-math.inf, {})
+    nodes: Sequence[Node] = ()
+    growth: Sequence[Node] = ()
+    lock: threading.Lock = field(default_factory=threading.Lock)  # of `admitted`
+    admitted: list[Demand] = field(default_factory=list)
+    done: bool = False
+    stop_code: int = 0
+    stop_reason: str = ""
 
     def enter(self, action: Action, words: str, detail: str = "") -> None:
         """Note what an application does now."""
@@ -3342,15 +3338,14 @@ def deploy(actions: list[Action], run: Run, workers: int, show: Show) -> None:
     """
     run.actions = actions
     threading.Thread(target=watch, args=(run,), daemon=True, name="watch").start()
-    others = [action for action in actions if action.change is not Change.DELETE]
-    sharing = [action for action in others if shares_gpu(action)]
+    sharing = [index for index, action in enumerate(actions) if shares_gpu(action)]
     try:
         in_stage([a for a in actions if a.change is Change.DELETE], run, workers, show)
-        in_stage(others, run, workers, show)
-        disturbed = [a for a in sharing if a.disturbed and len(sharing) > 1 and not run.stop_code]
-        again = {id(action): second_attempt(action) for action in disturbed}
-        actions[:] = [again.get(id(action), action) for action in actions]
-        in_stage(list(again.values()), run, 1, show)
+        in_stage([a for a in actions if a.change is not Change.DELETE], run, workers, show)
+        for index in sharing if len(sharing) > 1 and not run.stop_code else ():
+            if actions[index].disturbed:
+                actions[index] = second_attempt(actions[index])
+        in_stage([a for a in actions if a.attempt > 1], run, 1, show)
     except ClusterError as error:
         run.stop(EXIT_CLUSTER, str(error))
     run.done = True
@@ -3533,13 +3528,12 @@ def failure_message(details: ApplicationDetails) -> str:
 def describe_state(details: ApplicationDetails, waits_for: str, phase: str) -> tuple[str, str]:
     """What a deploying application does, in words, and what it waits for: what the plan says does
     not fit now (`waits_for`), or its engine's `phase`."""
-    deployments = list(details.deployments.values())
-    running = sum(len(running_replicas(d)) for d in deployments)
-    target = sum(d.target_num_replicas for d in deployments)
-    waiting = [d for d in deployments if len(running_replicas(d)) < d.target_num_replicas]
-    if waits_for and any(not r.node_id for d in waiting for r in d.replicas):
+    replicas = replicas_of(details)
+    if waits_for and not all(replica.node_id for replica in replicas):
         return "waiting for resources", waits_for
-    exceptions = [text for d in waiting for text in real_exceptions(d.message)]
+    running = sum(replica.state == "RUNNING" for replica in replicas)
+    target = sum(d.target_num_replicas for d in details.deployments.values())
+    exceptions = real_exceptions(failure_message(details))
     failed = f"a replica failed: {root_cause(exceptions[-1]).text}" if exceptions else ""
     return f"starting replicas {running}/{target}", failed or phase
 
@@ -3548,7 +3542,7 @@ def failed_replicas(action: Action) -> list[ReplicaDetails]:
     """The replicas that do not run, of the deployments that are not healthy, the latest first:
     Serve calls the one that tells why dead only some seconds after it has given up."""
     failed = []
-    for deployment in action.details.deployments.values() if action.details and action.sent else ():
+    for deployment in action.details.deployments.values() if action.details else ():
         if deployment.status != "HEALTHY":
             replicas = [*deployment.replicas, *(deployment.recent_dead_replicas or ())]
             failed += [r for r in replicas if r.actor_id and r.state != "RUNNING"]
@@ -3581,21 +3575,21 @@ def prove(action: Action, run: Run) -> None:
         return fetch(url, body, min(SMOKE_TIMEOUT_S, action.deadline - run.clock()))
 
     try:
-        targets = {d.name: d.target_num_replicas for d in details.deployments.values()}
-        asleep = [d for d in action.demands if not targets.get(d.deployment, 1)]
+        asleep = [d.name for d in details.deployments.values() if not d.target_num_replicas]
         base_url = run.cluster.endpoint()
         reasons = {
             "--no-smoke-test": run.options.no_smoke_test,
             "it has no HTTP route": application.route_prefix is None,
-            "its ingress has scaled to zero": any(demand.ingress for demand in asleep),
+            "its ingress has scaled to zero": any(
+                d.ingress and d.deployment in asleep for d in action.demands
+            ),
             "Serve has no HTTP proxy (proxy_location: Disabled)": not base_url,
         }
         if skipped := [text for text, is_so in reasons.items() if is_so]:
             action.proof = replace(proof, notes=(f"not asked over HTTP: {skipped[0]}",))
             return
         wait_for_route(application, base_url, ask, partial(run.pause, action))
-        models = [m for m in application.models if demand_of(m, action.demands) in asleep]
-        answers, notes = smoke_test(application, [m.model_id for m in models], base_url, ask)
+        answers, notes = smoke_test(application, asleep, base_url, ask)
         action.proof = replace(proof, answers=tuple(answers), notes=tuple(notes))
     except (Unreachable, ClusterError) as error:
         action.proof = replace(proof, unverified=str(error))
@@ -3753,7 +3747,7 @@ def format_running(action: Action, report: Report) -> list[str]:
     others = list(action.demands)
     for model in application.models:
         lines += [f"   Model: {model.source}", f"   Model ID: {model.model_id}"]
-        if demand := demand_of(model, others):
+        for demand in [d for d in others if serves(d.deployment, model)]:
             others.remove(demand)
             amounts, count = describe_demand(demand)
             lines += [f"   Resources per replica: {amounts}", f"   Replicas: {count}"]

@@ -176,7 +176,7 @@ def test_a_model_that_is_not_listed_has_failed(listed: app.Response, message: st
 
 def test_a_model_that_sleeps_is_not_woken_up() -> None:
     server = Server({"/a/v1/models": LIST})
-    _, notes = app.smoke_test(SPEC, ["m"], HTTP, server)
+    _, notes = app.smoke_test(SPEC, ["LLMServer:m"], HTTP, server)
     assert server.asked == ["/a/v1/models"]
     assert notes == ["m is scaled to zero: not woken up"]
 
