@@ -74,6 +74,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from unittest import mock
 from urllib.parse import quote, quote_plus
 
 import yaml
@@ -102,7 +103,6 @@ UNHEALTHY_GRACE_S = 30.0
 PROXY_TIMEOUT_S = 60.0  # a proxy that restarts took 25 s
 SMOKE_TIMEOUT_S = 60.0
 STOP_GRACE_S = 2.0
-MEMORY_TIMEOUT_S = 30.0  # with vLLM's answer about a model's memory, which may need a config.json
 
 MAX_FILE_BYTES = 2 * 1024 * 1024
 MAX_DEPTH = 100
@@ -1334,11 +1334,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Room:
-    """What an engine's share of a card, of `card` bytes, holds: one worker's bytes in all and for
-    the KV cache, and the tokens and full requests that go into that."""
+    """What an engine's share of a card, of `card` bytes, holds: one worker's bytes in all, for
+    activations and for the KV cache, and the tokens and full requests that go into that."""
 
     card: int
     budget: int
+    activations: int
     cache: int
     tokens: int
     requests: float
@@ -1355,24 +1356,26 @@ def kept(memory: Memory, card: int) -> int:
     return activations if size == card else ACTIVATIONS_BYTES
 
 
-def room_of(memory: Memory | None, card: int) -> Room | None:
+def room_of(memory: Memory | None, card: int, activations: int | None = None) -> Room | None:
     """What an engine has room for; None where nobody knows, as without the size of a card. The
     figures are those that the engine logs at its start (vllm/v1/core/kv_cache_utils.py)."""
     if memory is None or not memory.block or not (memory.pinned or card):
         return None
     budget = int(card * memory.fraction)
-    cache = memory.pinned or budget - memory.weights - kept(memory, card)
+    activations = kept(memory, card) if activations is None else activations
+    cache = memory.pinned or max(0, budget - memory.weights - activations)
     length, blocks = memory.requests[0]
-    requests = max(0, cache // memory.block) / blocks
-    return Room(card, budget, cache, int(requests * length), requests)
+    requests = cache // memory.block / blocks
+    return Room(card, budget, activations, cache, int(requests * length), requests)
 
 
-def least_gpus(demand: Demand, card: int, requests: float) -> float:
-    """The smallest num_gpus with room for so many full requests."""
+def least_gpus(demand: Demand, card: int, requests: float) -> str:
+    """The smallest num_gpus with room for so many full requests, in words."""
     memory, workers = demand.memory or Memory(), max(1, len(gpu_shares(demand)))
     cache = (math.ceil(requests * memory.requests[0][1]) + 1) * memory.block
     needed = (memory.weights + kept(memory, card) + cache) / (card * WHOLE_GPU_MEMORY_FRACTION)
-    return math.ceil(needed * 100) / 100 * workers
+    least = math.ceil(needed * 100) / 100
+    return short(least * workers) if least <= 1 else "more than a card a worker"
 
 
 def gpu_shares(demand: Demand) -> list[float]:
@@ -1388,8 +1391,8 @@ def memory_misfit(demand: Demand, room: Room) -> str:
         fits = next((n for n, needs in memory.requests if blocks > needs), 0)
         hints = [f"max_model_len {fits:,} would fit"] if fits else []
         if room.card and not memory.pinned:
-            hints.append(f"num_gpus {short(least_gpus(demand, room.card, 1))} would do")
-        left = f"{gib(max(0, room.cache))} of {gib(room.budget or room.cache)} are left for that"
+            hints.append(f"num_gpus that would do: {least_gpus(demand, room.card, 1)}")
+        left = f"{gib(room.cache)} of {gib(room.budget or room.cache)} are left for that"
         text = f"a request of {length:,} tokens needs {gib(needed * memory.block)} of KV cache"
         return "; ".join([text, left, *hints])
     if memory.sequences > blocks:
@@ -1423,7 +1426,7 @@ def format_memory(demand: Demand, room: Room | None) -> list[str]:
         how = "measured" if memory.measured[:1] == (room.card,) else "a guess"
         share = f"{short(gpu_shares(demand)[0])} of {gib(room.card)}, at gpu_memory_utilization "
         share += f"{short(memory.fraction)}: {gib(room.budget)}"
-        share += f"; {cache} ({gib(kept(memory, room.card))} kept for activations, {how})"
+        share += f"; {cache} ({gib(room.activations)} kept for activations, {how})"
         lines.append(f"  {share}")
     most, full = demand.max_ongoing_requests, math.floor(room.requests)
     queue = f" (max_ongoing_requests is {most}: the last {most - full} would queue)"
@@ -1431,7 +1434,7 @@ def format_memory(demand: Demand, room: Room | None) -> list[str]:
     lines[-1] += queue if full < most < MANY_REQUESTS else ""
     target = demand.target_ongoing_requests
     if room.card and 0 < target < MANY_REQUESTS and not memory.pinned:
-        least = short(least_gpus(demand, room.card, target))
+        least = least_gpus(demand, room.card, target)
         wanted = f"target_ongoing_requests {short(target)}"
         lines.append(f"  the smallest num_gpus that serves {wanted} in full: {least}")
     return lines
@@ -1466,19 +1469,15 @@ def remembered(demands: Sequence[Demand], before: Sequence[Demand]) -> tuple[Dem
 def measure_memory(options: Callable[[], Config], variables: Mapping[str, str]) -> Config:
     """The fields of a `Memory` for an engine with these arguments, in an environment with these
     variables, in 0.5 s. Whatever goes wrong, the engine itself will say: this is a help only."""
-    saved = dict(os.environ)
     # Ray hides a node's GPUs from who reserves none, and vLLM's platform is then no GPU's.
     if not os.environ.get("CUDA_VISIBLE_DEVICES"):
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-    os.environ.update(variables)
     try:
-        return ask_vllm(options())
+        with mock.patch.dict(os.environ, variables):
+            return ask_vllm(options())
     except Exception as error:  # noqa: BLE001
         text = " ".join(str(error).split()) or repr(error)
         return {"unknown": shortened(text, MOST_CAUSE_CHARACTERS)}
-    finally:
-        os.environ.clear()
-        os.environ.update(saved)
 
 
 def ask_vllm(options: Config) -> Config:
@@ -1816,7 +1815,11 @@ def predict(demands: Sequence[Demand], nodes: Sequence[Node]) -> Plan:
         card = next((node.cards[0].total for node in places if node.cards), 0)
         fit.room = room_of(demand.memory, card)
         if fit.room and (misfit := memory_misfit(demand, fit.room)):
-            fit.never, fit.reason = True, misfit
+            # A guess is no reason to refuse: there has to be none in what is sure.
+            sure = room_of(demand.memory, card, activations=0) or fit.room
+            measured = fit.room.activations != ACTIVATIONS_BYTES
+            fit.never = measured or bool(memory_misfit(demand, sure))
+            fit.replicas, fit.reason = 0, misfit
         fit.reason = fit.reason or card_misfit(plan, demand, mine)
     return plan
 
@@ -2855,68 +2858,43 @@ class RayCluster:
         another's builder hangs in their process, or kills it, it gets one of its own."""
         import ray
 
+        def wait(call: Any) -> Any:
+            while not ray.wait([call], timeout=0.2)[0]:
+                check()
+            return ray.get(call)
+
         process = self.process_of(application, alone)
         while not process.turn.acquire(timeout=0.2):
             check()
             if time.monotonic() - process.began > BUILD_PATIENCE_S:
                 process = self.process_of(application, alone=True)
         try:
-            call = process.actor.build.remote(application.config)
-            for reference in (process.imports, call):
-                while not ray.wait([reference], timeout=0.2)[0]:
-                    check()
-                process.began = time.monotonic()
-            rows = ray.get(call)
+            wait(process.imports)
+            process.began = time.monotonic()
+            rows = wait(process.actor.build.remote(application.config))
             process.began = math.inf
-            facts = self.ask_memory(process, application, check)
+            # An application that has lost its process once is not asked for this a second time.
+            ask = is_rays_builder(application.config) and not alone
+            facts = wait(process.actor.memory.remote(application.config)) if ask else []
         except DeadlinePassed:
             ray.kill(process.actor)
             raise
-        except ray.exceptions.RayActorError as error:
-            if not alone:
-                return self.build(application, check, alone=True)
-            message = f"the process that builds the application died: {error}"
-            raise ApplicationError(message) from error
         except ray.exceptions.RayError as error:
+            if isinstance(error, ray.exceptions.RayActorError) and not alone:
+                return self.build(application, check, alone=True)
             raise ApplicationError(str(error)) from error
         finally:
             process.began = math.inf
             process.turn.release()
         self.built[application.name] = [row for _, row in rows]
+        memories = dict(zip((m.deployment_name for m in application.models), facts, strict=False))
         demands = []
         for fields, _ in rows:
-            fields["memory"] = next(
-                (
-                    facts[m.deployment_name]
-                    for m in application.models
-                    if serves(fields["deployment"], m) and facts
-                ),
-                None,
-            )
-            demands.append(read_demand({**fields, "application": application.name}))
+            # Ray names a model's deployment "<server class>:<deployment name>".
+            memory = memories.get(fields["deployment"].partition(":")[2])
+            row = {**fields, "application": application.name, "memory": memory}
+            demands.append(read_demand(row))
         return tuple(demands)
-
-    def ask_memory(
-        self, process: BuildProcess, application: ApplicationSpec, check: Callable[[], None]
-    ) -> dict[str, Config]:
-        """What vLLM says of the memory of each LLM (by its deployment) of one of Ray's builders. A
-        process that does not come back with it is given up; the application is deployed without."""
-        import ray
-
-        if not is_rays_builder(application.config):
-            return {}
-        call = process.actor.memory.remote(application.config)
-        until, late = time.monotonic() + MEMORY_TIMEOUT_S, False
-        while not ray.wait([call], timeout=0.2)[0] and not late:
-            check()
-            late = time.monotonic() > until
-        names = [model.deployment_name for model in application.models]
-        try:
-            return dict(zip(names, ray.get(call, timeout=0 if late else None), strict=True))
-        except ray.exceptions.RayError as error:
-            ray.kill(process.actor)
-            why = f"no answer within {MEMORY_TIMEOUT_S:.0f} s" if late else first_line(str(error))
-            return {name: {"unknown": why} for name in names}
 
     # -- resources -----------------------------------------------------------------------------
 
@@ -3032,8 +3010,8 @@ class RayCluster:
     def replica_log(self, actor_id: str) -> str:
         """The ends of one actor's two logs; an engine's processes write into its replica's, too.
         Raises Unreachable."""
-        files = ("err", "out")
-        return "\n".join(read_log(actor_id=actor_id, suffix=s, lines=LOG_LINES) for s in files)
+        read = partial(read_log, actor_id=actor_id, lines=LOG_LINES)
+        return "\n".join(read(suffix=suffix) for suffix in ("err", "out"))
 
     def last_words(self, actor_id: str) -> str:
         """The ends of a replica's logs and how its process ended, then the same of its engine's

@@ -153,7 +153,8 @@ class Gateway(app.RayCluster):
 def test_a_gateways_models_are_those_that_run() -> None:
     model = app.ModelSpec("org/m", "/m", "m")
     out = io.StringIO()
-    made = app.Session(app.Options("c", export="litellm"), Gateway(), out, io.StringIO())
+    options = app.Options("c", export="litellm")
+    made = app.Session(options, Gateway(options), out, io.StringIO())
     apps = [app.ApplicationSpec(i, n, f"/{n}", {}, (model,)) for i, n in enumerate("abc")]
     assert made.export(apps) == 0
     rows = yaml.safe_load(out.getvalue())
