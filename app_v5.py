@@ -1484,6 +1484,7 @@ def ask_vllm(options: Config) -> Config:
     """See `measure_memory`: vLLM's own code makes the model on torch's meta device, where it has no
     weights, and from that the layout of the KV cache. Of several workers it is the first one's:
     `world_size` alone makes a shard. Compared with started engines for Llama and Falcon-H1."""
+    import huggingface_hub
     import torch
     from vllm.config import get_layers_from_vllm_config, set_current_vllm_config
     from vllm.distributed import parallel_state
@@ -1497,6 +1498,9 @@ def ask_vllm(options: Config) -> Config:
 
     options = {k: v for k, v in options.items() if k != "distributed_executor_backend"}
     workers = options.pop("tensor_parallel_size", 1)
+    cached = huggingface_hub.try_to_load_from_cache(options["model"], "config.json")
+    if isinstance(cached, str):  # or every start of it would ask the network what has changed
+        options["model"] = str(Path(cached).parent)
     config = AsyncEngineArgs(**options).create_engine_config()
     with set_current_vllm_config(config):
         if not parallel_state.model_parallel_is_initialized():
