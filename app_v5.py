@@ -3722,7 +3722,9 @@ def format_running(action: Action, report: Report) -> list[str]:
     """The summary of one application that runs, in the layout that V5's users know."""
     application = action.application
     lines = [f"• {action.name}"]
-    if action.reasons or action.change is not Change.CREATE:
+    if action.change is Change.UNCHANGED:
+        lines.append("   Unchanged: it runs already, and was left alone")
+    elif action.reasons:
         lines += format_action(action)
     if action.attempt > 1:
         lines.append("   Second attempt, alone: other engines on its GPU disturbed the first")

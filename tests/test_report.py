@@ -245,7 +245,7 @@ def test_other_applications_say_where_they_answer_and_what_they_hold() -> None:
         ),
         pytest.param(
             {"change": app.Change.UNCHANGED},
-            ["   unchanged"],
+            ["   Unchanged: it runs already, and was left alone"],
             id="nothing",
         ),
         pytest.param(
