@@ -214,7 +214,8 @@ def rerun(count: int) -> Callable[[Bench], Measured]:
 def refused(bench: Bench) -> Measured:
     """A wrong config, until the message: seconds"""
     key = bench.user.write({**app("a"), "rout_prefix": "/x"}, name="key.yaml")
-    value = bench.user.write({**app("a"), "route_prefix": "x"}, name="value.yaml")
+    wrong = {**app("a"), "deployments": [{"name": "Good", "num_replicas": -1}]}
+    value = bench.user.write(wrong, name="value.yaml")
 
     def message(*command: str) -> float:
         started = time.monotonic()
@@ -293,7 +294,7 @@ PARTS: dict[str, Callable[[Bench], Measured]] = {
 
 @contextmanager
 def on_a_cluster() -> Iterator[Bench]:
-    with RayHead(num_cpus=128, num_gpus=2) as head, tempfile.TemporaryDirectory() as folder:
+    with RayHead(num_cpus=16, num_gpus=2) as head, tempfile.TemporaryDirectory() as folder:
         # Serve is shut down before each measurement, and has to be there for that.
         user = User(head, Path(folder), free_port())
         yield Bench(head, user)
