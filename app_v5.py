@@ -74,7 +74,6 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
-from unittest import mock
 from urllib.parse import quote, quote_plus
 
 import yaml
@@ -1469,6 +1468,8 @@ def remembered(demands: Sequence[Demand], before: Sequence[Demand]) -> tuple[Dem
 def measure_memory(options: Callable[[], Config], variables: Mapping[str, str]) -> Config:
     """The fields of a `Memory` for an engine with these arguments, in an environment with these
     variables, in 0.5 s. Whatever goes wrong, the engine itself will say: this is a help only."""
+    from unittest import mock
+
     # Ray hides a node's GPUs from who reserves none, and vLLM's platform is then no GPU's.
     if not os.environ.get("CUDA_VISIBLE_DEVICES"):
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
