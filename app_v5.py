@@ -1499,9 +1499,10 @@ def ask_vllm(options: Config) -> Config:
 
     options = {k: v for k, v in options.items() if k != "distributed_executor_backend"}
     workers = options.pop("tensor_parallel_size", 1)
-    cached = huggingface_hub.try_to_load_from_cache(options["model"], "config.json")
-    if isinstance(cached, str):  # or every start of it would ask the network what has changed
-        options["model"] = str(Path(cached).parent)
+    with contextlib.suppress(huggingface_hub.errors.HFValidationError):  # a path
+        cached = huggingface_hub.try_to_load_from_cache(options["model"], "config.json")
+        if isinstance(cached, str):  # else the network is asked whether it has changed
+            options["model"] = str(Path(cached).parent)
     config = AsyncEngineArgs(**options).create_engine_config()
     with set_current_vllm_config(config):
         if not parallel_state.model_parallel_is_initialized():
@@ -1951,8 +1952,9 @@ def format_node(plan: Plan, index: int) -> list[str]:
         line = (
             f"node {node.name} · GPU {gpu} {bar(parts.values())} {held}{amount(left / STEPS)} free"
         )
-        for card in node.cards[gpu : gpu + 1]:
-            asked = sum(fractions.get(slot.label, 0.0) for slot in mine) * card.total
+        asked = sum(fractions.get(slot.label, 0.0) for slot in mine)
+        for card in node.cards[gpu : gpu + 1] if asked else ():
+            asked *= card.total
             line += (
                 f" · memory: {gib(card.used)} in use, {gib(asked)} of {gib(card.total)} asked for"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import re
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cluster import APP_V5, PYTHON, RayHead, free_port
+from test_memory import REAL
 from tiny_models import make_falcon_h1, make_llama
 
 DOCS = Path(__file__).parent
@@ -35,6 +37,21 @@ def config(path: Path, port: int, *more: dict[str, Any]) -> Path:
     data["applications"] += more
     data["http_options"] = {"host": "127.0.0.1", "port": port}
     file = path / "models.yaml"
+    file.write_text(yaml.safe_dump(data, sort_keys=False))
+    return file
+
+
+def real_size(path: Path) -> Path:
+    """multi_model_config.yaml with the shapes of its models, without their weights."""
+    data = yaml.safe_load((DOCS.parent / "multi_model_config.yaml").read_text(encoding="utf-8"))
+    for application, (name, shape) in zip(data["applications"], REAL.items(), strict=True):
+        folder = path / name
+        folder.mkdir()
+        whole = {**shape, "torch_dtype": "bfloat16", "tie_word_embeddings": False}
+        (folder / "config.json").write_text(json.dumps(whole))
+        [llm] = application["args"]["llm_configs"]
+        llm["model_loading_config"]["model_source"] = str(folder)
+    file = path / "multi_model_config.yaml"
     file.write_text(yaml.safe_dump(data, sort_keys=False))
     return file
 
@@ -88,7 +105,7 @@ def dashboard(head: RayHead) -> None:
                 *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"),
                 *("--no-first-run", "--disable-background-networking", "--hide-scrollbars"),
                 *("--disable-component-update", "--disable-sync", f"--user-data-dir={profile}"),
-                *("--window-size=1280,760", "--virtual-time-budget=20000"),
+                *("--window-size=1280,1000", "--virtual-time-budget=20000"),
                 f"--screenshot={DOCS / 'dashboard.png'}",
                 f"{head.dashboard_url}/#/serve",
             ],
@@ -115,8 +132,10 @@ def main() -> None:
     with RayHead(logical_gpus=True) as head, tempfile.TemporaryDirectory() as folder:
         path, port = Path(folder), free_port()
         file = config(path, port)
-        plan = on_a_terminal(head, "--plan", "--gpu-memory", "80GiB", str(file))
-        picture("plan", "python3 app_v5.py --plan models.yaml", report(plan))
+        real = real_size(path)
+        plan = on_a_terminal(head, "--plan", "--gpu-memory", "80GiB", str(real))
+        command = "python3 app_v5.py --plan --gpu-memory 80GiB multi_model_config.yaml"
+        picture("plan", command, report(plan))
         run = on_a_terminal(head, str(file))
         middle = [part for part in run if "starting replicas" in part]
         live = without_control(middle[len(middle) // 2])
