@@ -102,6 +102,7 @@ UNHEALTHY_GRACE_S = 30.0
 PROXY_TIMEOUT_S = 60.0  # a proxy that restarts took 25 s
 SMOKE_TIMEOUT_S = 60.0
 STOP_GRACE_S = 2.0
+MEMORY_TIMEOUT_S = 30.0  # for vLLM to tell of a model's memory; it may fetch a config.json
 
 MAX_FILE_BYTES = 2 * 1024 * 1024
 MAX_DEPTH = 100
@@ -1447,8 +1448,8 @@ SUGGESTED = re.compile(r"--kv-cache-memory=(\d+)` \([\d.]+ GiB\) to fit into req
 def learn(memory: Memory, card: int, log: str) -> Memory:
     """What an engine's log of its start adds to what was known of its memory before."""
     cache, suggested = MEASURED.search(log), SUGGESTED.search(log)
-    if cache and card:
-        activations = card * memory.fraction - memory.weights - float(cache[1]) * GIB
+    activations = card * memory.fraction - memory.weights - float(cache[1] if cache else 0) * GIB
+    if cache and activations > 0:
         memory = replace(memory, measured=(card, int(activations)))
     return replace(memory, suggested=int(suggested[1])) if suggested else memory
 
@@ -1460,7 +1461,9 @@ def remembered(demands: Sequence[Demand], before: Sequence[Demand]) -> tuple[Dem
         old = next((d.memory for d in before if d.deployment == demand.deployment), None)
         memory = demand.memory
         if memory and old and (old.weights, old.platform) == (memory.weights, memory.platform):
-            memory = replace(memory, measured=old.measured, suggested=old.suggested)
+            same = replace(old, measured=(), suggested=0) == memory
+            suggested = old.suggested if same else 0
+            memory = replace(memory, measured=old.measured, suggested=suggested)
         found.append(replace(demand, memory=memory))
     return tuple(found)
 
@@ -1481,11 +1484,22 @@ def measure_memory(options: Callable[[], Config], variables: Mapping[str, str]) 
         return {"unknown": shortened(text, MOST_CAUSE_CHARACTERS)}
 
 
+def in_cache(model: str, revision: str | None) -> str:
+    """Where a whole model lies in Hugging Face's cache, or its name; without asking the network
+    whether it has changed."""
+    import huggingface_hub
+
+    with contextlib.suppress(huggingface_hub.errors.HFValidationError):  # a path
+        found = huggingface_hub.try_to_load_from_cache(model, "config.json", revision=revision)
+        if isinstance(found, str) and list(Path(found).parent.glob("*.safetensors")):
+            return str(Path(found).parent)
+    return model
+
+
 def ask_vllm(options: Config) -> Config:
     """See `measure_memory`: vLLM's own code makes the model on torch's meta device, where it has no
     weights, and from that the layout of the KV cache. Of several workers it is the first one's:
     `world_size` alone makes a shard. Compared with started engines for Llama and Falcon-H1."""
-    import huggingface_hub
     import torch
     from vllm.config import get_layers_from_vllm_config, set_current_vllm_config
     from vllm.distributed import parallel_state
@@ -1499,10 +1513,7 @@ def ask_vllm(options: Config) -> Config:
 
     options = {k: v for k, v in options.items() if k != "distributed_executor_backend"}
     workers = options.pop("tensor_parallel_size", 1)
-    with contextlib.suppress(huggingface_hub.errors.HFValidationError):  # a path
-        cached = huggingface_hub.try_to_load_from_cache(options["model"], "config.json")
-        if isinstance(cached, str):  # else the network is asked whether it has changed
-            options["model"] = str(Path(cached).parent)
+    options["model"] = in_cache(options["model"], options.get("revision"))
     config = AsyncEngineArgs(**options).create_engine_config()
     with set_current_vllm_config(config):
         if not parallel_state.model_parallel_is_initialized():
@@ -1815,18 +1826,14 @@ def predict(demands: Sequence[Demand], nodes: Sequence[Node]) -> Plan:
         plan.fits.append(fit)
         if never or replicas < demand.min_replicas:
             fit.reason = shortage(plan, demand, empty.free if never else plan.free)
-        shares = gpu_shares(demand)
-        mine = plan.slots[begin:]
-        places = [nodes[slot.node] for slot in mine if slot.gpus] or (nodes if shares else [])
-        card = next((node.cards[0].total for node in places if node.cards), 0)
+        card = card_of(plan, demand, plan.slots[begin:])
         fit.room = room_of(demand.memory, card)
-        if fit.room and (misfit := memory_misfit(demand, fit.room)):
-            # A guess is no reason to refuse: there has to be none in what is sure.
-            sure = room_of(demand.memory, card, activations=0) or fit.room
-            measured = fit.room.activations != ACTIVATIONS_BYTES
-            fit.never = measured or bool(memory_misfit(demand, sure))
+        if fit.room and not fit.reason and (misfit := memory_misfit(demand, fit.room)):
+            # Refused is only what has no room on any card, even without activations.
+            most = room_of(demand.memory, card_of(plan, demand, ()), activations=0) or fit.room
+            fit.never = bool(memory_misfit(demand, most))
             fit.replicas, fit.reason = 0, misfit
-        fit.reason = fit.reason or card_misfit(plan, demand, mine)
+        fit.reason = fit.reason or card_misfit(plan, demand, plan.slots[begin:])
     return plan
 
 
@@ -1887,18 +1894,25 @@ def holders_of(plan: Plan, node: int, resource: str, gpu: int | None) -> str:
     return " + ".join(texts[:MOST_LOGS] + others)
 
 
+def card_of(plan: Plan, demand: Demand, slots: Sequence[Slot]) -> int:
+    """The size of the smallest card that a demand's slots are on; without slots, of the largest
+    that there is. 0 where it is not known."""
+    taken = [plan.nodes[slot.node].cards[i : i + 1] for slot in slots for i in slot.gpus]
+    sizes = sorted(card.total for cards in taken for card in cards)
+    every = [card.total for node in plan.nodes for card in node.cards]
+    return 0 if not gpu_shares(demand) else sizes[0] if sizes else max(every, default=0)
+
+
 def card_misfit(plan: Plan, demand: Demand, slots: Sequence[Slot]) -> str:
-    """Which card has less memory free than an engine demands of it at its start, or ""."""
-    memory = demand.memory
-    for slot in slots if memory else ():
-        for index in slot.gpus:
-            cards = plan.nodes[slot.node].cards[index : index + 1]
-            if memory and cards and cards[0].users and not memory.unknown:
-                asked, free = cards[0].total * memory.fraction, cards[0].total - cards[0].used
-                if asked > free:
-                    where = f"GPU {index} of node {plan.nodes[slot.node].name}"
-                    users = f"in use by {cards[0].users}"
-                    return f"needs {gib(asked)} free on {where}; {gib(free)} are, {users}"
+    """Which node has no card with as much memory free as an engine demands at its start, or ""; on
+    which of its cards Ray puts it, is a guess."""
+    fraction = demand.memory.fraction if demand.memory else 0.0
+    for node in (plan.nodes[slot.node] for slot in slots if slot.gpus):
+        card = max(node.cards, key=lambda card: card.total - card.used, default=Card(0))
+        asked, free = card.total * fraction, card.total - card.used
+        if card.users and asked > free:
+            most = f"{gib(free)} are, at the most, in use by {card.users}"
+            return f"needs {gib(asked)} free on a GPU of node {node.name}; {most}"
     return ""
 
 
@@ -2149,10 +2163,12 @@ def gap(action: Action) -> str:
 def demands_at_once(action: Action) -> list[Demand]:
     """What there has to be room for: all replicas, or with --no-downtime a new one of each
     deployment that restarts, since an old one stops when that runs."""
-    if not action.surge:
+    if not action.surge or action.before is None:
         return list(action.demands)
-    demands = [d for d in action.demands if restarts(action, d.deployment)]
-    return [replace(demand, min_replicas=min(1, demand.min_replicas)) for demand in demands]
+    before = action.before.details.deployments
+    new = [demand for demand in action.demands if demand.deployment not in before]
+    again = [d for d in action.demands if d not in new and restarts(action, d.deployment)]
+    return new + [replace(demand, min_replicas=min(1, demand.min_replicas)) for demand in again]
 
 
 def giving_way(actions: Iterable[Action]) -> frozenset[str]:
@@ -2460,9 +2476,11 @@ class Builder:
         for _, llm, _ in llm_places({"applications": [config]}):
             envs = [as_dict(owner.get("runtime_env")) for owner in (config, llm)]
             variables = as_dict(envs[0].get("env_vars")) | as_dict(envs[1].get("env_vars"))
-            loading = as_dict(llm["model_loading_config"])
-            source = loading.get("model_source") or loading["model_id"]
-            key = json.dumps([source, llm.get("engine_kwargs"), variables], sort_keys=True)
+            model = as_dict(llm["model_loading_config"])
+            named = ("model_loading_config", "deployment_config", "runtime_env")
+            rest = {option: value for option, value in llm.items() if option not in named}
+            source = model.get("model_source") or model["model_id"]
+            key = json.dumps([source, rest, variables], default=str)
             if key not in self.answers:
                 self.answers[key] = measure_memory(partial(engine_options, llm), variables)
             found.append(self.answers[key])
@@ -2479,8 +2497,15 @@ def engine_options(llm: Config) -> Config:
     unknown = {
         "it is another engine's": llm.get("server_cls"),
         "its model is in a bucket": engine.mirror_config,
+        "it has adapters": llm.get("lora_config"),
         "it has a draft model": options.get("speculative_config"),
-        "it has pipeline stages": options.get("pipeline_parallel_size", 1) > 1,
+        "its weights change when they are loaded": options.get("quantization"),
+        "a part of its weights stays outside": options.get("cpu_offload_gb"),
+        "its blocks are counted by hand": options.get("num_gpu_blocks_override"),
+    }
+    unknown |= {
+        f"it has {key}": options.get(key, 1) > 1
+        for key in ("pipeline_parallel_size", "data_parallel_size", "nnodes")
     }
     for why in filter(unknown.get, unknown):
         raise ValueError(f"{why}, which is not looked into")
@@ -2495,6 +2520,18 @@ class BuildProcess:
     imports: Any
     turn: threading.Lock = field(default_factory=threading.Lock)
     began: float = math.inf
+
+
+def wait_for(call: Any, check: Callable[[], None], most_s: float = math.inf) -> Any:
+    """What a call of an actor returns; None after `most_s`. `check` may end the wait by raising."""
+    import ray
+
+    until = time.monotonic() + most_s
+    while not ray.wait([call], timeout=0.2)[0]:
+        check()
+        if time.monotonic() > until:
+            return None
+    return ray.get(call)
 
 
 @contextlib.contextmanager
@@ -2865,24 +2902,18 @@ class RayCluster:
         another's builder hangs in their process, or kills it, it gets one of its own."""
         import ray
 
-        def wait(call: Any) -> Any:
-            while not ray.wait([call], timeout=0.2)[0]:
-                check()
-            return ray.get(call)
-
         process = self.process_of(application, alone)
         while not process.turn.acquire(timeout=0.2):
             check()
             if time.monotonic() - process.began > BUILD_PATIENCE_S:
                 process = self.process_of(application, alone=True)
         try:
-            wait(process.imports)
+            wait_for(process.imports, check)
             process.began = time.monotonic()
-            rows = wait(process.actor.build.remote(application.config))
+            rows = wait_for(process.actor.build.remote(application.config), check)
             process.began = math.inf
             # An application that has lost its process once is not asked for this a second time.
-            ask = is_rays_builder(application.config) and not alone
-            facts = wait(process.actor.memory.remote(application.config)) if ask else []
+            memories = {} if alone else self.memories(process, application, check)
         except DeadlinePassed:
             ray.kill(process.actor)
             raise
@@ -2894,7 +2925,6 @@ class RayCluster:
             process.began = math.inf
             process.turn.release()
         self.built[application.name] = [row for _, row in rows]
-        memories = dict(zip((m.deployment_name for m in application.models), facts, strict=False))
         demands = []
         for fields, _ in rows:
             # Ray names a model's deployment "<server class>:<deployment name>".
@@ -2902,6 +2932,26 @@ class RayCluster:
             row = {**fields, "application": application.name, "memory": memory}
             demands.append(read_demand(row))
         return tuple(demands)
+
+    def memories(
+        self, process: BuildProcess, application: ApplicationSpec, check: Callable[[], None]
+    ) -> dict[str, Config]:
+        """What vLLM says of the memory of the LLMs of one of Ray's builders, by the names of their
+        deployments. A process that does not tell in time is given up."""
+        import ray
+
+        if not is_rays_builder(application.config):
+            return {}
+        call = process.actor.memory.remote(application.config)
+        facts = wait_for(call, check, MEMORY_TIMEOUT_S)
+        if facts is None:
+            ray.kill(process.actor)  # who comes next gets another one
+            late = f"vLLM did not tell within {MEMORY_TIMEOUT_S:.0f} s"
+            facts = [{"unknown": late} for _ in application.models]
+        # Of prefill and decode, which may have one name, nobody can tell whose is whose.
+        names = [model.deployment_name for model in application.models]
+        known = zip(names, facts, strict=False)
+        return {name: found for name, found in known if names.count(name) == 1}
 
     # -- resources -----------------------------------------------------------------------------
 
@@ -2921,13 +2971,11 @@ class RayCluster:
             held = [(label, amounts) for where, label, amounts in holdings if where == node_id]
             free = available.get(node_id, {})
             node = node_of(name, row, free, held, giving_way)
-            count = int(node.total.get("GPU", 0))
-            mine = cards.get(node_id) or (Card(self.gpu_memory),) * (
-                count if self.gpu_memory else 0
-            )
-            if len(node.holders) < len(
-                held
-            ):  # what gives way holds memory, too: nobody knows where
+            # On a laptop without a GPU, too, which stands for the cluster that is to come.
+            count = max(1, int(node.total.get("GPU", 0))) if self.gpu_memory else 0
+            mine = cards.get(node_id) or (Card(self.gpu_memory),) * count
+            # What gives way holds memory, too, and nobody knows on which card.
+            if len(node.holders) < len(held):
                 mine = tuple(replace(card, users="") for card in mine)
             nodes.append(replace(node, cards=mine))
         return nodes
@@ -2936,8 +2984,8 @@ class RayCluster:
         """The GPUs of each node (id), as far as the dashboard tells."""
         try:
             return read_cards(read_json(ask_dashboard("nodes", view="summary")))
-        except Unreachable:
-            return {}
+        except (Unreachable, KeyError, TypeError, ValueError, AttributeError):
+            return {}  # another Ray's may have another form
 
     def held(self) -> dict[str, list[tuple[str, Resources, set[int]]]]:
         """What each replica holds, by its actor's name: (node id, resources, indices of GPUs): the
@@ -3020,13 +3068,13 @@ class RayCluster:
         read = partial(read_log, actor_id=actor_id, lines=LOG_LINES)
         return "\n".join(read(suffix=suffix) for suffix in ("err", "out"))
 
-    def last_words(self, actor_id: str) -> str:
+    def last_words(self, actor_id: str, state: str = "DEAD") -> str:
         """The ends of a replica's logs and how its process ended, then the same of its engine's
         workers, which are actors of another job in its placement group. Raises Unreachable."""
-        dead = self.actors("DEAD")
-        found = [actor for actor in dead if actor.actor_id.hex() == actor_id]
+        actors = self.actors(state)
+        found = [actor for actor in actors if actor.actor_id.hex() == actor_id]
         groups = {actor.placement_group_id for actor in found} - {b""}
-        workers = [a for a in dead if a.class_name == WORKER and a.placement_group_id in groups]
+        workers = [a for a in actors if a.class_name == WORKER and a.placement_group_id in groups]
         parts = [self.replica_log(actor_id)]
         parts += [self.replica_log(worker.actor_id.hex()) for worker in workers[:MOST_LOGS]]
         for actor in [*found, *workers[:MOST_LOGS]]:
@@ -3243,7 +3291,7 @@ class Cluster(Protocol):
     def reservations(self, details: ApplicationDetails) -> list[Reservation]: ...
     def endpoint(self) -> str: ...
     def replica_log(self, actor_id: str) -> str: ...
-    def last_words(self, actor_id: str) -> str: ...
+    def last_words(self, actor_id: str, state: str = "DEAD") -> str: ...
 
 
 @dataclass
@@ -3589,8 +3637,10 @@ def prove(action: Action, run: Run) -> None:
 
 
 def learn_memory(action: Action, run: Run) -> None:
-    """Keep in the cluster what the engines that share a card have measured at this start."""
-    card = next((node.cards[0].total for node in run.nodes if node.cards), 0)
+    """Keep in the cluster what engines on GPUs have measured at this start, where all are of one
+    size."""
+    sizes = {card.total for node in run.nodes for card in node.cards}
+    card = sizes.pop() if len(sizes) == 1 else 0
     demands = []
     for demand in action.demands:
         deployment = action.details.deployments.get(demand.deployment) if action.details else None
@@ -3598,7 +3648,7 @@ def learn_memory(action: Action, run: Run) -> None:
         memory = demand.memory
         if memory and memory.block and replicas and gpu_shares(demand) and action.submits:
             with contextlib.suppress(Unreachable):
-                log = run.cluster.replica_log(replicas[0].actor_id or "")
+                log = run.cluster.last_words(replicas[0].actor_id or "", "ALIVE")
                 memory = learn(memory, card, log)
         demands.append(replace(demand, memory=memory))
     if tuple(demands) != action.demands:
@@ -3850,10 +3900,10 @@ def format_summary(report: Report) -> list[str]:
 
 
 def room_in(report: Report, demand: Demand) -> Room | None:
-    """What an engine has room for, in a plan on the card that it would get."""
-    fits = report.plan.fits if report.plan else ()
-    rooms = (fit.room for fit in fits if fit.demand.label == demand.label)
-    return next(rooms, room_of(demand.memory, 0))
+    """What an engine has room for, in a plan on the card that it would get, or has."""
+    plan = report.plan or Plan((), [])
+    rooms = (fit.room for fit in plan.fits if fit.demand.label == demand.label)
+    return next(rooms, room_of(demand.memory, card_of(plan, demand, ())))
 
 
 def format_plan(report: Report) -> list[str]:

@@ -168,7 +168,7 @@ class ScriptedCluster:
             raise self.log
         return self.log
 
-    def last_words(self, actor_id: str) -> str:
+    def last_words(self, actor_id: str, state: str = "DEAD") -> str:
         return self.replica_log(actor_id)
 
     def fetch(self, url: str, body: app.Config | None, timeout_s: float) -> app.Response:
