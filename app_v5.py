@@ -2193,7 +2193,9 @@ def taken_routes(
             f"choose another route, or delete {name} first; to swap them, give {name} a free "
             "route in one run, and both their new ones in a second"
         )
-        problems.append(Problem(path, f"{route} is the route of {name}, which is running", hint))
+        origin = " (deployed by `serve deploy`)" if holder.source == "declarative" else ""
+        message = f"{route} is the route of {name}, which is running{origin}"
+        problems.append(Problem(path, message, hint))
     return problems
 
 
