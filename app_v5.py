@@ -456,10 +456,10 @@ def option(default: Any, text: str, **how: Any) -> Any:
 
 
 def parse_bytes(text: str) -> int:
-    """ "80GiB", "80G" or "24576MiB" in bytes. Raises ValueError."""
+    """ "80GiB", "80G" or "24576MiB" in bytes. Raises ArgumentTypeError."""
     found = re.fullmatch(r"(\d+) ?([MG])i?B?", text.strip())
     if not found:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 80GiB or 24576MiB")
     return int(found[1]) << {"M": 20, "G": 30}[found[2]]
 
 
@@ -1543,8 +1543,8 @@ def ask_vllm(options: Config) -> Config:
             config.model_config.max_model_len = shorter
             needed = caches._max_memory_usage_bytes_from_groups(config, groups)
             requests.append((shorter, needed // block))
+    # A CPU engine has no graphs, and starts with more (vllm/config/compilation.py).
     graphs = config.compilation_config.cudagraph_mode.has_full_cudagraphs()
-    graphs = graphs or (facts["platform"] == "cpu" and not config.model_config.enforce_eager)
     return facts | {
         "block": block,
         "requests": requests,

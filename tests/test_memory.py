@@ -193,7 +193,7 @@ def test_sizes_of_cards(text: str, size: int) -> None:
 def test_a_wrong_size_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         app.parse_options(["c.yaml", "--gpu-memory", "much"])
-    assert "--gpu-memory" in capsys.readouterr().err
+    assert "'much' is no size such as 80GiB" in capsys.readouterr().err
 
 
 # -- vLLM's own figures ------------------------------------------------------------------------
@@ -289,7 +289,8 @@ def test_models_of_real_size_from_their_config_alone(tmp_path: Path) -> None:
     room = app.room_of(app.Memory(**{**falcon3, "pinned": 20 * GIB}), 0)
     assert room is not None
     assert (room.tokens, int(room.requests)) == (291_200, 71)
-    assert hybrid["sequences"] > 0 == eager["sequences"] == falcon3["sequences"]
+    # Where no CUDA graphs are, as on the CPU, more sequences than Mamba blocks are no fault.
+    assert hybrid["sequences"] == eager["sequences"] == falcon3["sequences"] == 0
     assert "max_model_len" in long["unknown"]
     assert [answer["unknown"].partition(",")[0] for answer in unknown] == [
         "it has pipeline_parallel_size",
