@@ -19,7 +19,7 @@ config or the command line is wrong and nothing was touched; 3 no Ray cluster, o
 #   how a file is read, what is hidden:            section 3 (Config)
 #   which keys are accepted, or an error's words:  section 4 (Check)
 #   what a replica reserves:                       section 5 (Resources)
-#   what a share of a card buys:                  section 6 (Memory)
+#   what a share of a card buys:                   section 6 (Memory)
 #   what fits where:                               section 7 (Plan)
 #   what restarts, what changes in place:          section 8 (Changes)
 #   what a failure's cause or hint says:           section 9 (Causes)
@@ -1501,15 +1501,12 @@ def ask_vllm(options: Config) -> Config:
     weights, and from that the layout of the KV cache. Of several workers it is the first one's:
     `world_size` alone makes a shard. Compared with started engines for Llama and Falcon-H1."""
     import torch
-    from vllm.config import get_layers_from_vllm_config, set_current_vllm_config
+    from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.platforms import current_platform
     from vllm.utils.torch_utils import set_default_torch_dtype
-    from vllm.v1.attention.backends import utils as backends
-    from vllm.v1.core import kv_cache_utils as caches
 
     options = {k: v for k, v in options.items() if k != "distributed_executor_backend"}
     workers = options.pop("tensor_parallel_size", 1)
@@ -1525,27 +1522,36 @@ def ask_vllm(options: Config) -> Config:
         with set_default_torch_dtype(config.model_config.dtype), torch.device("meta"):
             model = initialize_model(config)
         current_platform.update_block_size_for_backend(config)
-        layers = get_layers_from_vllm_config(config, AttentionLayerBase)
-        found = {name: layer.get_kv_cache_spec(config) for name, layer in layers.items()}
-        specs = {name: spec for name, spec in found.items() if spec}
         weights = sum(part.numel() * part.element_size() for part in model.parameters())
-        facts: Config = {"weights": weights, "platform": current_platform.device_type}
-        if not specs:
-            return facts
-        kinds = {layer.get_attn_backend() for layer in layers.values()}
-        layouts = [layout.name for layout in backends.get_supported_kv_cache_layouts(kinds)]
-        backends.resolve_kv_cache_layout(config, [layouts], list(specs.values()))
-        groups = caches.get_kv_cache_groups(config, specs)
-        block = caches._pool_bytes_per_block(groups)
-        cache = caches.get_kv_cache_config_from_groups(config, groups, block)
-        length, requests = config.model_config.max_model_len, []
-        for shorter in filter(None, (length // 2**step for step in range(8))):
-            config.model_config.max_model_len = shorter
-            needed = caches._max_memory_usage_bytes_from_groups(config, groups)
-            requests.append((shorter, needed // block))
+        return {"weights": weights, "platform": current_platform.device_type, **cache_of(config)}
+
+
+def cache_of(config: Any) -> Config:
+    """The part of `ask_vllm` about the KV cache, of a config for which the model has been made."""
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.v1.attention.backends import utils as backends
+    from vllm.v1.core import kv_cache_utils as caches
+
+    layers = get_layers_from_vllm_config(config, AttentionLayerBase)
+    found = {name: layer.get_kv_cache_spec(config) for name, layer in layers.items()}
+    specs = {name: spec for name, spec in found.items() if spec}
+    if not specs:
+        return {}
+    kinds = {layer.get_attn_backend() for layer in layers.values()}
+    layouts = [layout.name for layout in backends.get_supported_kv_cache_layouts(kinds)]
+    backends.resolve_kv_cache_layout(config, [layouts], list(specs.values()))
+    groups = caches.get_kv_cache_groups(config, specs)
+    block = caches._pool_bytes_per_block(groups)
+    cache = caches.get_kv_cache_config_from_groups(config, groups, block)
+    length, requests = config.model_config.max_model_len, []
+    for shorter in filter(None, (length // 2**step for step in range(8))):
+        config.model_config.max_model_len = shorter
+        needed = caches._max_memory_usage_bytes_from_groups(config, groups)
+        requests.append((shorter, needed // block))
     # A CPU engine has no graphs, and starts with more (vllm/config/compilation.py).
     graphs = config.compilation_config.cudagraph_mode.has_full_cudagraphs()
-    return facts | {
+    return {
         "block": block,
         "requests": requests,
         "sequences": config.scheduler_config.max_num_seqs * (cache.has_mamba_layers and graphs),
@@ -2120,10 +2126,13 @@ def needs_restart(path: KeyPath) -> bool:
 
 def read_demand(row: Config) -> Demand:
     """A demand from plain data, in which tuples are lists."""
-    fields: Config = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
-    if memory := fields.get("memory"):
-        facts: Config = {k: tuple(v) if isinstance(v, list) else v for k, v in memory.items()}
-        fields["memory"] = Memory(**facts)
+
+    def fields_in(plain: Config) -> Config:
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
+
+    fields = fields_in(row)
+    if row.get("memory"):
+        fields["memory"] = Memory(**fields_in(row["memory"]))
     return Demand(**fields)
 
 
