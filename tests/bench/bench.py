@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -99,9 +100,11 @@ def slow(number: int, seconds: float) -> dict[str, Any]:
 def light(count: int, rounds: int) -> Callable[[Bench], Measured]:
     def measure(bench: Bench) -> Measured:
         config = bench.user.write(*(app(f"light-{n}") for n in range(count)))
+        one = bench.user.write(app("light-0"), name="one.yaml")
         return bench.sides(
             rounds,
             {
+                "one application alone": lambda: bench.ours(one),
                 OURS: lambda: bench.ours(config),
                 DEPLOY: lambda: bench.deploy(config),
                 f"{count} plain Ray actors that import Serve": lambda: floor(bench, count),
@@ -146,19 +149,23 @@ def models(path: Path) -> list[Path]:
     return [make_llama(path / "falcon3"), make_falcon_h1(path / "falcon-h1")]
 
 
-def engines(bench: Bench) -> Measured:
-    """2 tiny models on the real engine, until each has answered: seconds"""
-    rows = [llm(f"m{n}", model) for n, model in enumerate(models(bench.user.path))]
-    config = bench.user.write(*rows)
+def engines(count: int, rounds: int) -> Callable[[Bench], Measured]:
+    def measure(bench: Bench) -> Measured:
+        tiny = itertools.cycle(models(bench.user.path))
+        rows = [llm(f"m{n}", model) for n, model in zip(range(count), tiny, strict=False)]
+        config = bench.user.write(*rows)
 
-    def deploy_and_ask() -> float:
-        started = time.monotonic()
-        bench.deploy(config)
-        for row in rows:
-            chat(f"{bench.user.base_url}/{row['name']}", row["name"])
-        return time.monotonic() - started
+        def deploy_and_ask() -> float:
+            started = time.monotonic()
+            bench.deploy(config)
+            for row in rows:
+                chat(f"{bench.user.base_url}/{row['name']}", row["name"])
+            return time.monotonic() - started
 
-    return bench.sides(2, {OURS: lambda: bench.ours(config), DEPLOY: deploy_and_ask})
+        return bench.sides(rounds, {OURS: lambda: bench.ours(config), DEPLOY: deploy_and_ask})
+
+    measure.__doc__ = f"{count} tiny models on the real engine, until each has answered: seconds"
+    return measure
 
 
 def edit(bench: Bench) -> Measured:
@@ -282,7 +289,8 @@ PARTS: dict[str, Callable[[Bench], Measured]] = {
     "light10": light(10, 2),
     "light30": light(30, 1),
     "light100": light(100, 1),
-    "engines": engines,
+    "engines2": engines(2, 2),
+    "engines4": engines(4, 1),
     "edit": edit,
     "rerun10": rerun(10),
     "rerun100": rerun(100),
