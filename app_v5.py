@@ -77,10 +77,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from urllib.parse import quote, quote_plus
 
 import yaml
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 
 if TYPE_CHECKING:
     from ray.serve.schema import ApplicationDetails, DeploymentDetails, ReplicaDetails
@@ -232,8 +228,8 @@ class Node:
 @dataclass(frozen=True)
 class Memory:
     """What vLLM says of one worker of an engine before it loads a weight, in bytes and in blocks of
-    its KV cache. `requests` has, for max_model_len and for halves of it, what a request of so many
-    tokens needs; `sequences` is max_num_seqs where each needs a block (Mamba); `pinned` is
+    its KV cache. `requests` has what a request of so many tokens needs, for max_model_len and, in
+    steps of 8%, for less; `sequences` is max_num_seqs where each needs a block (Mamba); `pinned` is
     kv_cache_memory_bytes. `measured` is what a start kept for activations, on a card of so many
     bytes, and `suggested` the kv_cache_memory_bytes that it names. `unknown` says why there is
     nothing of all that."""
@@ -926,10 +922,10 @@ def fields_of(schema: str, nodes: Mapping[str, ast.ClassDef]) -> dict[str, str]:
         return fields
     for base in (*map(ast.unparse, nodes[schema].bases), *PARTS.get(schema, ())):
         fields |= fields_of(base, nodes)
-    for item in nodes[schema].body:
-        if isinstance(item, ast.AnnAssign) and not ast.unparse(item.target).startswith("_"):
+    for item in (item for item in nodes[schema].body if isinstance(item, ast.AnnAssign)):
+        if isinstance(item.target, ast.Name) and not item.target.id.startswith("_"):
             named = re.findall(r"\w+", ast.unparse(item.annotation))
-            fields[ast.unparse(item.target)] = next((name for name in named if name in nodes), "")
+            fields[item.target.id] = next((name for name in named if name in nodes), "")
     return fields
 
 
@@ -1545,7 +1541,7 @@ def cache_of(config: Any) -> Config:
     block = caches._pool_bytes_per_block(groups)
     cache = caches.get_kv_cache_config_from_groups(config, groups, block)
     length, requests = config.model_config.max_model_len, []
-    for shorter in filter(None, (length // 2**step for step in range(8))):
+    for shorter in filter(None, (int(length / 2 ** (step / 8)) for step in range(57))):
         config.model_config.max_model_len = shorter
         needed = caches._max_memory_usage_bytes_from_groups(config, groups)
         requests.append((shorter, needed // block))
@@ -1974,10 +1970,10 @@ def format_node(plan: Plan, index: int) -> list[str]:
         )
         asked = sum(fractions.get(slot.label, 0.0) for slot in mine)
         for card in node.cards[gpu : gpu + 1] if asked else ():
-            asked *= card.total
-            line += (
-                f" · memory: {gib(card.used)} in use, {gib(asked)} of {gib(card.total)} asked for"
-            )
+            # Of an engine that runs, its bytes count, and where nobody tells them, its share.
+            asked += 0 if card.used else max(0.0, running) * WHOLE_GPU_MEMORY_FRACTION
+            used = f"{gib(card.used)} in use, " if card.used else ""
+            line += f" · memory: {used}{gib(asked * card.total)} of {gib(card.total)} asked for"
         lines.append(line)
     if total := node.total.get("CPU"):
         planned = sum(slot.resources.get("CPU", 0.0) for slot in slots)
@@ -3267,8 +3263,6 @@ def format_refusal(response: Response) -> str:
     return f"{response.status} {shortened(text, MOST_CAUSE_CHARACTERS)}"
 
 
-# -- engines ---------------------------------------------------------------------------------------
-
 DISTURBED = re.compile(
     "No available memory for the cache blocks|Error in memory profiling|"
     r"Free memory on device .* is less than desired|"
@@ -3801,9 +3795,7 @@ def format_running(action: Action, report: Report) -> list[str]:
             lines += [f"   Resources per replica: {amounts}", f"   Replicas: {count}"]
         lines += [f"   Note: {note}" for note in model.notes]
     pins = [d.memory.suggested for d in action.demands if d.memory and d.memory.suggested]
-    lines += [
-        f"   Note: engine_kwargs.kv_cache_memory_bytes: {pin} keeps what it has" for pin in pins
-    ]
+    lines += [f"   Note: engine_kwargs.kv_cache_memory_bytes: {n} keeps what it has" for n in pins]
     lines += [*map(format_demand, others), *format_proof(action.proof or Proof())]
     if report.base_url is None:
         return [*lines, "   It ran when the cluster was last seen"]
@@ -4063,6 +4055,9 @@ class Terminal(io.TextIOBase):
     print, Ray for one its workers' lines, they write to this: so nobody shows a secret."""
 
     def __init__(self, clock: Callable[[], float], out: TextIO, err: TextIO) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
         self.clock, self.out, self.err, self.secrets = clock, out, err, frozenset[str]()
         # What others print while the live view is there goes through the console, too.
         how: dict[str, Any] = {"file": self, "force_terminal": err.isatty()}
@@ -4085,16 +4080,16 @@ class Terminal(io.TextIOBase):
         self.console.print("\n".join(lines), markup=False, emoji=False)
 
     def output(self, text: str) -> None:
-        if self.out.isatty():
-            shown = Text(text)
-            for pattern, style in zip(BAR, ("cyan", "magenta", "yellow"), strict=True):
-                shown.highlight_regex(f"{pattern}+", style)
-            Console(file=self.out, soft_wrap=True).print(shown)
-        else:
+        if not self.out.isatty():
             print(text, file=self.out, flush=True)
+            return
+        from rich.console import Console
+        from rich.text import Text
 
-    def took(self, action: Action) -> str:
-        return format_seconds(action.seconds(self.clock()))
+        shown = Text(text)
+        for pattern, style in zip(BAR, ("cyan", "magenta", "yellow"), strict=True):
+            shown.highlight_regex(f"{pattern}+", style)
+        Console(file=self.out, soft_wrap=True).print(shown)
 
     def show(self, actions: Sequence[Action]) -> None:
         """The progress of all applications: a block when one's turn comes, a line when it ends, and
@@ -4110,20 +4105,25 @@ class Terminal(io.TextIOBase):
             if action.result:
                 self.say(format_end(action))
             elif not self.console.is_terminal:
-                parts = time.strftime("%H:%M:%S"), action.name, now[0], self.took(action), now[1]
+                took = format_seconds(action.seconds(self.clock()))
+                parts = time.strftime("%H:%M:%S"), action.name, now[0], took, now[1]
                 self.say("  ".join(filter(None, parts)))
         if self.console.is_terminal:
             self.draw(actions)
 
     def draw(self, actions: Sequence[Action]) -> None:
         """Redraw the live lines, one an application."""
+        from rich.table import Table
+        from rich.text import Text
+
         self.live.start()
         table = Table.grid(padding=(0, 2))
         for action in actions:
             icon, name = ICONS.get(action.words, "🚀"), Text(action.name, style="bold")
             detail = self.redact(action.detail)  # which the ellipsis may cut short
             line = Text(detail, style="dim", overflow="ellipsis", no_wrap=True)
-            table.add_row(icon, name, action.words, self.took(action), line)
+            took = format_seconds(action.seconds(self.clock()))
+            table.add_row(icon, name, action.words, took, line)
         self.live.update(table, refresh=True)
 
     def report(self, report: Report, options: Options) -> None:

@@ -123,8 +123,17 @@ def test_a_card_s_sum_stands_beside_it() -> None:
     [line, *_] = app.format_node(app.predict(two, [node(80)]), 0)
     assert line == (
         "node n · GPU 0 █████████▓▓▓▓▓▓▓▓▓·· a/LLMServer:m 0.45 + b/LLMServer:m 0.45 · 0.10 free"
-        " · memory: 0 GiB in use, 64.8 GiB of 80 GiB asked for"
+        " · memory: 64.8 GiB of 80 GiB asked for"
     )
+
+
+@pytest.mark.parametrize(
+    ("used", "sums"), [(0, "64.8 GiB of 80 GiB"), (30, "30 GiB in use, 32.4 GiB of 80 GiB")]
+)
+def test_a_card_s_sum_has_the_engines_that_run(used: int, sums: str) -> None:
+    half = replace(node(80, used), free={"CPU": 8.0, "GPU": 0.55}, free_gpus=(0.55,))
+    [line, *_] = app.format_node(app.predict([demand()], [half]), 0)
+    assert line.endswith(f" + already running 0.45 · 0.10 free · memory: {sums} asked for")
 
 
 def test_what_is_not_known_is_said() -> None:
