@@ -86,6 +86,7 @@ def slow8(bench: Bench) -> Measured:
             "one application alone": lambda: bench.ours(one),
             OURS: lambda: bench.ours(eight),
             DEPLOY: lambda: bench.deploy(eight),
+            "8 plain Ray actors that import Serve": lambda: floor(bench, 8),
         },
     )
     return found | bench.sides(
