@@ -2763,6 +2763,10 @@ class RayCluster:
             details = self.ask_controller("get_serve_instance_details", timeout_s=timeout_s)
         except ApplicationError as error:
             raise ClusterError(f"the Serve controller can't tell its state: {error}") from error
+        for application in details["applications"].values() if details else ():
+            for name, deployment in application["deployments"].items():
+                # Nobody asks for it, and its request router would be pickled, 2 ms each.
+                deployment["deployment_config"] = {"name": name}
         return details and ServeInstanceDetails.model_validate(details)
 
     def states(self, timeout_s: float = CONTROLLER_TIMEOUT_S) -> dict[str, ApplicationDetails]:
