@@ -3609,8 +3609,7 @@ def prove(action: Action, run: Run) -> None:
     assert details is not None
     learn_memory(action, run)
     held = run.cluster.reservations(details)
-    proof = Proof(tuple(held), mismatches(application, action.demands, held))
-    action.proof = proof
+    action.proof = proof = Proof(tuple(held), mismatches(application, action.demands, held))
 
     def ask(url: str, body: Config | None) -> Response:
         run.check(action)
@@ -3662,8 +3661,7 @@ def learn_memory(action: Action, run: Run) -> None:
         demands.append(replace(demand, memory=memory))
     if tuple(demands) != action.demands:
         action.demands = tuple(demands)
-        record = Record(action.version, action.kept, action.demands)
-        run.cluster.remember(action.name, record)
+        run.cluster.remember(action.name, Record(action.version, action.kept, action.demands))
 
 
 def delete_application(action: Action, run: Run) -> None:
@@ -3932,8 +3930,9 @@ def format_plan(report: Report) -> list[str]:
                 ]
     for details in report.others:
         lines += ["", f"• {details.name}  {details.route_prefix or '(no HTTP route)'}"]
-        status = details.status.value
-        lines.append(f"   not in file: it is {status} and left alone (--prune deletes it)")
+        lines += [
+            f"   not in file: it is {details.status.value} and left alone (--prune deletes it)"
+        ]
     packing = format_prediction(report.plan) if report.plan else []
     return [*lines, "", THIN_RULE, *packing, RULE]
 
@@ -4281,9 +4280,8 @@ class Session:
         names = [item.name for item in applications]
         for pattern in self.options.only or ():
             if not self.options.prune and not fnmatch.filter(names, pattern):
-                message = f"--only {pattern}: no application has that name; "
-                message += f"there are {', '.join(names)}"
-                raise unusable(message, ("command line", 0, 0))
+                text = f"{pattern}: no application has that name; there are {', '.join(names)}"
+                raise unusable(f"--only {text}", ("command line", 0, 0))
         return applications
 
     def export(self, applications: Sequence[ApplicationSpec]) -> int:
