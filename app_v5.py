@@ -1952,9 +1952,7 @@ def format_node(plan: Plan, index: int) -> list[str]:
     node, free = plan.nodes[index], plan.free[index]
     slots = [slot for slot in plan.slots if slot.node == index]
     lines, amount = [], partial(format_amount, "GPU")
-    fractions = {
-        fit.demand.label: fit.demand.memory.fraction for fit in plan.fits if fit.demand.memory
-    }
+    fractions = {f.demand.label: f.demand.memory.fraction for f in plan.fits if f.demand.memory}
     for gpu, left in enumerate(free.get("GPU", ())):
         mine = [slot for slot in slots if gpu in slot.gpus]
         shares = Counter((slot.label, slot.gpus[gpu]) for slot in mine)
