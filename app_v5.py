@@ -2731,8 +2731,7 @@ class RayCluster:
         except Exception as error:
             raise serve_failure(str(error), schema.http_options.port) from error
         found = self.serve_details().http_options.model_dump()
-        given = config.get("http_options") or {}
-        return tuple(sorted(key for key in given if found.get(key) != wanted.get(key)))
+        return tuple(k for k in config.get("http_options") or () if found.get(k) != wanted.get(k))
 
     def ask_controller(
         self, method: str, *arguments: Any, timeout_s: float = CONTROLLER_TIMEOUT_S
@@ -2874,9 +2873,8 @@ class RayCluster:
         for job in itertools.takewhile(lambda job: job.job_id.hex() != me, jobs):
             claimed = [] if job.is_dead else json.loads(job.config.metadata.get(CLAIMS) or "[]")
             since = datetime.fromtimestamp(job.start_time / 1000)
-            who = (
-                f"process {job.driver_pid} on {job.driver_address.ip_address}, since {since:%F %T}"
-            )
+            host = job.driver_address.ip_address
+            who = f"process {job.driver_pid} on {host}, since {since:%F %T}"
             taken = dict.fromkeys(claimed, who) | taken  # the first of several is the one at work
         return {name: taken[name] for name in names if name in taken}
 
@@ -2894,9 +2892,8 @@ class RayCluster:
         with self.lock:
             if key not in self.builders:
                 # Where there are GPUs, what vLLM says of its memory is of their platform.
-                gpus = [
-                    n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("GPU")
-                ]
+                alive = [row for row in ray.nodes() if row["Alive"]]
+                gpus = [row["NodeID"] for row in alive if row["Resources"].get("GPU")]
                 where = NodeAffinitySchedulingStrategy(gpus[0], soft=True) if gpus else "DEFAULT"
                 how = {"runtime_env": runtime_env or None, "scheduling_strategy": where}
                 actor = ray.remote(num_cpus=0, **how)(Builder).remote()
@@ -2978,8 +2975,7 @@ class RayCluster:
             address, node_id = row["NodeManagerAddress"], row["NodeID"]
             name = address if addresses[address] == 1 else f"{address}/{node_id[:6]}"
             held = [(label, amounts) for where, label, amounts in holdings if where == node_id]
-            free = available.get(node_id, {})
-            node = node_of(name, row, free, held, giving_way)
+            node = node_of(name, row, available.get(node_id, {}), held, giving_way)
             # On a laptop without a GPU, too, which stands for the cluster that is to come.
             count = max(1, int(node.total.get("GPU", 0))) if self.gpu_memory else 0
             mine = cards.get(node_id) or (Card(self.gpu_memory),) * count
