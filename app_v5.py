@@ -319,7 +319,6 @@ class Response:
 
     status: int
     text: str
-    first_s: float
     total_s: float
     ended: bool = True
 
@@ -331,7 +330,6 @@ class Answer:
     request: str
     total_s: float
     model_id: str = ""
-    first_token_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -569,7 +567,8 @@ class DocumentLoader:
             mark = error.context_mark
             context = f"{error.context} from line {mark.line + 1}, " if mark else ""
             tabs = " (indent with spaces, not tabs)" if "\\t" in str(error.problem) else ""
-            message = f"not YAML: {context}{error.problem}{tabs}"
+            said = re.sub("(alias|tag) '(?!tag:).*", r"\1", str(error.problem))
+            message = f"not YAML: {context}{said}{tabs}"
             raise unusable(message, self.place(error.problem_mark)) from None
         except yaml.reader.ReaderError as error:
             message = f"not YAML in UTF-8: byte {error.position}: {first_line(str(error))}"
@@ -618,7 +617,8 @@ class DocumentLoader:
                 self.places[(*path, index)] = self.place(item.start_mark)
                 self.walk(item, (*path, index))
         given: dict[tuple[str, str], int] = {}
-        for key_node, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+        for key_node, value in sorted(pairs, key=lambda pair: pair[0].tag != MERGE_TAG):
             if key_node.tag == MERGE_TAG:
                 self.walk(value, path)
                 continue
@@ -784,7 +784,7 @@ def is_secret_key(key: str) -> bool:
 def secrets_in(value: Any, key: str = "") -> set[str]:
     """The texts under keys that name secrets."""
     if isinstance(value, dict):
-        return set().union(*(secrets_in(item, str(name)) for name, item in value.items()))
+        return set().union(*(secrets_in(item, f"{key}.{name}") for name, item in value.items()))
     if isinstance(value, list):
         return set().union(*(secrets_in(item, key) for item in value))
     return {value} if isinstance(value, str) and value and is_secret_key(key) else set()
@@ -1116,9 +1116,12 @@ def read_applications(document: Document) -> tuple[tuple[ApplicationSpec, ...], 
             problems += fit_engine(llm, path, as_dict(application.get("runtime_env")))
             models[path[1]].append(describe_model(llm))
     for index, config in enumerate(as_list(data["applications"])):
+        path = ("applications", index)
         for number, override in enumerate(as_list(config.get("deployments"))):
-            here = ("applications", index, "deployments", number)
-            problems += move_short_keys(as_dict(override), here)
+            problems += move_short_keys(as_dict(override), (*path, "deployments", number))
+        args, ingress = as_dict(config.get("args")), "ingress_deployment_config"
+        if is_rays_builder(config):
+            problems += move_short_keys(as_dict(args.get(ingress)), (*path, "args", ingress))
         if config.get("logging_config") is None and data.get("logging_config"):
             config["logging_config"] = data["logging_config"]
         name = config.setdefault("name", "default")  # as in Ray's schema
@@ -1274,16 +1277,17 @@ def describe_model(llm: Config) -> ModelSpec:
     loading, engine = as_dict(llm["model_loading_config"]), as_dict(llm.get("engine_kwargs"))
     model_id, options = str(loading.get("model_id")), actor_options(llm)
     source = loading.get("model_source") or model_id
-    share, workers = worker_share(llm), worker_bundles(llm)
+    ours = {} if llm.get("server_cls") else llm  # another engine's arguments mean other things
+    share, workers = worker_share(ours), worker_bundles(ours)
     shares = 0 < share < 1 and accelerator_kind(llm) not in ("cpu", "tpu")
     promised: dict[str, float] = dict(options.get("resources") or {})
     for option, resource in (("num_cpus", "CPU"), ("num_gpus", "GPU"), ("memory", "memory")):
         held = round(sum(float(bundle.get(resource) or 0) for bundle in workers), 4)
-        if options.get(option) is not None or held:
+        # Where no CPUs are given, the actor has its default of 1 besides its engine's.
+        if options.get(option) is not None or (held and option != "num_cpus"):
             promised[resource] = float(options.get(option) or 0) + held
-    notes: tuple[str, ...] = ()
-    if shares and (fraction := engine.get("gpu_memory_utilization")):
-        notes = (f"gpu_memory_utilization {fraction} for a share of {short(share)} GPU a worker",)
+    fraction = engine.get("gpu_memory_utilization") if shares else None
+    note = f"gpu_memory_utilization {fraction} for a share of {short(share)} GPU a worker"
     name = as_dict(llm["deployment_config"]).get("name")
     return ModelSpec(
         model_id,
@@ -1291,7 +1295,7 @@ def describe_model(llm: Config) -> ModelSpec:
         deployment_name=name or model_id.replace("/", "--").replace(".", "_"),
         promised={} if llm.get("server_cls") else promised,
         measures_memory=shares and not engine.get("kv_cache_memory_bytes"),
-        notes=notes,
+        notes=(note,) if fraction else (),
     )
 
 
@@ -1369,7 +1373,8 @@ def least_gpus(demand: Demand, card: int, requests: float) -> str:
     """The smallest num_gpus with room for so many full requests, in words."""
     memory, workers = demand.memory or Memory(), max(1, len(gpu_shares(demand)))
     cache = (math.ceil(requests * memory.requests[0][1]) + 1) * memory.block
-    needed = (memory.weights + kept(memory, card) + cache) / (card * WHOLE_GPU_MEMORY_FRACTION)
+    fraction = max(WHOLE_GPU_MEMORY_FRACTION, memory.fraction)
+    needed = (memory.weights + kept(memory, card) + cache) / (card * fraction)
     least = math.ceil(needed * 100) / 100
     return short(least * workers) if least <= 1 else "more than a card a worker"
 
@@ -1381,12 +1386,15 @@ def gpu_shares(demand: Demand) -> list[float]:
 def memory_misfit(demand: Demand, room: Room) -> str:
     """Why an engine would not start in its room, or ""; one block of it is never used."""
     memory = demand.memory or Memory()
-    blocks = room.cache // memory.block
+    blocks, held = room.cache // memory.block, memory.weights + room.cache
     length, needed = memory.requests[0]
+    if memory.pinned and held > room.card > 0:
+        return f"weights and kv_cache_memory_bytes are {gib(held)}, a card has {gib(room.card)}"
     if blocks <= needed:
         fits = next((n for n, needs in memory.requests if blocks > needs), 0)
         hints = [f"max_model_len {fits:,} would fit"] if fits else []
-        if room.card and not memory.pinned:
+        share = WHOLE_GPU_MEMORY_FRACTION * min([1.0, *gpu_shares(demand)])
+        if room.card and not memory.pinned and memory.fraction > share - 0.01:
             hints.append(f"num_gpus that would do: {least_gpus(demand, room.card, 1)}")
         left = f"{gib(room.cache)} of {gib(room.budget or room.cache)} are left for that"
         text = f"a request of {length:,} tokens needs {gib(needed * memory.block)} of KV cache"
@@ -1544,7 +1552,7 @@ def cache_of(config: Any) -> Config:
     for shorter in filter(None, (int(length / 2 ** (step / 8)) for step in range(57))):
         config.model_config.max_model_len = shorter
         needed = caches._max_memory_usage_bytes_from_groups(config, groups)
-        requests.append((shorter, needed // block))
+        requests.append([shorter, needed // block])  # as JSON gives it back
     # A CPU engine has no graphs, and starts with more (vllm/config/compilation.py).
     graphs = config.compilation_config.cudagraph_mode.has_full_cudagraphs()
     return {
@@ -1642,7 +1650,7 @@ def node_of(
 ) -> Node:
     """A node from a row of `ray.nodes()`. Ray tells what is free on it only in sums; a GPU's own
     free share is worked out from the replicas that hold parts of it."""
-    staying = tuple(item for item in held if item[0].split("/")[0] not in giving_way)
+    staying = tuple(item for item in held if item[0].rpartition("/")[0] not in giving_way)
     sums, total = Counter(free), row["Resources"]
     for item in held:
         sums.update(item[1] if item not in staying else {})
@@ -1902,7 +1910,8 @@ def card_of(plan: Plan, demand: Demand, slots: Sequence[Slot]) -> int:
     taken = [plan.nodes[slot.node].cards[i : i + 1] for slot in slots for i in slot.gpus]
     sizes = sorted(card.total for cards in taken for card in cards)
     every = [card.total for node in plan.nodes for card in node.cards]
-    return 0 if not gpu_shares(demand) else sizes[0] if sizes else max(every, default=0)
+    known = sizes[:1] if slots else [max(every, default=0)]
+    return known[0] if known and gpu_shares(demand) else 0
 
 
 def card_misfit(plan: Plan, demand: Demand, slots: Sequence[Slot]) -> str:
@@ -2079,7 +2088,8 @@ def apply_edits(
     """Make of a restart as little as the edits need since what has this version was deployed."""
     heavy = [(path, text) for path, text in edits if needs_restart(path)]
     action.reasons = tuple(text for _, text in heavy or edits)
-    if any(path[0] != "deployments" for path, _ in heavy):
+    # Of what stands there Serve compares only this, and else no more than the version.
+    if any((path[0], *path[2:3]) != ("deployments", "ray_actor_options") for path, _ in heavy):
         return
     action.version = version
     if heavy:
@@ -2507,6 +2517,7 @@ def engine_options(llm: Config) -> Config:
         "its weights change when they are loaded": options.get("quantization"),
         "a part of its weights stays outside": options.get("cpu_offload_gb"),
         "its blocks are counted by hand": options.get("num_gpu_blocks_override"),
+        "its max_model_len is what has room": options.get("max_model_len") == -1,
     }
     unknown |= {
         f"it has {key}": options.get(key, 1) > 1
@@ -2572,12 +2583,9 @@ def ask_dashboard(path: str, **query: Any) -> str:
     from ray.dashboard.utils import ray_address_to_api_server_url
 
     try:
-        answer = requests.get(
-            f"{ray_address_to_api_server_url(None)}/{path}",
-            query,
-            headers=http_token_authentication.get_auth_headers_if_auth_enabled({}),
-            timeout=LOG_TIMEOUT_S,
-        )
+        url = f"{ray_address_to_api_server_url(None)}/{path}"
+        headers = http_token_authentication.get_auth_headers_if_auth_enabled({})
+        answer = requests.get(url, query, headers=headers, timeout=LOG_TIMEOUT_S)
     except Exception as error:
         raise Unreachable(first_line(str(error)) or repr(error)) from error
     if not answer.ok:
@@ -2585,17 +2593,15 @@ def ask_dashboard(path: str, **query: Any) -> str:
     return answer.content.decode(errors="replace")
 
 
-def schema_problems(
-    validate: Callable[[Any], object], path: KeyPath, config: Any
-) -> Iterator[Problem]:
+def schema_problems(validate: Callable[..., object], path: KeyPath, data: Any) -> Iterator[Problem]:
     """What one of Ray's validators says of a value. pydantic's places end with names of types."""
     from pydantic import ValidationError
 
     try:
-        validate(unshared(config))
+        validate(unshared(data))
     except ValidationError as error:
         for row in error.errors():
-            keys, value = path, config
+            keys, value = path, data
             for key in row["loc"]:
                 is_item = isinstance(value, list) and isinstance(key, int)
                 if not is_item and key not in as_dict(value):
@@ -2805,19 +2811,21 @@ class RayCluster:
             rows.append(row.SerializeToString())
         external = bool(action.application.config.get("external_scaler_enabled"))
         scaler = ApplicationArgs(external_scaler_enabled=external).SerializeToString()
-        # First, so that it is there even if this run ends while Serve takes it over.
-        self.remember(name, Record(action.version, action.kept, action.demands))
+        before = action.before.record if action.before else None
+        record = Record(action.version, action.kept, action.demands)
+        if before is None or before.version != action.version:
+            # First, so that it is there even if this run ends while Serve takes it over.
+            self.remember(name, record)
         try:
             self.ask_controller("deploy_applications", {name: rows}, {name: scaler})
         except ApplicationError:
-            self.remember(name, action.before.record if action.before else None)
+            self.remember(name, before)
             raise
+        self.remember(name, record)
 
     def delete(self, name: str) -> None:
         """Have Serve remove an application; it is gone some seconds later."""
-        from ray import serve
-
-        serve.delete(name, _blocking=False)
+        self.ask_controller("delete_apps", [name])
         self.remember(name, None)
 
     # -- what this program keeps in the cluster ---------------------------------------------
@@ -2981,7 +2989,7 @@ class RayCluster:
             mine = cards.get(node_id) or (Card(self.gpu_memory),) * count
             # What gives way holds memory, too, and nobody knows on which card.
             if len(node.holders) < len(held):
-                mine = tuple(replace(card, users="") for card in mine)
+                mine = tuple(replace(card, users="", used=0) for card in mine)
             nodes.append(replace(node, cards=mine))
         return nodes
 
@@ -3053,7 +3061,7 @@ class RayCluster:
         heads = [row["NodeID"] for row in rows if "node:__internal_head__" in row["Resources"]]
         try:
             return new_nodes(read_log(filename="monitor.log", node_id=heads[0], lines=-1))
-        except (Unreachable, yaml.YAMLError):
+        except (Unreachable, yaml.YAMLError, IndexError):
             grouped = any("ray.io/node-group" in (row.get("Labels") or {}) for row in rows)
             return None if grouped else []
 
@@ -3118,7 +3126,7 @@ def fetch(url: str, body: Config | None, timeout_s: float) -> Response:
     import urllib3
 
     urllib3.disable_warnings()
-    started, parts, first_s, ended = time.monotonic(), list[bytes](), 0.0, False
+    started, parts, ended = time.monotonic(), list[bytes](), False
     pool = urllib3.PoolManager(timeout=timeout_s, retries=False, cert_reqs="CERT_NONE")
     method = "GET" if body is None else "POST"
     try:
@@ -3130,12 +3138,11 @@ def fetch(url: str, body: Config | None, timeout_s: float) -> Response:
     with answer, contextlib.suppress(urllib3.exceptions.HTTPError):
         while time.monotonic() - started < timeout_s and sum(map(len, parts)) < MOST_BODY_BYTES:
             parts.append(answer.read1(MOST_BODY_BYTES, decode_content=True))
-            first_s = first_s or time.monotonic() - started
             if not parts[-1]:
                 ended = not answer.length_remaining  # of what was announced
                 break
     text = b"".join(parts).decode(errors="replace")
-    return Response(answer.status, text, first_s, time.monotonic() - started, ended)
+    return Response(answer.status, text, time.monotonic() - started, ended)
 
 
 def mismatches(
@@ -3243,8 +3250,7 @@ def ask_model(model_id: str, url: str, ask: Fetch) -> Answer | None:
     if not response.ended:
         seconds = f"{response.total_s:.0f} s"
         raise ApplicationError(f"POST {url}{path}: one token had no end within {seconds}")
-    first_s = response.first_s if question.get("stream") else None
-    return Answer(f"POST {path}", response.total_s, model_id, first_s)
+    return Answer(f"POST {path}", response.total_s, model_id)
 
 
 def read_parts(text: str) -> list[Config]:
@@ -3660,13 +3666,12 @@ def learn_memory(action: Action, run: Run) -> None:
 
 def delete_application(action: Action, run: Run) -> None:
     """Delete an application, and wait until what it held is free."""
-    if action.before is None:
-        return
     run.enter(action, "deleting")
-    run.cluster.delete(action.name)
+    if action.before:
+        run.cluster.delete(action.name)
     action.sent = "yes"
     for details in run.states_of(action):
-        held = [h for _, label, h in run.cluster.holdings() if label.split("/")[0] == action.name]
+        held = [h for _, who, h in run.cluster.holdings() if who.rpartition("/")[0] == action.name]
         if details is None and not held:
             return
         texts = " + ".join(map(format_resources, held))
@@ -3690,7 +3695,7 @@ def exit_code(actions: Sequence[Action], stop_code: int) -> int:
 
 RULE, THIN_RULE = "=" * 80, "-" * 80
 LLM_ENDPOINTS = ("POST /v1/chat/completions", "POST /v1/completions", "GET /v1/models")
-JSON_VERSION = 2
+JSON_VERSION = 3
 ICONS = {"queued": "⏳", "RUNNING": "✅", "DELETED": "✅", "FAILED": "❌"}
 
 
@@ -3811,9 +3816,8 @@ def format_proof(proof: Proof) -> list[str]:
         places[f"{'✗' if broken else '✓'} Reserved by {name}: {amounts}, on {where}"] += 1
     lines += [f"{text} ({n} replicas)" if n > 1 else text for text, n in places.items()]
     for answer in proof.answers:
-        first = f", first token after {answer.first_token_s:.2f} s" if answer.first_token_s else ""
         who = f" to {answer.model_id}" if answer.model_id else ""
-        lines.append(f"✓ {answer.request}{who}: answered in {answer.total_s:.2f} s{first}")
+        lines.append(f"✓ {answer.request}{who}: answered in {answer.total_s:.2f} s")
     lines += proof.notes
     lines += [f"✗ Not verified: {proof.unverified}"] if proof.unverified else []
     return [f"   {line}" for line in lines]
@@ -3918,15 +3922,12 @@ def format_plan(report: Report) -> list[str]:
         for model in action.application.models:
             lines += [f"   Note: {note}" for note in model.notes]
             if model.measures_memory and action.submits:
-                lines += [
-                    f"   ⚠️  {model.model_id} shares its GPU and measures at its start what is free "
-                    "there: set engine_kwargs.kv_cache_memory_bytes, or use --max-workers 1"
-                ]
-    for details in report.others:
-        lines += ["", f"• {details.name}  {details.route_prefix or '(no HTTP route)'}"]
-        lines += [
-            f"   not in file: it is {details.status.value} and left alone (--prune deletes it)"
-        ]
+                hint = "set engine_kwargs.kv_cache_memory_bytes, or use --max-workers 1"
+                what = "shares its GPU and measures at its start what is free there"
+                lines.append(f"   ⚠️  {model.model_id} {what}: {hint}")
+    for d in report.others:
+        lines += ["", f"• {d.name}  {d.route_prefix or '(no HTTP route)'}"]
+        lines += [f"   not in file: it is {d.status.value} and left alone (--prune deletes it)"]
     packing = format_prediction(report.plan) if report.plan else []
     return [*lines, "", THIN_RULE, *packing, RULE]
 
@@ -3966,7 +3967,6 @@ def action_json(action: Action, report: Report) -> Config:
         "attempts": action.attempt,
         "submitted": {"yes": True, "": False}.get(action.sent),
         "no_log": action.no_log or None,
-        "deleted": action.result is Result.DELETED,
         "proof": dataclasses.asdict(action.proof) if action.proof else None,
         "status": action.details.status.value if action.details else None,
         "cause": action.cause.text if action.cause else None,
@@ -4009,12 +4009,10 @@ def for_others(value: Any, document: Document, path: KeyPath = ()) -> Any:
         return value
     key = next((key for key in reversed(path) if isinstance(key, str)), "")
     name = re.sub(r"\W", "_", key).upper()
-    return f"${{{name}}}" if secrets_in(value, key) else redact(value, frozenset())
+    return f"${{{name}}}" if secrets_in(value, format_key(path)) else redact(value, frozenset())
 
 
-def export_config(
-    document: Document, applications: Sequence[ApplicationSpec]
-) -> tuple[str, list[str]]:
+def export_config(document: Document, apps: Sequence[ApplicationSpec]) -> tuple[str, list[str]]:
     """A checked config as this program would deploy it, for `serve deploy`: YAML, with comments
     that name all that was moved or added; and the variables that nobody will fill in there."""
     lines = [
@@ -4023,7 +4021,7 @@ def export_config(
         "engines that share a card get VLLM_RAY_PER_WORKER_GPUS and gpu_memory_utilization.",
     ]
     rows = []
-    for app in applications:
+    for app in apps:
         path, before = ("applications", app.index), document.data["applications"][app.index]
         rows.append(for_others(app.config, document, path))
         edits = differences(for_others(before, document, path), rows[-1])
@@ -4114,6 +4112,7 @@ class Terminal(io.TextIOBase):
         from rich.text import Text
 
         self.live.start()
+        self.console.show_cursor()  # which nobody would do where a signal ends the program
         table = Table.grid(padding=(0, 2))
         for action in actions:
             icon, name = ICONS.get(action.words, "🚀"), Text(action.name, style="bold")
@@ -4244,7 +4243,8 @@ class Session:
         if run.stop_code:
             raise Stopped
         for action in filter(lambda action: action.submits, actions):
-            cluster.process_of(action.application)
+            with contextlib.suppress(Exception):  # its build will say it
+                cluster.process_of(action.application)
         growth = cluster.growth()
         if growth is None:
             say("⚠️  An autoscaler is active: what no node can hold yet is deployed and waits")
@@ -4366,11 +4366,12 @@ class Session:
         run, base_url = self.run, None
         if not lost and run.stop_code != EXIT_CLUSTER:
             with contextlib.suppress(ClusterError):
-                base_url = self.cluster.endpoint(POLL_TIMEOUT_S)
+                limit = POLL_TIMEOUT_S if run.stop_code else CONTROLLER_TIMEOUT_S
+                base_url = self.cluster.endpoint(limit)
         code = exit_code(run.actions, run.stop_code)
         if plan and not code:
-            changes = any(action.change is not Change.UNCHANGED for action in run.actions)
-            would = EXIT_CHANGES if changes and self.options.detailed_exitcode else EXIT_OK
+            edits = any(a.submits or (a.before and a.change is Change.DELETE) for a in run.actions)
+            would = EXIT_CHANGES if edits and self.options.detailed_exitcode else EXIT_OK
             code = EXIT_FAILED if plan.misfits else would
         self.terminal.live.stop()  # its last picture stays on the screen
         if run.stop_code:

@@ -117,6 +117,19 @@ def test_an_edit_of_one_deployments_resources_restarts_that_one_alone(
         assert app.gap(action).startswith("rolling")
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        pytest.param({"placement_group_strategy": "SPREAD"}, id="strategy"),
+        pytest.param({"max_replicas_per_node": 1}, id="replicas per node"),
+    ],
+)
+def test_what_serve_does_not_compare_itself_gets_another_version(option: Config) -> None:
+    action = decide(overriding({**ONE, **option}), running(overriding(ONE), 1, 2))
+    assert (action.change, action.restarting) == (app.Change.RESTART, None)
+    assert action.version != VERSION
+
+
 def test_an_entry_of_light_options_comes_and_goes_in_place() -> None:
     action = decide(overriding(OTHER, ONE), running(overriding(OTHER), 1, 2))
     assert action.change is app.Change.IN_PLACE

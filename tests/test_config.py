@@ -138,7 +138,7 @@ BROKEN = [
     ),
     pytest.param(
         "applications: *nowhere\n",
-        [":1:15: not YAML: found undefined alias 'nowhere'"],
+        [":1:15: not YAML: found undefined alias"],  # it may be a password without quotes
         id="unknown alias",
     ),
     pytest.param(
@@ -157,7 +157,7 @@ BROKEN = [
     ),
     pytest.param(
         "applications: !mine []\n",
-        [":1:15: not YAML: could not determine a constructor for the tag '!mine'"],
+        [":1:15: not YAML: could not determine a constructor for the tag"],
         id="own tag",
     ),
     pytest.param(
@@ -979,6 +979,11 @@ def test_values_are_what_yaml_says(text: str) -> None:
     assert document.data == yaml.safe_load(f"applications: []\n{text}")
 
 
+def test_a_key_that_stands_beside_a_merge_has_its_own_place() -> None:
+    text = "x: &x {b: 1}\napplications: []\nd:\n  b: 2\n  <<: *x\n"
+    assert load(text).places["d", "b"] == ("config.yaml", 4, 3)
+
+
 PATH = "applications[0].args.llm_configs[0]"
 
 
@@ -1076,6 +1081,7 @@ def test_variables_are_filled_in(written: str, value: Any) -> None:
 def test_keys_that_name_a_secret(key: str) -> None:
     assert app.is_secret_key(key)
     assert app.secrets_in({key: ["abc"]}) == {"abc"}
+    assert app.secrets_in({key: {"openai": "abc", "more": [{"value": "def"}]}}) == {"abc", "def"}
 
 
 @pytest.mark.parametrize("key", ["tokenizer", "ssl_keyfile", "monkey", "keyword", "passive"])

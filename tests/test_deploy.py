@@ -173,8 +173,8 @@ class ScriptedCluster:
 
     def fetch(self, url: str, body: app.Config | None, timeout_s: float) -> app.Response:
         """Stands for `app.fetch`."""
-        routes = app.Response(200, json.dumps({f"/{n}": n for n in self.submitted}), 0, 0)
-        default = routes if url.endswith("/-/routes") else app.Response(200, "{}", 0.1, 0.2)
+        routes = app.Response(200, json.dumps({f"/{n}": n for n in self.submitted}), 0)
+        default = routes if url.endswith("/-/routes") else app.Response(200, "{}", 0.2)
         answer = self.answers.get(url.removeprefix(HTTP), default)
         if isinstance(answer, Exception):
             raise answer
@@ -334,6 +334,13 @@ def test_the_log_of_what_failed_tells_more_than_serve() -> None:
     cluster = ScriptedCluster({"a": [state("a", "DEPLOY_FAILED", "see the logs", FAILING)]})
     cluster.log = "Traceback (most recent call last):\n  File ...\nValueError: torn weights\n"
     assert causes(deploy(cluster, "a")) == ["ValueError: torn weights"]
+
+
+def test_what_is_being_deleted_already_is_waited_for() -> None:
+    cluster = ScriptedCluster()
+    cluster.holds = [("n", "team/a/D", {"GPU": 1.0})] * 2
+    run = deploy(cluster, app.deletion(spec("team/a"), None, "--delete"))
+    assert (results(run), cluster.deleted, cluster.holds) == ({"team/a": "DELETED"}, [], [])
 
 
 def test_an_application_deleted_by_somebody_else_is_not_waited_for() -> None:
@@ -668,7 +675,7 @@ def test_a_broken_promise_makes_the_exit_code_1_and_leaves_it_running() -> None:
 
 def test_a_bad_answer_is_a_failure() -> None:
     cluster = ScriptedCluster()
-    cluster.answers = {"/a/health": app.Response(500, "oh no", 0, 0)}
+    cluster.answers = {"/a/health": app.Response(500, "oh no", 0)}
     run = deploy(cluster, "a", "b")
     assert results(run) == {"a": "FAILED", "b": "RUNNING"}
     assert causes(run) == ["GET http://localhost:8000/a/health: 500 oh no"]
@@ -708,7 +715,7 @@ def test_what_runs_unchanged_is_asked_all_the_same() -> None:
     before = app.Running(details, frozenset({"1"}), kept)
     cluster = ScriptedCluster()
     cluster.submitted.append("a")
-    cluster.answers = {"/a/health": app.Response(500, "oh no", 0, 0)}
+    cluster.answers = {"/a/health": app.Response(500, "oh no", 0)}
     run = deploy(cluster, app.Action(spec("a"), app.Change.UNCHANGED, "1", before=before))
     assert (results(run), cluster.done) == ({"a": "FAILED"}, [])
 

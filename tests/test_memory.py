@@ -61,7 +61,7 @@ def test_the_smallest_share_is_enough_and_a_smaller_one_is_not(requests: int) ->
 
 
 def test_a_share_without_room_for_one_request_does_not_fit() -> None:
-    plan = app.predict([demand(replace(FALCON3, fraction=0.2))], [node(24)])
+    plan = app.predict([demand(replace(FALCON3, fraction=0.2), 0.22)], [node(24)])
     [fit] = plan.misfits
     assert not fit.never  # 1.5 GiB of it is a guess
     assert fit.reason == (
@@ -136,6 +136,36 @@ def test_a_card_s_sum_has_the_engines_that_run(used: int, sums: str) -> None:
     assert line.endswith(f" + already running 0.45 · 0.10 free · memory: {sums} asked for")
 
 
+def test_a_fixed_cache_has_to_fit_on_a_card_beside_the_weights() -> None:
+    pinned = replace(FALCON3, pinned=22 * GIB)
+    [fit] = app.predict([demand(pinned)], [node(24)]).misfits
+    assert fit.never
+    assert fit.reason == "weights and kv_cache_memory_bytes are 25.11 GiB, a card has 24 GiB"
+    assert app.predict([demand(pinned)], [node(80)]).misfits == []
+    cpu = replace(app.Demand("a", "LLMServer:m", ({"CPU": 1.0},)), memory=pinned)
+    assert app.predict([cpu], [node(24)]).misfits == []  # of main memory nobody here knows
+
+
+def test_a_fraction_of_the_user_s_own_gets_no_advice_about_num_gpus() -> None:
+    [fit] = app.predict([demand(replace(FALCON3, fraction=0.2))], [node(24)]).misfits
+    assert fit.reason.endswith("are left for that; max_model_len 2,048 would fit")
+
+
+def test_a_whole_card_has_what_vllm_takes_of_it() -> None:
+    whole = demand(replace(FALCON3, weights=20 * GIB, fraction=0.92), 1.0)
+    room = app.room_of(whole.memory, 24 * GIB)
+    assert room is not None
+    assert room.requests >= 2
+    assert app.least_gpus(whole, 24 * GIB, 1) == "0.99"
+
+
+def test_cards_of_a_silent_node_are_not_guessed_from_another_s() -> None:
+    silent = replace(node(24), name="silent", cards=())
+    full = replace(node(24), free={})
+    [fit] = app.predict([demand(replace(FALCON3, fraction=0.1))], [silent, full]).fits
+    assert (fit.reason, fit.room) == ("", None)
+
+
 def test_what_is_not_known_is_said() -> None:
     unknown = demand(app.Memory(unknown="it has a draft model"))
     assert app.format_memory(unknown, None) == ["memory: not known: it has a draft model"]
@@ -179,6 +209,12 @@ def test_a_record_keeps_it() -> None:
     found = app.read_demand(row).memory
     assert found is not None
     assert (found.measured, found.suggested) == (learnt.memory.measured, 29_370_000_000)  # type: ignore[union-attr]
+    built = {
+        **row,
+        "memory": {**row["memory"], "measured": [], "suggested": 0},
+    }  # as a builder does
+    [again] = app.remembered([app.read_demand(built)], [app.read_demand(row)])
+    assert again.memory == found
 
 
 def test_the_dashboard_s_cards() -> None:

@@ -236,9 +236,9 @@ def test_free_gpus_are_guessed_with_care(
 
 def test_what_gives_way_counts_as_free() -> None:
     row = {"Resources": {"CPU": 8.0, "GPU": 1.0}, "Labels": {"zone": "a"}}
-    held = [("old/D", {"CPU": 2.0, "GPU": 0.45}), ("other/D", {"CPU": 1.0, "GPU": 0.3})]
+    held = [("x/old/D", {"CPU": 2.0, "GPU": 0.45}), ("other/D", {"CPU": 1.0, "GPU": 0.3})]
     free = {"CPU": 5.0, "GPU": 0.25}
-    stays, goes = node_of("n", row, free, held, ()), node_of("n", row, free, held, {"old"})
+    stays, goes = node_of("n", row, free, held, ()), node_of("n", row, free, held, {"x/old"})
     assert [stays.free["CPU"], *stays.free_gpus] == pytest.approx([5.0, 0.25])
     assert [goes.free["CPU"], *goes.free_gpus] == pytest.approx([7.0, 0.7])
     assert (stays.holders, goes.holders) == (tuple(held), tuple(held[1:]))

@@ -74,6 +74,14 @@ def test_short_keys_of_a_deployment_go_into_ray_actor_options(
     assert not {"num_cpus", "cpus", "num_gpus", "gpus"} & deployment.keys()
 
 
+def test_short_keys_of_the_ingress_go_there_too() -> None:
+    config = application(llm())
+    config["args"]["ingress_deployment_config"] = {"num_cpus": 2}
+    spec, found = read(config)
+    moved = {"ray_actor_options": {"num_cpus": 2.0}}
+    assert (spec.config["args"]["ingress_deployment_config"], found) == (moved, [])
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -356,6 +364,16 @@ def test_a_fixed_cache_or_a_whole_gpu_measures_nothing_that_others_hold() -> Non
         ),
         pytest.param(llm({"num_cpus": 2, "num_gpus": 0}), {"CPU": 2, "GPU": 0}, id="CPU engine"),
         pytest.param(llm({}), {}, id="nothing said"),
+        pytest.param(
+            llm({}, placement_group_config={"bundle_per_worker": {"CPU": 1, "GPU": 1}}),
+            {"GPU": 1},
+            id="the actor's CPU is Ray's to add",
+        ),
+        pytest.param(
+            llm({}, server_cls="m:S", engine_kwargs={"tensor_parallel_size": "auto"}),
+            {},
+            id="another engine's arguments",
+        ),
         pytest.param(
             llm({"ray_actor_options": {"num_cpus": 1, "memory": 2e9, "resources": {"x": 1}}}),
             {"CPU": 1, "memory": 2e9, "x": 1},
