@@ -314,7 +314,7 @@ class Reservation:
 
 @dataclass(frozen=True)
 class Response:
-    """What came back over HTTP; times in seconds since the request was sent. `ended` is false for
+    """What came back over HTTP, `total_s` seconds after the request was sent. `ended` is false for
     what was still being sent when there was enough of it, or no more time."""
 
     status: int
@@ -2627,6 +2627,7 @@ class RayCluster:
         self.gpu_memory = options.gpu_memory
         self.log_level = logging.INFO if options.logs else logging.ERROR
         self.address = self.dashboard_url = ""
+        self.latest: Any = None  # of `serve_details`
         self.builders: dict[str, BuildProcess] = {}
         self.built: dict[str, list[bytes]] = {}
         self.lock = threading.Lock()
@@ -2770,7 +2771,8 @@ class RayCluster:
             for name, deployment in application["deployments"].items():
                 # Nobody asks for it, and its request router would be pickled, 2 ms each.
                 deployment["deployment_config"] = {"name": name}
-        return details and ServeInstanceDetails.model_validate(details)
+        self.latest = details and ServeInstanceDetails.model_validate(details)
+        return self.latest
 
     def states(self, timeout_s: float = CONTROLLER_TIMEOUT_S) -> dict[str, ApplicationDetails]:
         """The state of every application on the cluster, by name."""
@@ -2782,7 +2784,7 @@ class RayCluster:
         when it has no proxy. `root_path` is not in it: a proxy in front of Serve cuts that off."""
         import ray
 
-        details = self.serve_details(timeout_s)
+        details = self.latest or self.serve_details(timeout_s)
         if details is None or details.proxy_location == "Disabled":
             return ""
         options, proxies = details.http_options, [p.node_ip for p in details.proxies.values()]
@@ -4366,8 +4368,7 @@ class Session:
         run, base_url = self.run, None
         if not lost and run.stop_code != EXIT_CLUSTER:
             with contextlib.suppress(ClusterError):
-                limit = POLL_TIMEOUT_S if run.stop_code else CONTROLLER_TIMEOUT_S
-                base_url = self.cluster.endpoint(limit)
+                base_url = self.cluster.endpoint(POLL_TIMEOUT_S)
         code = exit_code(run.actions, run.stop_code)
         if plan and not code:
             edits = any(a.submits or (a.before and a.change is Change.DELETE) for a in run.actions)
