@@ -888,10 +888,15 @@ def test_a_token(matrix: Matrix, tmp_path: Path) -> None:
     env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     with RayHead(num_cpus=2, num_gpus=0, env=env) as head:
         user = User(head, tmp_path, free_port())
-        config, address = user.write(app("good")), ("--address", head.address)
+        config, address = (
+            user.write(app("good"), app("failing", "failing")),
+            ("--address", head.address),
+        )
         unset = dict.fromkeys(("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"))
         mine = run(user, config, *address, **unset, HOME=str(tmp_path / "home"))
-        matrix.row("S6 token at home", 0, mine.returncode, said(mine), "✓ GET /health")
+        texts = ["✓ GET /health", "ZeroDivisionError"]  # which stands in a log that wants it, too
+        matrix.row("S6 token at home", 1, mine.returncode, said(mine), *texts)
+        assert "No log" not in said(mine)
         started = time.monotonic()
         refused = run(user, config, *address, **unset, HOME=str(tmp_path))
         assert time.monotonic() - started < 15
