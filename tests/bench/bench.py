@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 
 from cluster import APP_V5, PYTHON, RayHead, chat, free_port, run_app_v5, wait_until
 from tiny_models import make_falcon_h1, make_llama
@@ -54,7 +55,7 @@ class Bench:
 
     def deploy(self, config: Path) -> float:
         """Seconds until all that `serve deploy` has accepted is RUNNING."""
-        wanted = len(json.loads(config.read_text())["applications"])
+        wanted = len(yaml.safe_load(config.read_text())["applications"])
         started = time.monotonic()
         serve_deploy(self.head, config)
 
@@ -63,10 +64,19 @@ class Bench:
                 rows = self.head.serve_details()["applications"].values()
             except OSError:  # with a hundred of them the dashboard may not answer for a while
                 return False
+            if failed := [row["message"] for row in rows if row["status"] == "DEPLOY_FAILED"]:
+                raise RuntimeError(failed[0])
             return [row["status"] for row in rows] == ["RUNNING"] * wanted
 
         wait_until(all_run, 1200, "all applications to run")
         return time.monotonic() - started
+
+    def plain(self, config: Path) -> Path:
+        """The same for `serve deploy`, which takes no short keys."""
+        exported = run_app_v5(config, "--export", "serve", head=self.head)
+        file = config.with_suffix(".plain.yaml")
+        file.write_text(exported.stdout)
+        return file
 
     def sides(self, rounds: int, sides: dict[str, Side]) -> Measured:
         """Each side once a round, each on a Serve of its own."""
@@ -158,10 +168,11 @@ def engines(count: int, rounds: int) -> Callable[[Bench], Measured]:
         tiny = itertools.cycle(models(bench.user.path))
         rows = [llm(f"m{n}", model) for n, model in zip(range(count), tiny, strict=False)]
         config = bench.user.write(*rows)
+        plain = bench.plain(config)
 
         def deploy_and_ask() -> float:
             started = time.monotonic()
-            bench.deploy(config)
+            bench.deploy(plain)
             for row in rows:
                 chat(f"{bench.user.base_url}/{row['name']}", row["name"])
             return time.monotonic() - started
@@ -193,10 +204,12 @@ def edit(bench: Bench) -> Measured:
         assert holds()
         return seconds
 
+    plain = [bench.plain(file) for file in files]
+
     def deploy() -> float:
-        bench.deploy(files[0])
+        bench.deploy(plain[0])
         started = time.monotonic()
-        serve_deploy(bench.head, files[1])
+        serve_deploy(bench.head, plain[1])
         time.sleep(1)  # Serve shows what was there before, at first
         wait_until(holds, 600, "the edit to hold")
         return time.monotonic() - started
