@@ -194,9 +194,9 @@ def edit(bench: Bench) -> Measured:
 
     def holds() -> bool:
         [row] = bench.head.serve_details()["applications"].values()
-        [mine] = [d for name, d in row["deployments"].items() if name.startswith("LLMServer")]
-        scaling = mine["deployment_config"]["autoscaling_config"]
-        return bool(row["status"] == "RUNNING" and scaling["max_replicas"] == 3)
+        mine = [d for name, d in row["deployments"].items() if name.startswith("LLMServer")]
+        scalings = [deployment["deployment_config"]["autoscaling_config"] for deployment in mine]
+        return row["status"] == "RUNNING" and [s["max_replicas"] for s in scalings] == [3]
 
     def ours() -> float:
         bench.ours(files[0])
