@@ -129,13 +129,16 @@ def main() -> None:
             ]
         },
     }
-    with RayHead(logical_gpus=True) as head, tempfile.TemporaryDirectory() as folder:
-        path, port = Path(folder), free_port()
-        file = config(path, port)
-        real = real_size(path)
+    # The size of the CPU engine's cache would stand in the plan as one that the user has fixed.
+    unset = {"VLLM_CPU_KVCACHE_SPACE": ""}
+    with RayHead(num_cpus=8, env=unset) as head, tempfile.TemporaryDirectory() as folder:
+        real = real_size(Path(folder))
         plan = on_a_terminal(head, "--plan", "--gpu-memory", "80GiB", str(real))
         command = "python3 app_v5.py --plan --gpu-memory 80GiB multi_model_config.yaml"
         picture("plan", command, report(plan))
+    with RayHead(logical_gpus=True) as head, tempfile.TemporaryDirectory() as folder:
+        path, port = Path(folder), free_port()
+        file = config(path, port)
         run = on_a_terminal(head, str(file))
         middle = [part for part in run if "starting replicas" in part]
         live = without_control(middle[len(middle) // 2])

@@ -6,4 +6,4 @@ set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tests/setup.sh
-PYTHONPATH=tests exec .venv/bin/python docs/pictures.py </dev/null
+PYTHONPATH=.:tests exec .venv/bin/python docs/pictures.py </dev/null

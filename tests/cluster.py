@@ -460,7 +460,8 @@ def _base_environment(logical_gpus: bool, extra: Mapping[str, str]) -> dict[str,
         name: value for name, value in os.environ.items() if not name.startswith(FOREIGN_PREFIXES)
     }
     path = [str(TESTS), *([str(TESTS / "gpu_platform")] if logical_gpus else [])]
-    return {**inherited, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(path), **extra}
+    found = {**inherited, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(path), **extra}
+    return {name: value for name, value in found.items() if value}  # an empty one is not set
 
 
 def _resource_arguments(
