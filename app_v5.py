@@ -2816,7 +2816,7 @@ class RayCluster:
         before = action.before.record if action.before else None
         record = Record(action.version, action.kept, action.demands)
         if before is None or before.version != action.version:
-            # First, so that it is there even if this run ends while Serve takes it over.
+            # Before, too, so that it is there even if this run ends while Serve takes it over.
             self.remember(name, record)
         try:
             self.ask_controller("deploy_applications", {name: rows}, {name: scaler})

@@ -97,6 +97,18 @@ def test_another_run_is_waited_for_within_the_timeout(
     assert [action.name for action in actions if action.refusal] == ["mine"]
 
 
+def test_a_process_that_can_not_be_started_ahead_is_told_by_its_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(Cluster):
+        def process_of(self, application: app.ApplicationSpec) -> None:
+            raise ValueError("nowhere.txt is not a valid file")
+
+    _, actions, said = session(tmp_path, monkeypatch, Broken(), "--prune")
+    assert [action.name for action in actions] == ["old", "mine", "new"]
+    assert "defect" not in said
+
+
 def test_a_route_is_free_once_its_owner_is_pruned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,5 +187,7 @@ def test_a_plan_tells_whether_a_run_would_change_something(
         io.StringIO(),
     )
     change = app.Change.UNCHANGED if running else app.Change.CREATE
-    plan.run.actions = [app.Action(app.ApplicationSpec(0, "a", "/a", {}), change)]
+    spec = app.ApplicationSpec(0, "a", "/a", {})
+    absent = app.deletion(spec, None, "--delete")  # to delete what is not there changes nothing
+    plan.run.actions = [app.Action(spec, change), absent]
     assert plan.report(app.predict([], [])) == code
