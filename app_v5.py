@@ -31,14 +31,19 @@ config or the command line is wrong and nothing was touched; 3 no Ray cluster, o
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
+import sys
 
 if __name__ == "__main__":
     # The imports below take a moment, and nothing is there yet that a signal could leave behind.
     for early in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(early) is not signal.SIG_IGN:
             signal.signal(early, lambda number, _: os._exit(128 + number))
+    needed = ("ray", "fastapi", "rich", "yaml")  # Serve needs FastAPI, Ray alone does not
+    if missing := [name for name in needed if not importlib.util.find_spec(name)]:
+        sys.exit(f"❌ {', '.join(missing)}: not installed; pip install -r requirements.txt")
 
 import argparse
 import ast
@@ -51,7 +56,6 @@ import functools
 import hashlib
 import hmac
 import importlib
-import importlib.util
 import io
 import itertools
 import json
@@ -59,7 +63,6 @@ import logging
 import math
 import re
 import socket
-import sys
 import tempfile
 import textwrap
 import threading
@@ -580,17 +583,19 @@ class DocumentLoader:
     def config_text(self, content: bytes) -> bytes | str:
         """A file's content, or where there is a RayService in it the config of that, which keeps
         its lines and columns. Raises ConfigError for several of them."""
-        found = {}
+        found = []
         roots = yaml.compose_all(content, Loader=yaml.SafeLoader)
         for root in roots if SERVE_CONFIG.encode() in content else ():
             if isinstance(text := node_at(root, "spec", SERVE_CONFIG), yaml.ScalarNode):
-                found[getattr(node_at(root, "metadata", "name"), "value", "")] = text
+                name = getattr(node_at(root, "metadata", "name"), "value", "")
+                found.append((str(name), text))
         if not found:
             return content
-        [text, *others] = found.values()
+        [(_, text), *others] = found
         place = self.place(text.start_mark)
         if others:
-            message = f"there are several RayServices: {', '.join(found)}; keep one of them"
+            names = ", ".join(name for name, _ in found)
+            message = f"there are several RayServices: {names}; keep one of them"
             raise unusable(f"{message}: --only can't choose, it is for applications", place)
         said = f"of this manifest {SERVE_CONFIG} counts here, and nothing of its cluster"
         self.problems.append(Problem((), said, warning=True, place=place))
@@ -767,12 +772,13 @@ def llm_places(data: Config) -> Iterator[tuple[KeyPath, Any, Any]]:
 # -- secrets -----------------------------------------------------------------------------------
 
 SECRET_WORD = re.compile(
-    r"(?:.*(?:password|passwd|passphrase|secret)|pass|pwd|token|key|apikey|credential|cred)s?"
+    r"(?:.*(?:password|passwd|passphrase|secret)|pass|pwd|(?:auth)?token|(?:api)?key|cred|"
+    r"credential|auth|authorization|bearer|dsn)s?"
 )
-SHORTEST_SECRET, LONG_SECRET = 4, 32
+SHORTEST_SECRET, SHORTEST_NUMBER, LONG_SECRET = 4, 5, 32
 HIDDEN, FINGERPRINT = "***", "hmac:"
-URL_SECRETS = re.compile(r"(?<=://)[^/?#\s'\"]+(?=@)|(?<=[?&])([\w.~-]+=)[^&#\s'\"]+")
-"""User info, and the values of a query."""
+URL_SECRETS = re.compile(r"(?<=://)[^/?#\s'\"]+(?=@)|(?<=[?&;])([\w.~-]+=)[^&;#\s'\"]+")
+"""User info, and the values of a query, or of a connection string."""
 
 
 def is_secret_key(key: str) -> bool:
@@ -783,19 +789,19 @@ def is_secret_key(key: str) -> bool:
 
 def secrets_in(value: Any, key: str = "") -> set[str]:
     """The texts under keys that name secrets."""
-    if isinstance(value, dict):
-        return set().union(*(secrets_in(item, f"{key}.{name}") for name, item in value.items()))
-    if isinstance(value, list):
-        return set().union(*(secrets_in(item, key) for item in value))
-    return {value} if isinstance(value, str) and value and is_secret_key(key) else set()
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return set().union(*(secrets_in(item, f"{key}.{name}") for name, item in pairs))
+    # DISABLE_TOKEN: "1" is none, and would be hidden wherever else a 1 stands.
+    is_text = isinstance(value, str) and (tag_of(value) == TEXT_TAG or len(value) > SHORTEST_NUMBER)
+    return {value} if is_text and value and is_secret_key(key) else set()
 
 
 @functools.lru_cache
 def spellings(secrets: frozenset[str]) -> list[str]:
     """Secrets, and their single lines, as others may have written them; the longest first."""
     # What prints a text of several lines may put something before each.
-    lines = {line for secret in secrets for line in secret.splitlines()}
-    forms = secrets | {line for line in lines if len(line) > SHORTEST_SECRET}
+    forms = secrets | {x for s in secrets for x in s.splitlines() if len(x) > SHORTEST_SECRET}
     for _ in range(2):  # as a `repr` in JSON
         for form in forms:
             forms |= {quote(form), quote(form, safe=""), quote_plus(form), repr(form)[1:-1]}
@@ -817,12 +823,16 @@ def redact(text: str, secrets: frozenset[str]) -> str:
 
 
 def map_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """A copy of plain data with each text changed."""
+    """A copy of plain data with each text changed, and keys as JSON has them: all are texts."""
     if isinstance(value, Mapping):
-        return {key: map_texts(item, change) for key, item in value.items()}
+        return {json_key(key): map_texts(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [map_texts(item, change) for item in value]
     return change(value) if isinstance(value, str) else value
+
+
+def json_key(key: Any) -> str:
+    return json.dumps(key) if key is None or isinstance(key, bool) else str(key)
 
 
 def unshared(value: Any) -> Any:
@@ -854,9 +864,12 @@ SCHEMA_SOURCES = (
 )
 """Where the schemas stand: importing them takes 2 s for Serve's and 10 s for the LLM's."""
 
+ANSWERS = re.compile("Detail|Stat|Target|Health|Decision|Node|Topology")
+"""Which of the classes there stand for what Serve tells, and not for what it takes."""
+
 TOP, DEPLOYMENT, LLM_DEPLOYMENT = "ServeDeploySchema", "DeploymentSchema", "an LLM's deployment"
 LLM, ENGINE, BUILDER = "LLMConfig", "AsyncEngineArgs", "LLMServingArgs"
-VARIABLES, AMOUNTS = "environment variables", "amounts of resources"
+VARIABLES, AMOUNTS, INGRESS = "environment variables", "amounts of resources", "the LLMs' ingress"
 PARTS = {ENGINE: ("FrontendArgs",), BUILDER: ("DPOpenAiServingArgs", "PDServingArgs")}
 """Schemas that stand for others, too."""
 
@@ -866,7 +879,7 @@ SHORT_KEYS = {"num_cpus": ("num_cpus", "cpus"), "num_gpus": ("num_gpus", "gpus")
 SHORT_RESOURCES = tuple(itertools.chain(*SHORT_KEYS.values()))
 CHILDREN = {
     "deployment_config": LLM_DEPLOYMENT,
-    "ingress_deployment_config": DEPLOYMENT,
+    "ingress_deployment_config": INGRESS,
     "engine_kwargs": ENGINE,
     "placement_group_config": "PlacementGroupConfig",
     "args": BUILDER,
@@ -877,12 +890,17 @@ CHILDREN = {
 """Key -> the schema of its value, where Ray's annotations do not tell it."""
 
 REFUSING = (
-    *(LLM, LLM_DEPLOYMENT, ENGINE, BUILDER, "ModelLoadingConfig", "LoraConfig"),
-    *("PlacementGroupConfig", "IngressClsConfig", "LoggingConfig"),
+    *(LLM, LLM_DEPLOYMENT, INGRESS, ENGINE, BUILDER, "ModelLoadingConfig", "LoraConfig"),
+    *("PlacementGroupConfig", "IngressClsConfig", "LoggingConfig", "TracingConfig"),
+    *("BackpressureConfig", "ControllerOptions"),
 )
 """Schemas for which Ray refuses an unknown key; the others ignore it without a word."""
 
-REQUIRED = {LLM: ("model_loading_config",), "ModelLoadingConfig": ("model_id",)}
+REQUIRED = {
+    TOP: ("applications",),
+    LLM: ("model_loading_config",),
+    "ModelLoadingConfig": ("model_id",),
+}
 LISTS = ("applications", "deployments", "deployment_actors", "llm_configs", "bundles")
 INSTEAD = {
     "max_concurrent_queries": "max_ongoing_requests",
@@ -908,10 +926,11 @@ def known_schemas() -> dict[str, dict[str, str]]:
             with contextlib.suppress(OSError, SyntaxError):
                 body = ast.parse(Path(folder, file).read_text("utf-8")).body
                 nodes |= {node.name: node for node in body if isinstance(node, ast.ClassDef)}
-    known = {name: fields_of(name, nodes) for name in nodes}
+    known = {name: fields_of(name, nodes) for name in nodes if not ANSWERS.search(name)}
     options = known.get(DEPLOYMENT, {})
-    options |= dict.fromkeys((*SHORT_RESOURCES, "max_constructor_retry_count"), "")
-    known[LLM_DEPLOYMENT] = {key: child for key, child in options.items() if key not in INSTEAD}
+    options |= dict.fromkeys(SHORT_RESOURCES, "")
+    ingress = known[INGRESS] = {**options, "max_constructor_retry_count": ""}
+    known[LLM_DEPLOYMENT] = {key: child for key, child in ingress.items() if key not in INSTEAD}
     return known
 
 
@@ -1000,10 +1019,8 @@ def check_keys(value: Any, schema: str, path: KeyPath) -> Problems:
     for key, item in value.items():
         here = (*path, key)
         child = CHILDREN.get(key) or (fields or {}).get(key)
-        of_engine = key in ("engine_kwargs", "placement_group_config")
-        others = (
-            value.get("server_cls") if of_engine else key == "args" and not is_rays_builder(value)
-        )
+        engine = value.get("server_cls") and key in ("engine_kwargs", "placement_group_config")
+        others = engine or (key == "args" and not is_rays_builder(value))
         if fields and key not in fields:
             problems.append(unknown_key(key, schema, here))
         elif item is None and schema != VARIABLES:
@@ -1058,8 +1075,12 @@ def deployment_options(data: Config) -> Iterator[tuple[KeyPath, Config]]:
     """The options of single deployments in a normalised document, with their places."""
     applications = data["applications"]
     for index, application in enumerate(applications):
+        path: KeyPath = ("applications", index)
         for number, override in enumerate(as_list(application.get("deployments"))):
-            yield ("applications", index, "deployments", number), as_dict(override)
+            yield (*path, "deployments", number), as_dict(override)
+        ingress = as_dict(application.get("args")).get("ingress_deployment_config")
+        if is_rays_builder(application) and ingress:
+            yield (*path, "args", "ingress_deployment_config"), ingress
     for path, llm, _ in llm_places(data):
         if is_rays_builder(applications[path[1]]):
             yield (*path, "deployment_config"), as_dict(llm["deployment_config"])
@@ -1212,10 +1233,9 @@ def fit_cpu_engine(llm: Config, place: KeyPath) -> Problems:
         return [Problem(place, message, hint)]
     llm["accelerator_config"] = {"kind": "cpu"}
     options, worker = actor_options(llm), {"CPU": 0}
-    given = (options.get("num_cpus"), options.get("num_gpus"))
     if options.get("num_gpus"):
         worker["GPU"], options["num_gpus"] = options["num_gpus"], 0.0
-    if given != (None, None):
+    if (options.get("num_cpus"), options.get("num_gpus")) != (None, None):
         llm["placement_group_config"] = {"bundles": [worker]}
     return []
 
@@ -1280,12 +1300,14 @@ def describe_model(llm: Config) -> ModelSpec:
     ours = {} if llm.get("server_cls") else llm  # another engine's arguments mean other things
     share, workers = worker_share(ours), worker_bundles(ours)
     shares = 0 < share < 1 and accelerator_kind(llm) not in ("cpu", "tpu")
-    promised: dict[str, float] = dict(options.get("resources") or {})
-    for option, resource in (("num_cpus", "CPU"), ("num_gpus", "GPU"), ("memory", "memory")):
+    asked = {"CPU": options.get("num_cpus"), "GPU": options.get("num_gpus")}
+    asked |= {"memory": options.get("memory"), **(options.get("resources") or {})}
+    promised = {}
+    for resource, own in asked.items():
         held = round(sum(float(bundle.get(resource) or 0) for bundle in workers), 4)
         # Where no CPUs are given, the actor has its default of 1 besides its engine's.
-        if options.get(option) is not None or (held and option != "num_cpus"):
-            promised[resource] = float(options.get(option) or 0) + held
+        if own is not None or (held and resource != "CPU"):
+            promised[resource] = float(own or 0) + held
     fraction = engine.get("gpu_memory_utilization") if shares else None
     note = f"gpu_memory_utilization {fraction} for a share of {short(share)} GPU a worker"
     name = as_dict(llm["deployment_config"]).get("name")
@@ -1392,13 +1414,18 @@ def memory_misfit(demand: Demand, room: Room) -> str:
         return f"weights and kv_cache_memory_bytes are {gib(held)}, a card has {gib(room.card)}"
     if blocks <= needed:
         fits = next((n for n, needs in memory.requests if blocks > needs), 0)
-        hints = [f"max_model_len {fits:,} would fit"] if fits else []
+        need, left = (round(size / GIB, 2) for size in (needed * memory.block, room.cache))
+        # In the engine's own words (vllm/v1/core/kv_cache_utils.py), for which there are hints.
+        text = (
+            f"To serve at least one request with the model's max seq len ({length}), ({need} GiB "
+            f"KV cache is needed, which is larger than the available KV cache memory ({left} GiB). "
+            f"Based on the available memory, the estimated maximum model length is {fits}"
+        )
+        text = text if fits else "No available memory for the cache blocks"
         share = WHOLE_GPU_MEMORY_FRACTION * min([1.0, *gpu_shares(demand)])
         if room.card and not memory.pinned and memory.fraction > share - 0.01:
-            hints.append(f"num_gpus that would do: {least_gpus(demand, room.card, 1)}")
-        left = f"{gib(room.cache)} of {gib(room.budget or room.cache)} are left for that"
-        text = f"a request of {length:,} tokens needs {gib(needed * memory.block)} of KV cache"
-        return "; ".join([text, left, *hints])
+            text = f"num_gpus that would do: {least_gpus(demand, room.card, 1)}; {text}"
+        return text
     if memory.sequences > blocks:
         text = f"max_num_seqs is {memory.sequences}, and its share holds {blocks} Mamba blocks"
         return f"{text}; set engine_kwargs.max_num_seqs to {blocks} or less"
@@ -1419,10 +1446,9 @@ def format_memory(demand: Demand, room: Room | None) -> list[str]:
     lines[0] += f" · a request of {length:,} tokens needs {gib(blocks * memory.block)} of KV cache"
     if memory.platform == "cpu" and gpu_shares(demand):
         lines[0] += " (as a CPU build has it: blocks are smaller on a GPU)"
-    if room is None and not gpu_shares(demand):
-        return lines  # of main memory the engine itself takes what is free
-    if room is None:
-        return [*lines, "  no card's size is known here: --gpu-memory 80GiB would plan with one"]
+    if room is None:  # of main memory the engine itself takes what is free
+        hint = "  no card's size is known here: --gpu-memory 80GiB would plan with one"
+        return [*lines, hint] if gpu_shares(demand) else lines
     cache = f"{gib(room.cache)} for the KV cache"
     if memory.pinned:
         lines.append(f"  {cache}: kv_cache_memory_bytes")
@@ -1466,8 +1492,7 @@ def remembered(demands: Sequence[Demand], before: Sequence[Demand]) -> tuple[Dem
         memory = demand.memory
         if memory and old and (old.weights, old.platform) == (memory.weights, memory.platform):
             same = replace(old, measured=(), suggested=0) == memory
-            suggested = old.suggested if same else 0
-            memory = replace(memory, measured=old.measured, suggested=suggested)
+            memory = replace(memory, measured=old.measured, suggested=old.suggested * same)
         found.append(replace(demand, memory=memory))
     return tuple(found)
 
@@ -1538,8 +1563,7 @@ def cache_of(config: Any) -> Config:
     from vllm.v1.core import kv_cache_utils as caches
 
     layers = get_layers_from_vllm_config(config, AttentionLayerBase)
-    found = {name: layer.get_kv_cache_spec(config) for name, layer in layers.items()}
-    specs = {name: spec for name, spec in found.items() if spec}
+    specs = {n: spec for n, layer in layers.items() if (spec := layer.get_kv_cache_spec(config))}
     if not specs:
         return {}
     kinds = {layer.get_attn_backend() for layer in layers.values()}
@@ -1710,7 +1734,9 @@ def describe_deployment(name: str, info: Any) -> Config:
         "max_replicas_per_node": replica.max_replicas_per_node,
         "max_ongoing_requests": options.max_ongoing_requests,
         "target_ongoing_requests": scaling.get_target_ongoing_requests() if scaling else 0,
-        "min_replicas": scaling.min_replicas if scaling else options.num_replicas,
+        "min_replicas": (scaling.initial_replicas or scaling.min_replicas)
+        if scaling
+        else options.num_replicas,
         "max_replicas": scaling.max_replicas if scaling else options.num_replicas,
         "autoscaling": scaling is not None,
     }
@@ -2012,6 +2038,7 @@ LIGHTWEIGHT_OPTIONS = {
 """Deployment options that Serve changes in place, without a new replica."""
 
 DEPLOYMENT_CONFIGS = ("deployment_config", "ingress_deployment_config")
+BUILDER_ARGS = (*LLM_ARGS, "llm_configs", "ingress_deployment_config")
 NOT_GIVEN = object()
 BY_SERVE_DEPLOY = (
     "it was deployed by `serve deploy`: it comes back when Serve's controller restarts, until "
@@ -2061,7 +2088,9 @@ def decide(
 
     # As JSON gives it back: a key that is a number is a text then.
     kept = json.loads(json.dumps(map_texts(application.config, hide), default=str))
-    kept["deployments"] = {entry.pop("name"): entry for entry in as_list(kept.get("deployments"))}
+    names = [entry["name"] for entry in as_list(application.config.get("deployments"))]
+    rows = zip(names, as_list(kept.get("deployments")), strict=True)  # a name may look secret
+    kept["deployments"] = {name: row for name, row in rows if row.pop("name")}
     version = version_of(application.config, key, running.versions if running else ())
     action = Action(application, Change.CREATE, version, before=running, kept=kept)
     if running is None:
@@ -2120,24 +2149,24 @@ def differences(before: Any, after: Any, path: KeyPath = ()) -> Iterator[tuple[K
 
 def needs_restart(path: KeyPath) -> bool:
     """Whether a change at this place of an application needs new replicas."""
-    if path[0] in ("route_prefix", "logging_config", "external_scaler_enabled"):
+    if path[0] not in ("import_path", "runtime_env", "args", "deployments"):
         return False
     if path[0] == "deployments":
         return not LIGHTWEIGHT_OPTIONS.issuperset(path[2:3])
-    inside = (option for key, option in itertools.pairwise(path) if key in DEPLOYMENT_CONFIGS)
+    # A builder of the user's own may do anything with what it calls so.
+    pairs = itertools.pairwise(path if path[1:2] and path[1] in BUILDER_ARGS else ())
+    inside = (option for key, option in pairs if key in DEPLOYMENT_CONFIGS)
     return next(inside, path[0]) not in LIGHTWEIGHT_OPTIONS
 
 
 def read_demand(row: Config) -> Demand:
     """A demand from plain data, in which tuples are lists."""
-
-    def fields_in(plain: Config) -> Config:
-        return {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
-
-    fields = fields_in(row)
-    if row.get("memory"):
-        fields["memory"] = Memory(**fields_in(row["memory"]))
-    return Demand(**fields)
+    parts: Iterator[Config] = (
+        {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
+        for plain in (row, row.get("memory") or {})
+    )
+    fields, memory = parts
+    return Demand(**fields | {"memory": Memory(**memory) if memory else None})
 
 
 def deletion(application: ApplicationSpec, before: Running | None, reason: str) -> Action:
@@ -2602,11 +2631,9 @@ def schema_problems(validate: Callable[..., object], path: KeyPath, data: Any) -
     except ValidationError as error:
         for row in error.errors():
             keys, value = path, data
-            for key in row["loc"]:
-                is_item = isinstance(value, list) and isinstance(key, int)
-                if not is_item and key not in as_dict(value):
-                    break
-                keys, value = (*keys, key), value[key]
+            with contextlib.suppress(LookupError, TypeError):
+                for key in row["loc"]:
+                    keys, value = (*keys, key), value[key]
             message = row["msg"].removeprefix("Value error, ")
             if row["type"] == "missing":
                 message = f"{row['loc'][-1]} is missing"
@@ -2697,16 +2724,20 @@ class RayCluster:
         data = {**document.data, "applications": [app.config for app in applications]}
         found = list(schema_problems(ServeDeploySchema.model_validate, (), data))
         for path, options in deployment_options(data):
-            if path[-1] == "deployment_config":
+            auto = {"max_replicas": 100} if options.get("num_replicas") == "auto" else {}
+            scaling = {**auto, **as_dict(options.get("autoscaling_config"))}
+            if path[-1] in DEPLOYMENT_CONFIGS:
                 fields = DeploymentConfig.model_fields
                 own = {k: v for k, v in options.items() if k in fields and v != "auto"}
+                own |= {"autoscaling_config": scaling} if auto else {}
                 found += schema_problems(DeploymentConfig.model_validate, path, own)
-                named = {"name": "-", **{k: v for k, v in options.items() if k not in own}}
+                # The bundles of an LLM's workers are not there yet, and others ask for those.
+                rest = {k: v for k, v in options.items() if k not in own and "_bundle_" not in k}
+                named = {"name": "-", **rest}
                 found += schema_problems(DeploymentSchema.model_validate, path, named)
-            if scaling := as_dict(options.get("autoscaling_config")):
-                auto = {"max_replicas": 100} if options.get("num_replicas") == "auto" else {}
-                where, full = (*path, "autoscaling_config"), {**auto, **scaling}
-                found += schema_problems(AutoscalingConfig.model_validate, where, full)
+            if scaling:
+                where = (*path, "autoscaling_config")
+                found += schema_problems(AutoscalingConfig.model_validate, where, scaling)
         for app in applications:
             where = ("applications", app.index, "route_prefix")
             if isinstance(app.route_prefix, str):
@@ -2832,7 +2863,7 @@ class RayCluster:
 
     # -- what this program keeps in the cluster ---------------------------------------------
 
-    def fingerprint_key(self, *, make: bool) -> bytes:
+    def fingerprint_key(self, *, make: bool = False) -> bytes:
         """The random key of this cluster's fingerprints; the first run that may makes it."""
         from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
@@ -3171,14 +3202,18 @@ def mismatches(
 
 
 def wait_for_route(
-    application: ApplicationSpec, base_url: str, ask: Fetch, pause: Callable[[str], None]
+    application: ApplicationSpec,
+    base_url: str,
+    ask: Fetch,
+    pause: Callable[[str], None],
+    questions: int,
 ) -> None:
     """Wait until Serve's proxy knows the application's route, of which it hears a moment after the
     controller (ray/serve/_private/proxy.py); `pause` is told what is waited for. Raises Unreachable
-    when that never comes, or when another server shares the port and gets a part of the requests
-    (SO_REUSEPORT)."""
+    when that never comes, or when of several `questions` another server, which shares the port,
+    gets a part (SO_REUSEPORT)."""
     deadline, good = time.monotonic() + PROXY_TIMEOUT_S, 0
-    while good < ROUTE_QUESTIONS:
+    while good < questions:
         try:
             response = ask(f"{base_url}/-/routes", None)
             said = f"{base_url}/-/routes says: {format_refusal(response)}"
@@ -3318,6 +3353,7 @@ class Run:
     growth: Sequence[Node] = ()
     lock: threading.Lock = field(default_factory=threading.Lock)  # of `admitted`
     admitted: list[Demand] = field(default_factory=list)
+    questions: int = ROUTE_QUESTIONS
     done: bool = False
     stop_code: int = 0
     stop_reason: str = ""
@@ -3396,7 +3432,11 @@ def deploy(actions: list[Action], run: Run, workers: int, show: Show) -> None:
     for action in actions:
         if action.result is None:
             lost = run.stop_code == EXIT_CLUSTER and action.started is not None
-            run.end(action, Result.UNKNOWN if lost else Result.INTERRUPTED)
+            result = Result.UNKNOWN if lost else Result.INTERRUPTED
+            if action.words == "checking" and not lost:  # it runs, and is slow to answer
+                result = Result.RUNNING
+                action.proof = replace(action.proof or Proof(), unverified=run.stop_reason)
+            run.end(action, result)
     show(actions)
 
 
@@ -3631,7 +3671,8 @@ def prove(action: Action, run: Run) -> None:
         if skipped := [text for text, is_so in reasons.items() if is_so]:
             action.proof = replace(proof, notes=(f"not asked over HTTP: {skipped[0]}",))
             return
-        wait_for_route(application, base_url, ask, partial(run.pause, action))
+        wait_for_route(application, base_url, ask, partial(run.pause, action), run.questions)
+        run.questions = 1  # one server has the port
         answers, notes = smoke_test(application, asleep, base_url, ask)
         action.proof = replace(proof, answers=tuple(answers), notes=tuple(notes))
     except (Unreachable, ClusterError) as error:
@@ -4014,6 +4055,17 @@ def for_others(value: Any, document: Document, path: KeyPath = ()) -> Any:
     return f"${{{name}}}" if secrets_in(value, format_key(path)) else redact(value, frozenset())
 
 
+def pin_caches(application: ApplicationSpec, demands: Sequence[Demand]) -> None:
+    """Write the cache sizes that engines have suggested into their application's config."""
+    for model, (_, llm, _) in zip(
+        application.models, llm_places({"applications": [application.config]}), strict=False
+    ):
+        memories = (d.memory for d in demands if d.memory and serves(d.deployment, model))
+        for size in filter(None, (memory.suggested for memory in memories)):
+            pin = {"kv_cache_memory_bytes": size}
+            llm["engine_kwargs"] = pin | as_dict(llm.get("engine_kwargs"))
+
+
 def export_config(document: Document, apps: Sequence[ApplicationSpec]) -> tuple[str, list[str]]:
     """A checked config as this program would deploy it, for `serve deploy`: YAML, with comments
     that name all that was moved or added; and the variables that nobody will fill in there."""
@@ -4281,19 +4333,26 @@ class Session:
         return applications
 
     def export(self, applications: Sequence[ApplicationSpec]) -> int:
-        """Print a config for others. Only that of a gateway asks the cluster."""
-        if self.options.export == "litellm":
-            self.cluster.connect(self.options.address)
-            states = self.cluster.states().values()
-            running = {details.name for details in states if details.status == "RUNNING"}
-            found = [item for item in applications if item.name in running]
-            text = export_models(found, self.cluster.endpoint())
+        """Print a config for others. Only that of a gateway asks the cluster, and with --address
+        what engines have measured there."""
+        options, cluster, found = self.options, self.cluster, list[ApplicationSpec]()
+        if options.address or options.export == "litellm":
+            cluster.connect(options.address)
+            running, key = cluster.running(cluster.states().values()), cluster.fingerprint_key()
+            for item in applications:
+                before = running.get(item.name)
+                found += [item] if before and before.details.status == "RUNNING" else []
+                action = decide(item, before, options, self.document.secrets, key)
+                if action.change is not Change.RESTART and before and before.record:
+                    pin_caches(item, before.record.demands)
+        if options.export == "litellm":
+            text = export_models(found, cluster.endpoint())
         else:
             text, names = export_config(self.document, applications)
             if names:
                 self.say(f"⚠️  {', '.join(names)}: to be filled in, Ray does not do it")
-        if self.options.export == "rayservice":
-            name = re.sub(r"[^a-z0-9]+", "-", Path(self.options.config).stem.lower()).strip("-")
+        if options.export == "rayservice":
+            name = re.sub(r"[^a-z0-9]+", "-", Path(options.config).stem.lower()).strip("-")
             text = MANIFEST.format(name=name or "llms", config=textwrap.indent(text, "    "))
         self.terminal.output(text.rstrip("\n"))
         return EXIT_OK

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
@@ -30,10 +31,12 @@ class Good:
 
 @serve.deployment(ray_actor_options=LITTLE)
 class Slow:
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, answers_after_s: float = 0) -> None:
         time.sleep(seconds)
+        self.answers_after_s = answers_after_s
 
-    def __call__(self, request: Any) -> str:
+    async def __call__(self, request: Any) -> str:
+        await asyncio.sleep(self.answers_after_s)
         return "slow"
 
 
@@ -196,7 +199,7 @@ def builds_slowly(args: dict[str, Any]) -> serve.Application:
 
 
 def slow(args: dict[str, Any]) -> serve.Application:
-    return Slow.bind(float(args["seconds"]))
+    return Slow.bind(float(args["seconds"]), args.get("answers_after_s", 0))
 
 
 def versioned(args: dict[str, Any]) -> serve.Application:

@@ -278,6 +278,33 @@ def test_without_downtime_room_for_one_more_is_needed(target: int) -> None:
     assert app.giving_way([action]) == frozenset()
 
 
+@pytest.mark.parametrize(
+    ("path", "restarts"),
+    [
+        (("owner",), False),  # Ray ignores it
+        (("args", "llm_configs", 0, "deployment_config", "max_ongoing_requests"), False),
+        (("args", "llm_configs", 0, "deployment_config", "name"), True),
+        (("args", "deployment_config", "num_replicas"), True),  # a builder's of the user's own
+    ],
+)
+def test_only_what_serve_would_restart_for_does(path: app.KeyPath, restarts: bool) -> None:
+    assert app.needs_restart(path) == restarts
+
+
+def test_a_deployment_whose_name_has_a_secret_in_it_is_still_the_one_that_restarts() -> None:
+    actions = [
+        app.decide(
+            overriding({"name": "M-main", "ray_actor_options": {"num_cpus": cpus}}),
+            None,
+            app.Options("c"),
+            frozenset({"main"}),
+            b"key",
+        )
+        for cpus in (1, 2)
+    ]
+    assert [list(action.kept["deployments"]) for action in actions] == [["M-main"]] * 2
+
+
 def test_a_route_that_another_application_has_is_named_with_its_key() -> None:
     spec = app.ApplicationSpec(3, "new", "/keep", {})
     keep = details("keep")

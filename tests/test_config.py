@@ -969,7 +969,6 @@ applications:
     [
         "a: &x {b: 1, c: [1, 2]}\nd: {<<: *x, b: 2}\ne: *x\n",
         "a: &x {b: 1}\nc: &y {b: 2, d: 3}\ne: {<<: [*x, *y], f: 4}\n",
-        "7: a\ntrue: b\n2.5: c\nnull: d\n2020-01-01: e\n",
         "a: 010\nb: 1_000\nc: yes\nd: ~\ne: .5\nf: 1e3\ng: '1'\nh: 2020-01-01\ni: !!str 3\n",
         "a: |\n  text\n  more\nb: >\n  folded\n",
     ],
@@ -977,6 +976,24 @@ applications:
 def test_values_are_what_yaml_says(text: str) -> None:
     document = load(f"applications: []\n{text}")
     assert document.data == yaml.safe_load(f"applications: []\n{text}")
+
+
+def test_a_switch_is_no_secret_and_a_header_is_one() -> None:
+    found = {
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+        "AUTHORIZATION": "Bearer xyz",
+        "PIN_KEY": "123456",
+    }
+    assert app.secrets_in(found) == {"Bearer xyz", "123456"}
+
+
+def test_keys_are_what_serve_deploy_sends() -> None:
+    """In JSON a key is a text; a date, of which JSON knows nothing, is the text that it was."""
+    document = load("applications: []\n7: a\ntrue: b\n2.5: c\nnull: d\n2020-01-01: e\n")
+    keys = ["applications", "7", "true", "2.5", "null", "2020-01-01"]
+    assert list(document.data) == keys
+    same = json.loads(json.dumps({7: "a", True: "b", 2.5: "c", None: "d"}))
+    assert list(same) == keys[1:-1]
 
 
 def test_a_key_that_stands_beside_a_merge_has_its_own_place() -> None:

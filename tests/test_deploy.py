@@ -710,6 +710,24 @@ def test_an_answer_that_the_deadline_cut_short_is_not_held_against_the_applicati
     )
 
 
+def test_what_runs_and_is_slow_to_answer_runs_when_a_stop_comes() -> None:
+    cluster, answered = ScriptedCluster(), threading.Event()
+
+    def fetch(url: str, body: app.Config | None, timeout_s: float) -> app.Response:
+        if url.endswith("/a/health"):
+            run.stop(130, "SIGINT")
+            answered.wait(60)
+        return ScriptedCluster.fetch(cluster, url, body, timeout_s)
+
+    run = app.Run(app.Options("config.yaml"), cluster)
+    with patch.object(app, "fetch", fetch):
+        app.deploy([create("a"), create("queued")], run, 1, lambda actions: None)
+    assert (results(run), code(run)) == ({"a": "RUNNING", "queued": "INTERRUPTED"}, 130)
+    assert run.actions[0].proof
+    assert run.actions[0].proof.unverified == "SIGINT"
+    answered.set()
+
+
 def test_what_runs_unchanged_is_asked_all_the_same() -> None:
     details, kept = state("a", "RUNNING"), app.Record("1", {}, (demand("a"),))
     before = app.Running(details, frozenset({"1"}), kept)

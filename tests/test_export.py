@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,12 @@ class Gateway(app.RayCluster):
     def states(self, timeout_s: float = 0.0) -> dict[str, Any]:
         return {"a": state("a", "RUNNING"), "b": state("b", "DEPLOYING")}
 
+    def running(self, found: Iterable[Any]) -> dict[str, app.Running]:
+        return {details.name: app.Running(details) for details in found}
+
+    def fingerprint_key(self, *, make: bool = False) -> bytes:
+        return b"key"
+
     def endpoint(self, timeout_s: float = 0.0) -> str:
         return "http://localhost:8000"
 
@@ -155,11 +162,40 @@ def test_a_gateways_models_are_those_that_run() -> None:
     out = io.StringIO()
     options = app.Options("c", export="litellm")
     made = app.Session(options, Gateway(options), out, io.StringIO())
+    made.document = app.Document("c", {}, {})
     apps = [app.ApplicationSpec(i, n, f"/{n}", {}, (model,)) for i, n in enumerate("abc")]
     assert made.export(apps) == 0
     rows = yaml.safe_load(out.getvalue())
     params = {"model": "openai/org/m", "api_base": "http://localhost:8000/a/v1", "api_key": "none"}
     assert rows == {"model_list": [{"model_name": "org/m", "litellm_params": params}]}
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_what_engines_have_suggested_is_written(config: Path, edited: bool) -> None:
+    """That of a cluster, where its address is given and the config is what runs there."""
+    options = app.parse_options([str(config), "--export", "serve", "--address", "head:6379"])
+    document, problems = app.load_document(str(config), os.environ)
+    [one, _], _ = app.check_config(document, problems, lambda *_: [])
+    action = app.decide(one, None, options, document.secrets, b"key")
+    [first, second] = (f"LLMServer:{model.deployment_name}" for model in one.models)
+    demands = [
+        app.Demand("one", first, memory=app.Memory(suggested=2**34), bundles=()),
+        app.Demand("one", second, memory=app.Memory(), bundles=()),
+    ]
+    version = "another" if edited else action.version
+    kept = {**action.kept, "import_path": "m:b"} if edited else action.kept
+
+    class Remembering(Gateway):
+        def running(self, found: Iterable[Any]) -> dict[str, app.Running]:
+            record = app.Record(version, kept, tuple(demands))
+            return {"one": app.Running(state("one", "RUNNING"), frozenset({version}), record)}
+
+    out = io.StringIO()
+    session = app.Session(options, Remembering(options), out, io.StringIO())
+    session.work()
+    llms = yaml.safe_load(out.getvalue())["applications"][0]["args"]["llm_configs"]
+    pins = [llm["engine_kwargs"].get("kv_cache_memory_bytes") for llm in llms]
+    assert pins == [None if edited else 2**34, None]
 
 
 def test_as_a_user_calls_it(config: Path) -> None:

@@ -513,8 +513,8 @@ MOMENTS: dict[str, tuple[Callable[[Started, str], object], list[str]]] = {
         ["It was submitted and goes on deploying"],
     ),
     "after the last RUNNING": (
-        lambda started, name: started.said(f"Deployed successfully: {name}"),
-        ["Base URL"],
+        lambda started, name: started.said(f"{name}  checking"),
+        ["Base URL", "Not verified"],
     ),
 }
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
@@ -528,8 +528,10 @@ def test_a_signal_at_any_moment(user: User, keep: Flow, matrix: Matrix, moment: 
     runs = []
     for number in SIGNALS:
         name = f"{number.name}-{moment.replace(' ', '-')}"
+        # Each moment lasts long enough for a signal to come in it.
         seconds = 4 if moment == "deploying" else 0
-        config = user.write(app(name, "slow", args={"seconds": seconds}), name=f"{name}.yaml")
+        args = {"seconds": seconds, "answers_after_s": 4 if "RUNNING" in moment else 0}
+        config = user.write(app(name, "slow", args=args), name=f"{name}.yaml")
         runs.append((number, name, Started(user, config)))
     senders = [
         threading.Thread(target=started.send, args=(number, lambda s=started, n=name: comes(s, n)))

@@ -65,9 +65,19 @@ def test_a_share_without_room_for_one_request_does_not_fit() -> None:
     [fit] = plan.misfits
     assert not fit.never  # 1.5 GiB of it is a guess
     assert fit.reason == (
-        "a request of 4,096 tokens needs 0.28 GiB of KV cache; 0.19 GiB of 4.8 GiB are left for"
-        " that; max_model_len 2,048 would fit; num_gpus that would do: 0.23"
+        "num_gpus that would do: 0.23; To serve at least one request with the model's max seq len"
+        " (4096), (0.28 GiB KV cache is needed, which is larger than the available KV cache memory"
+        " (0.19 GiB). Based on the available memory, the estimated maximum model length is 2048"
     )
+    hint = "set engine_kwargs.max_model_len to 2048 or less (it is 4096), or raise num_gpus"
+    assert app.root_cause(app.format_misfit(fit)).hint == hint
+
+
+def test_without_any_room_it_is_what_an_engine_says_then() -> None:
+    [fit] = app.predict([demand(replace(FALCON3, fraction=0.16), 0.18)], [node(24)]).misfits
+    text = "num_gpus that would do: 0.23; No available memory for the cache blocks"
+    assert fit.reason == text
+    assert app.root_cause(app.format_misfit(fit)).hint
 
 
 def test_only_what_is_sure_is_refused_by_a_deployment() -> None:
@@ -148,7 +158,7 @@ def test_a_fixed_cache_has_to_fit_on_a_card_beside_the_weights() -> None:
 
 def test_a_fraction_of_the_user_s_own_gets_no_advice_about_num_gpus() -> None:
     [fit] = app.predict([demand(replace(FALCON3, fraction=0.2))], [node(24)]).misfits
-    assert fit.reason.endswith("are left for that; max_model_len 2,048 would fit")
+    assert fit.reason.endswith("the estimated maximum model length is 2048")
 
 
 def test_a_whole_card_has_what_vllm_takes_of_it() -> None:

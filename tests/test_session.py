@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import app_v5 as app
-from cluster import PYTHON, ROOT
+from cluster import APP_V5, PYTHON, ROOT, run_python
 from test_deploy import state
 
 CONFIG = """
@@ -166,6 +166,12 @@ def test_a_plan_that_hangs_ends_with_a_signal_and_has_deployed_nothing(tmp_path:
         assert process.stderr.read().splitlines()[-1] == "🛑 SIGTERM: nothing was deployed"
         assert process.stdout.read() == ""
     assert process.returncode == 143
+
+
+def test_without_what_it_needs_the_program_says_how_to_install_that() -> None:
+    ended = run_python("-S", str(APP_V5), "config.yaml", env=dict(os.environ), timeout_s=60)
+    line = "❌ ray, fastapi, rich, yaml: not installed; pip install -r requirements.txt\n"
+    assert (ended.returncode, ended.stderr, ended.stdout) == (1, line, "")
 
 
 @pytest.mark.parametrize(

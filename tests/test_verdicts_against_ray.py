@@ -367,6 +367,7 @@ TOLD_AT_ONCE = frozenset(
         "a deployment option",
         "a placement option",
         "adapters on a disk",
+        "an ingress option",
         "an option of the ingress class",
         "an unknown engine",
         "an unknown placement strategy",
@@ -374,6 +375,7 @@ TOLD_AT_ONCE = frozenset(
         "another argument",
         "at most none on a node",
         "no adapters",
+        "no list of applications",
         "the old router_cls",
         "two actors of a name",
     }

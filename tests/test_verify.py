@@ -219,7 +219,7 @@ def wait_for_route(monkeypatch: pytest.MonkeyPatch, *answers: app.Response | Exc
         pauses.append(said)
         time.sleep(0.01)
 
-    app.wait_for_route(SPEC, HTTP, ask, pause)
+    app.wait_for_route(SPEC, HTTP, ask, pause, app.ROUTE_QUESTIONS)
     return pauses
 
 
