@@ -896,11 +896,7 @@ REFUSING = (
 )
 """Schemas for which Ray refuses an unknown key; the others ignore it without a word."""
 
-REQUIRED = {
-    TOP: ("applications",),
-    LLM: ("model_loading_config",),
-    "ModelLoadingConfig": ("model_id",),
-}
+REQUIRED = {TOP: "applications", LLM: "model_loading_config", "ModelLoadingConfig": "model_id"}
 LISTS = ("applications", "deployments", "deployment_actors", "llm_configs", "bundles")
 INSTEAD = {
     "max_concurrent_queries": "max_ongoing_requests",
@@ -1014,7 +1010,7 @@ def check_keys(value: Any, schema: str, path: KeyPath) -> Problems:
         return []
     if not isinstance(value, dict):
         return [Problem(path, f"{show_value(value)} is not a mapping")]
-    missing = [key for key in REQUIRED.get(schema, ()) if value.get(key) is None]
+    missing = [key for key in [REQUIRED.get(schema)] if key and value.get(key) is None]
     problems = [Problem((*path, key), "is missing") for key in missing]
     for key, item in value.items():
         here = (*path, key)
@@ -1734,9 +1730,7 @@ def describe_deployment(name: str, info: Any) -> Config:
         "max_replicas_per_node": replica.max_replicas_per_node,
         "max_ongoing_requests": options.max_ongoing_requests,
         "target_ongoing_requests": scaling.get_target_ongoing_requests() if scaling else 0,
-        "min_replicas": (scaling.initial_replicas or scaling.min_replicas)
-        if scaling
-        else options.num_replicas,
+        "min_replicas": scaling.min_replicas if scaling else options.num_replicas,
         "max_replicas": scaling.max_replicas if scaling else options.num_replicas,
         "autoscaling": scaling is not None,
     }
@@ -2863,7 +2857,7 @@ class RayCluster:
 
     # -- what this program keeps in the cluster ---------------------------------------------
 
-    def fingerprint_key(self, *, make: bool = False) -> bytes:
+    def fingerprint_key(self, *, make: bool) -> bytes:
         """The random key of this cluster's fingerprints; the first run that may makes it."""
         from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
@@ -3049,8 +3043,7 @@ class RayCluster:
         for actor in actors:
             owner = names.get(actor.owner_address.worker_id, "")
             name = owner if owner.startswith(REPLICA_PREFIX) else actor.name
-            required = actor.required_resources
-            amounts = {r: required[r] for r in required if not r.startswith("node:")}
+            amounts = {r: n for r, n in actor.required_resources.items() if r[:5] != "node:"}
             if actor.placement_group_id:
                 group = groups.get(actor.placement_group_id.hex(), {})
                 name, amounts = group.get("name", ""), {}
@@ -4057,9 +4050,8 @@ def for_others(value: Any, document: Document, path: KeyPath = ()) -> Any:
 
 def pin_caches(application: ApplicationSpec, demands: Sequence[Demand]) -> None:
     """Write the cache sizes that engines have suggested into their application's config."""
-    for model, (_, llm, _) in zip(
-        application.models, llm_places({"applications": [application.config]}), strict=False
-    ):
+    llms = llm_places({"applications": [application.config]})
+    for model, (_, llm, _) in zip(application.models, llms, strict=False):
         memories = (d.memory for d in demands if d.memory and serves(d.deployment, model))
         for size in filter(None, (memory.suggested for memory in memories)):
             pin = {"kv_cache_memory_bytes": size}
@@ -4335,19 +4327,17 @@ class Session:
     def export(self, applications: Sequence[ApplicationSpec]) -> int:
         """Print a config for others. Only that of a gateway asks the cluster, and with --address
         what engines have measured there."""
-        options, cluster, found = self.options, self.cluster, list[ApplicationSpec]()
+        options, cluster = self.options, self.cluster
         if options.address or options.export == "litellm":
             cluster.connect(options.address)
-            running, key = cluster.running(cluster.states().values()), cluster.fingerprint_key()
-            for item in applications:
-                before = running.get(item.name)
-                found += [item] if before and before.details.status == "RUNNING" else []
-                action = decide(item, before, options, self.document.secrets, key)
-                if action.change is not Change.RESTART and before and before.record:
-                    pin_caches(item, before.record.demands)
         if options.export == "litellm":
+            states = cluster.states().values()
+            running = {details.name for details in states if details.status == "RUNNING"}
+            found = [item for item in applications if item.name in running]
             text = export_models(found, cluster.endpoint())
         else:
+            if options.address:
+                self.pin_caches(applications)
             text, names = export_config(self.document, applications)
             if names:
                 self.say(f"⚠️  {', '.join(names)}: to be filled in, Ray does not do it")
@@ -4356,6 +4346,16 @@ class Session:
             text = MANIFEST.format(name=name or "llms", config=textwrap.indent(text, "    "))
         self.terminal.output(text.rstrip("\n"))
         return EXIT_OK
+
+    def pin_caches(self, applications: Sequence[ApplicationSpec]) -> None:
+        """Write the cache sizes that engines have suggested into what runs and was not edited."""
+        running = self.cluster.running(self.cluster.states().values())
+        key = self.cluster.fingerprint_key(make=False)
+        for item in (item for item in applications if item.name in running):
+            before = running[item.name]
+            action = decide(item, before, self.options, self.document.secrets, key)
+            if before.record and action.change is not Change.RESTART:
+                pin_caches(item, before.record.demands)
 
     def is_chosen(self, name: str) -> bool:
         patterns = self.options.only or ["*"]

@@ -990,10 +990,8 @@ def test_a_switch_is_no_secret_and_a_header_is_one() -> None:
 def test_keys_are_what_serve_deploy_sends() -> None:
     """In JSON a key is a text; a date, of which JSON knows nothing, is the text that it was."""
     document = load("applications: []\n7: a\ntrue: b\n2.5: c\nnull: d\n2020-01-01: e\n")
-    keys = ["applications", "7", "true", "2.5", "null", "2020-01-01"]
-    assert list(document.data) == keys
-    same = json.loads(json.dumps({7: "a", True: "b", 2.5: "c", None: "d"}))
-    assert list(same) == keys[1:-1]
+    sent = json.loads(json.dumps({7: "a", True: "b", 2.5: "c", None: "d"}))
+    assert document.data == {"applications": [], **sent, "2020-01-01": "e"}
 
 
 def test_a_key_that_stands_beside_a_merge_has_its_own_place() -> None:

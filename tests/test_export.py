@@ -147,12 +147,6 @@ class Gateway(app.RayCluster):
     def states(self, timeout_s: float = 0.0) -> dict[str, Any]:
         return {"a": state("a", "RUNNING"), "b": state("b", "DEPLOYING")}
 
-    def running(self, found: Iterable[Any]) -> dict[str, app.Running]:
-        return {details.name: app.Running(details) for details in found}
-
-    def fingerprint_key(self, *, make: bool = False) -> bytes:
-        return b"key"
-
     def endpoint(self, timeout_s: float = 0.0) -> str:
         return "http://localhost:8000"
 
@@ -162,7 +156,6 @@ def test_a_gateways_models_are_those_that_run() -> None:
     out = io.StringIO()
     options = app.Options("c", export="litellm")
     made = app.Session(options, Gateway(options), out, io.StringIO())
-    made.document = app.Document("c", {}, {})
     apps = [app.ApplicationSpec(i, n, f"/{n}", {}, (model,)) for i, n in enumerate("abc")]
     assert made.export(apps) == 0
     rows = yaml.safe_load(out.getvalue())
@@ -189,6 +182,9 @@ def test_what_engines_have_suggested_is_written(config: Path, edited: bool) -> N
         def running(self, found: Iterable[Any]) -> dict[str, app.Running]:
             record = app.Record(version, kept, tuple(demands))
             return {"one": app.Running(state("one", "RUNNING"), frozenset({version}), record)}
+
+        def fingerprint_key(self, *, make: bool) -> bytes:
+            return b"key"
 
     out = io.StringIO()
     session = app.Session(options, Remembering(options), out, io.StringIO())

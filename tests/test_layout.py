@@ -25,7 +25,7 @@ NAMES = [
 ]
 
 CEILING = 4483  # to be 3300
-MOST_OF_A_SECTION = 698  # to be 520; neither may grow
+MOST_OF_A_SECTION = 696  # to be 520; neither may grow
 MOST_OF_A_FUNCTION = 60
 
 
