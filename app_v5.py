@@ -2636,7 +2636,7 @@ def schema_problems(validate: Callable[..., object], path: KeyPath, data: Any) -
             yield Problem(keys, message)
     except ImportError:
         pass  # of a class that the cluster may have: the builder's process will tell
-    except Exception as error:  # noqa: BLE001
+    except (Exception, SystemExit) as error:  # noqa: BLE001
         # Ray imports what a request router or a policy names, which may raise anything.
         yield Problem(path, str(error))
 
@@ -2947,7 +2947,7 @@ class RayCluster:
         while not process.turn.acquire(timeout=0.2):
             check()
             if time.monotonic() - process.began > BUILD_PATIENCE_S:
-                process = self.process_of(application, alone=True)
+                process, alone = self.process_of(application, alone=True), True
         try:
             wait_for(process.imports, check)
             process.began = time.monotonic()
@@ -4459,7 +4459,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout = sys.stderr = session.terminal
 
     def stop(number: int, _: object) -> None:
-        if run.stop_code:
+        if run.stop_code > EXIT_CHANGES:  # the second signal; a lost cluster is none
             os._exit(run.stop_code)
         run.stop(128 + number, signal.Signals(number).name)
 
@@ -4475,7 +4475,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         session.report(lost=True)
     elif session.code is None:
         session.say(f"🛑 {run.stop_reason}: nothing was deployed")
-    return run.stop_code or session.code or EXIT_OK
+    return run.stop_code or (EXIT_FAILED if session.code is None else session.code)
 
 
 if __name__ == "__main__":

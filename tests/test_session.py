@@ -168,6 +168,14 @@ def test_a_plan_that_hangs_ends_with_a_signal_and_has_deployed_nothing(tmp_path:
     assert process.returncode == 143
 
 
+def test_a_policy_whose_module_ends_the_process_is_a_problem_of_the_config() -> None:
+    def ends(data: object) -> None:
+        raise SystemExit("not on this machine")
+
+    [problem] = app.schema_problems(ends, ("applications", 0), {})
+    assert (problem.path, problem.message) == (("applications", 0), "not on this machine")
+
+
 def test_without_what_it_needs_the_program_says_how_to_install_that() -> None:
     ended = run_python("-S", str(APP_V5), "config.yaml", env=dict(os.environ), timeout_s=60)
     line = "❌ ray, fastapi, rich, yaml: not installed; pip install -r requirements.txt\n"
