@@ -2091,7 +2091,7 @@ def decide(
         return action
     action.change, action.surge = Change.RESTART, options.no_downtime
     status, declared = running.details.status.value, running.details.source == "declarative"
-    known = record is not None and running.versions == {record.version}
+    known = record is not None and running.versions <= {record.version}
     found = {
         "--force": options.force,
         BY_SERVE_DEPLOY: declared,
@@ -2422,7 +2422,11 @@ def serve_failure(message: str, port: int) -> ClusterError:
         return ClusterError(f"Ray Serve did not start: {root_cause(message).text}")
     who = "another process"
     with contextlib.suppress(psutil.Error, OSError):
-        found = [c.pid for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == port]
+        found = [
+            c.pid
+            for c in psutil.net_connections("tcp")
+            if c.status == "LISTEN" and c.laddr.port == port
+        ]
         for process in map(psutil.Process, filter(None, found)):
             who = f"process {process.pid} ({process.name()})"
     hint = "stop that, or set another http_options.port"
@@ -2601,12 +2605,13 @@ def read_log(**where: Any) -> str:
 def ask_dashboard(path: str, **query: Any) -> str:
     """An answer of the dashboard. Raises Unreachable for whatever goes wrong: what it tells is a
     help, and never a condition."""
+    import ray
     import requests
     from ray._private.authentication import http_token_authentication
     from ray.dashboard.utils import ray_address_to_api_server_url
 
     try:
-        url = f"{ray_address_to_api_server_url(None)}/{path}"
+        url = f"{ray_address_to_api_server_url(ray.get_runtime_context().gcs_address)}/{path}"
         headers = http_token_authentication.get_auth_headers_if_auth_enabled({})
         answer = requests.get(url, query, headers=headers, timeout=LOG_TIMEOUT_S)
     except Exception as error:
@@ -2692,9 +2697,6 @@ class RayCluster:
                 raise ClusterError(f"the Ray cluster{where} refuses: {text}") from error
             raise ClusterError(f"no Ray cluster{where}: {text}", START_HINT) from error
         self.address = ray.get_runtime_context().gcs_address
-        # Ray's state API would ask another cluster that these name.
-        os.environ["RAY_ADDRESS"] = self.address
-        os.environ.pop("RAY_API_SERVER_ADDRESS", None)
         self.dashboard_url = f"http://{context.dashboard_url}" if context.dashboard_url else ""
 
     def alive(self) -> bool:
@@ -2793,6 +2795,7 @@ class RayCluster:
         except ApplicationError as error:
             raise ClusterError(f"the Serve controller can't tell its state: {error}") from error
         for application in details["applications"].values() if details else ():
+            application.pop("deployed_app_config", None)  # may name a module that is not here
             for name, deployment in application["deployments"].items():
                 # Nobody asks for it, and its request router would be pickled, 2 ms each.
                 deployment["deployment_config"] = {"name": name}
@@ -2816,6 +2819,7 @@ class RayCluster:
         local = not proxies or ray.util.get_node_ip_address() in proxies
         loopback = options.host in ("0.0.0.0", "::", "127.0.0.1", "localhost")
         host = "localhost" if local and loopback else options.host if local else proxies[0]
+        host = f"[{host}]" if ":" in host else host
         return f"{'https' if options.ssl_certfile else 'http'}://{host}:{options.port}"
 
     def submit(self, action: Action) -> None:
@@ -2843,16 +2847,18 @@ class RayCluster:
         if before is None or before.version != action.version:
             # Before, too, so that it is there even if this run ends while Serve takes it over.
             self.remember(name, record)
+        late = CONTROLLER_LOST_AFTER_S
         try:
-            self.ask_controller("deploy_applications", {name: rows}, {name: scaler})
+            self.ask_controller("deploy_applications", {name: rows}, {name: scaler}, timeout_s=late)
         except ApplicationError:
             self.remember(name, before)
+            action.sent = ""
             raise
         self.remember(name, record)
 
     def delete(self, name: str) -> None:
         """Have Serve remove an application; it is gone some seconds later."""
-        self.ask_controller("delete_apps", [name])
+        self.ask_controller("delete_apps", [name], timeout_s=CONTROLLER_LOST_AFTER_S)
         self.remember(name, None)
 
     # -- what this program keeps in the cluster ---------------------------------------------
@@ -3397,27 +3403,22 @@ class Run:
 Show = Callable[[Sequence[Action]], None]
 
 
-def worker_count(applications: int, cpu_cores: int, wanted: int) -> int:
-    """How many applications deploy at once; the cores are the cluster's."""
-    return max(1, wanted or min(applications, max(2, cpu_cores)))
-
-
-def deploy(actions: list[Action], run: Run, workers: int, show: Show) -> None:
+def deploy(actions: list[Action], run: Run, show: Show) -> None:
     """Carry out all actions: deletions first, then the others at once, and last, one after the
-    other, those again whose engines disturbed each other.
-
-    A worker is held until its application settles, so `workers` bounds what starts at once, and 1
-    is V4's sequential mode. `show` gets the progress, in this thread.
-    """
-    run.actions = actions
+    other, those again whose engines disturbed each other. `show` gets the progress, in this
+    thread."""
+    run.actions, workers = actions, run.options.max_workers
     threading.Thread(target=watch, args=(run,), daemon=True, name="watch").start()
     sharing = [index for index, action in enumerate(actions) if shares_gpu(action)]
     try:
         in_stage([a for a in actions if a.change is Change.DELETE], run, workers, show)
         in_stage([a for a in actions if a.change is not Change.DELETE], run, workers, show)
         for index in sharing if len(sharing) > 1 and not run.stop_code else ():
-            if actions[index].disturbed:
-                actions[index] = second_attempt(actions[index])
+            if (first := actions[index]).disturbed:
+                how: Config = {"version": f"{first.version}.2", "attempt": 2, "sent": first.sent}
+                same = ("reasons", "restarting", "surge", "before", "kept")
+                how |= {name: getattr(first, name) for name in same}
+                actions[index] = Action(first.application, first.change, **how)
         in_stage([a for a in actions if a.attempt > 1], run, 1, show)
     except ClusterError as error:
         run.stop(EXIT_CLUSTER, str(error))
@@ -3433,19 +3434,16 @@ def deploy(actions: list[Action], run: Run, workers: int, show: Show) -> None:
     show(actions)
 
 
-def second_attempt(action: Action) -> Action:
-    unmade = dict.fromkeys(("result", "started", "ended", "cause"))
-    changes: Config = {**unmade, "version": f"{action.version}.2", "words": "queued"}
-    return replace(action, attempt=2, disturbed=False, **changes)
-
-
 def in_stage(actions: Sequence[Action], run: Run, workers: int, show: Show) -> None:
-    """Carry out some of a run's actions, in view of what is free now."""
+    """Carry out some of a run's actions, in view of what is free now. A worker is held until its
+    application settles, so `workers` bounds what starts at once, and 1 is V4's sequential mode."""
     if actions and not run.stop_code:
+        nodes = run.cluster.nodes(giving_way(actions))
+        cores = int(sum(node.total.get("CPU", 0.0) for node in nodes))
+        workers = workers or min(len(actions), max(2, cores))
         for action in actions[workers:]:
             action.detail = f"behind {', '.join(a.name for a in actions[:workers][:MOST_LOGS])}"
-        run.nodes = [*run.cluster.nodes(giving_way(actions)), *run.growth]
-        run.admitted = []
+        run.nodes, run.admitted = [*nodes, *run.growth], []
         in_workers(actions, run, workers, show)
 
 
@@ -3566,9 +3564,8 @@ def admit(action: Action, run: Run) -> None:
     """Ask whether the cluster can hold a built application besides those admitted before. Raises
     ApplicationError for what can never fit, unless that may wait, and names that Ray can't bear."""
     for demand in action.demands:
-        for name in (demand.deployment, demand.label):
-            for problem in check_value(name, "name", ()):
-                raise ApplicationError(problem.message)
+        for problem in check_value(demand.label, "name", ()):
+            raise ApplicationError(problem.message)
     with run.lock:
         demands = demands_at_once(action)
         plan = predict([*run.admitted, *demands], run.nodes)
@@ -3704,6 +3701,7 @@ def delete_application(action: Action, run: Run) -> None:
     """Delete an application, and wait until what it held is free."""
     run.enter(action, "deleting")
     if action.before:
+        action.sent = "perhaps"
         run.cluster.delete(action.name)
     action.sent = "yes"
     for details in run.states_of(action):
@@ -3884,7 +3882,7 @@ def format_unfinished(action: Action) -> list[str]:
             "": "It was not submitted",
         }
         lines.append(f"   {submitted[action.sent]}")
-    if action.before and action.change is not Change.DELETE:
+    if action.before and action.change is not Change.DELETE and (details or not action.sent):
         old = {replica.replica_id for replica in replicas_of(action.before.details)}
         left = [r for r in replicas_of(details) if r.replica_id in old and r.state == "RUNNING"]
         serving = f"Still serving from before the edit: {len(left)} of {len(old)} replicas"
@@ -3899,7 +3897,8 @@ def log_commands(action: Action) -> list[str]:
     engine writes to either), and its log in Serve's words."""
     for replica in failed_replicas(action)[:1]:
         actor = f"ray logs actor --id {replica.actor_id} --tail {LOG_LINES}"
-        return [f"{actor} --err", actor, f"ray logs {(replica.log_file_path or '').lstrip('/')}"]
+        paths = filter(None, [replica.log_file_path])  # of one that has not begun there is none
+        return [f"{actor} --err", actor, *(f"ray logs {path.lstrip('/')}" for path in paths)]
     return []
 
 
@@ -4254,7 +4253,7 @@ class Session:
         except OSError as error:
             # Whoever read the output has gone, as `| head` does, or there is no room for it.
             if not isinstance(error, BrokenPipeError):
-                self.say(f"❌ the report can't be written: {error.strerror}")
+                self.say(f"❌ the report can't be written: {error.strerror or error}")
             self.code = EXIT_FAILED
         except Exception as error:  # noqa: BLE001
             self.say(f"❌ this program has a defect: {error!r}")
@@ -4304,9 +4303,7 @@ class Session:
                 options_kept = f"keeps its own http_options ({', '.join(ignored)})"
                 say(f"⚠️  Serve runs already and {options_kept}; `serve shutdown` ends it")
             say("🔄 Starting concurrent deployment...")
-        cores = sum(node.total.get("CPU", 0.0) for node in cluster.nodes())
-        workers = worker_count(len(actions), int(cores), options.max_workers)
-        deploy(actions, run, workers, self.terminal.show)
+        deploy(actions, run, self.terminal.show)
         return self.report()
 
     def load(self) -> tuple[ApplicationSpec, ...]:
@@ -4471,10 +4468,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     while thread.is_alive() and not run.stop_code:
         thread.join(0.1)
     thread.join(2 * STOP_GRACE_S + POLL_TIMEOUT_S if run.actions else STOP_GRACE_S)
-    if session.code is None and run.actions and not options.plan:
-        session.report(lost=True)
-    elif session.code is None:
-        session.say(f"🛑 {run.stop_reason}: nothing was deployed")
+    with contextlib.suppress(OSError):  # whoever read the output has gone, too
+        if session.code is None and run.actions and not options.plan:
+            session.report(lost=True)
+        elif session.code is None:
+            session.say(f"🛑 {run.stop_reason}: nothing was deployed")
     return run.stop_code or (EXIT_FAILED if session.code is None else session.code)
 
 

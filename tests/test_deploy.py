@@ -104,6 +104,7 @@ class ScriptedCluster:
         self.answers: dict[str, app.Response | Exception] = {}
         self.log: str | Exception = ""
         self.is_alive = True
+        self.live = [CPU_NODE]
 
     def alive(self) -> bool:
         return self.is_alive
@@ -140,7 +141,7 @@ class ScriptedCluster:
         self.done.append(f"delete {name}")
 
     def nodes(self, giving_way: Collection[str]) -> list[app.Node]:
-        return [CPU_NODE]
+        return self.live
 
     def states(self, timeout_s: float) -> dict[str, Any]:
         with self.lock:
@@ -197,10 +198,10 @@ def deploy(
     **options: Any,
 ) -> app.Run:
     """Carry out actions; a name is that of a new application. `show` sees every change."""
-    run = app.Run(app.Options("config.yaml", **options), cluster)
+    run = app.Run(app.Options("config.yaml", max_workers=workers, **options), cluster)
     wanted = [create(action) if isinstance(action, str) else action for action in actions]
     with patch.object(app, "fetch", cluster.fetch):
-        app.deploy(wanted, run, workers, lambda actions: show(run))
+        app.deploy(wanted, run, lambda actions: show(run))
     return run
 
 
@@ -252,15 +253,25 @@ def test_one_worker_starts_the_next_when_the_one_before_has_settled() -> None:
 @pytest.mark.parametrize(
     ("applications", "cores", "wanted", "expected"),
     [
-        pytest.param(10, 4, 0, 4, id="as many as cores"),
-        pytest.param(10, 1, 0, 2, id="at least two"),
+        pytest.param(6, 4, 0, 4, id="as many as cores"),
+        pytest.param(6, 1, 0, 2, id="at least two"),
         pytest.param(1, 8, 0, 1, id="no more than applications"),
         pytest.param(3, 8, 1, 1, id="as wanted"),
-        pytest.param(0, 8, 0, 1, id="none at all"),
     ],
 )
-def test_how_many_workers(applications: int, cores: int, wanted: int, expected: int) -> None:
-    assert app.worker_count(applications, cores, wanted) == expected
+def test_how_many_deploy_at_once(applications: int, cores: int, wanted: int, expected: int) -> None:
+    cluster = ScriptedCluster()
+    cluster.live = [app.Node(f"n{i}", {"CPU": 1.0}, {"CPU": 1.0}) for i in range(cores)]
+    names = "abcdef"[:applications]
+    cluster.gates = {name: threading.Event() for name in names}
+
+    def open_gates(run: app.Run) -> None:
+        if cluster.building >= expected:
+            for gate in cluster.gates.values():
+                gate.set()
+
+    assert code(deploy(cluster, *names, workers=wanted, show=open_gates, allow_pending=True)) == 0
+    assert cluster.most_building == expected
 
 
 def test_deletions_come_first_and_wait_until_nothing_is_held() -> None:
@@ -552,7 +563,7 @@ def test_a_builders_name_that_ray_can_not_bear_is_not_submitted() -> None:
     cluster.demands = {"a": (app.Demand("a", "Modèle", ({"CPU": 1.0},)),)}
     run = deploy(cluster, "a")
     assert (results(run), cluster.submitted) == ({"a": "FAILED"}, [])
-    assert "'Modèle' is not a name for Ray" in causes(run)[0]
+    assert "'a/Modèle' is not a name for Ray" in causes(run)[0]
 
 
 def test_an_engines_phase_is_read_in_its_log() -> None:
@@ -719,9 +730,9 @@ def test_what_runs_and_is_slow_to_answer_runs_when_a_stop_comes() -> None:
             answered.wait(60)
         return ScriptedCluster.fetch(cluster, url, body, timeout_s)
 
-    run = app.Run(app.Options("config.yaml"), cluster)
+    run = app.Run(app.Options("config.yaml", max_workers=1), cluster)
     with patch.object(app, "fetch", fetch):
-        app.deploy([create("a"), create("queued")], run, 1, lambda actions: None)
+        app.deploy([create("a"), create("queued")], run, lambda actions: None)
     assert (results(run), code(run)) == ({"a": "RUNNING", "queued": "INTERRUPTED"}, 130)
     assert run.actions[0].proof
     assert run.actions[0].proof.unverified == "SIGINT"

@@ -61,7 +61,7 @@ def session(
     monkeypatch.setattr(app, "POLL_INTERVAL_S", 0.01)
     actions: list[app.Action] = []
 
-    def deploy(given: list[app.Action], run: app.Run, workers: int, show: app.Show) -> None:
+    def deploy(given: list[app.Action], run: app.Run, show: app.Show) -> None:
         actions.extend(given)
 
     monkeypatch.setattr(app, "deploy", deploy)
