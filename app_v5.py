@@ -47,6 +47,7 @@ if __name__ == "__main__":
 
 import argparse
 import ast
+import bisect
 import contextlib
 import dataclasses
 import difflib
@@ -231,11 +232,11 @@ class Node:
 @dataclass(frozen=True)
 class Memory:
     """What vLLM says of one worker of an engine before it loads a weight, in bytes and in blocks of
-    its KV cache. `requests` has what a request of so many tokens needs, for max_model_len and, in
-    steps of 8%, for less; `sequences` is max_num_seqs where each needs a block (Mamba); `pinned` is
-    kv_cache_memory_bytes. `measured` is what a start kept for activations, on a card of so many
-    bytes, and `suggested` the kv_cache_memory_bytes that it names. `unknown` says why there is
-    nothing of all that."""
+    its KV cache. `requests` has the longest requests, in tokens, for the blocks that max_model_len
+    needs and, in steps of 8%, for less; `sequences` is max_num_seqs where each needs a block
+    (Mamba); `pinned` is kv_cache_memory_bytes. `measured` is what a start kept for activations, on
+    a card of so many bytes, and `suggested` the kv_cache_memory_bytes that it names. `unknown` says
+    why there is nothing of all that."""
 
     weights: int = 0
     block: int = 0
@@ -1404,28 +1405,37 @@ def gpu_shares(demand: Demand) -> list[float]:
 def memory_misfit(demand: Demand, room: Room) -> str:
     """Why an engine would not start in its room, or ""; one block of it is never used."""
     memory = demand.memory or Memory()
-    blocks, held = room.cache // memory.block, memory.weights + room.cache
+    usable, held = room.cache // memory.block - 1, memory.weights + room.cache
     length, needed = memory.requests[0]
     if memory.pinned and held > room.card > 0:
         return f"weights and kv_cache_memory_bytes are {gib(held)}, a card has {gib(room.card)}"
-    if blocks <= needed:
-        fits = next((n for n, needs in memory.requests if blocks > needs), 0)
-        need, left = (round(size / GIB, 2) for size in (needed * memory.block, room.cache))
+    if usable < needed:
+        left = room.cache - memory.block
+        need, there = (round(size / GIB, 2) for size in (needed * memory.block, left))
         # In the engine's own words (vllm/v1/core/kv_cache_utils.py), for which there are hints.
         text = (
             f"To serve at least one request with the model's max seq len ({length}), ({need} GiB "
-            f"KV cache is needed, which is larger than the available KV cache memory ({left} GiB). "
-            f"Based on the available memory, the estimated maximum model length is {fits}"
+            f"KV cache is needed, which is larger than the available KV cache memory ({there} GiB)."
         )
-        text = text if fits else "No available memory for the cache blocks"
+        if fits := longest_request(memory, usable):
+            text += f" Based on the available memory, the estimated maximum model length is {fits}"
+        text = text if left > 0 else "No available memory for the cache blocks"
         share = WHOLE_GPU_MEMORY_FRACTION * min([1.0, *gpu_shares(demand)])
         if room.card and not memory.pinned and memory.fraction > share - 0.01:
             text = f"num_gpus that would do: {least_gpus(demand, room.card, 1)}; {text}"
         return text
-    if memory.sequences > blocks:
-        text = f"max_num_seqs is {memory.sequences}, and its share holds {blocks} Mamba blocks"
-        return f"{text}; set engine_kwargs.max_num_seqs to {blocks} or less"
+    if memory.sequences > usable + 1:
+        text = f"max_num_seqs is {memory.sequences}, and its share holds {usable + 1} Mamba blocks"
+        return f"{text}; set engine_kwargs.max_num_seqs to {usable + 1} or less"
     return ""
+
+
+def longest_request(memory: Memory, blocks: int) -> int:
+    """How many tokens a request may have for so many blocks, between what vLLM said; or 0."""
+    for (longer, above), (shorter, below) in itertools.pairwise(memory.requests):
+        if below <= blocks:
+            return shorter + (blocks - below) * (longer - shorter) // (above - below)
+    return 0
 
 
 def format_memory(demand: Demand, room: Room | None) -> list[str]:
@@ -1568,16 +1578,21 @@ def cache_of(config: Any) -> Config:
     groups = caches.get_kv_cache_groups(config, specs)
     block = caches._pool_bytes_per_block(groups)
     cache = caches.get_kv_cache_config_from_groups(config, groups, block)
-    length, requests = config.model_config.max_model_len, []
-    for shorter in filter(None, (int(length / 2 ** (step / 8)) for step in range(57))):
-        config.model_config.max_model_len = shorter
-        needed = caches._max_memory_usage_bytes_from_groups(config, groups)
-        requests.append([shorter, needed // block])  # as JSON gives it back
+    lengths = range(1, config.model_config.max_model_len + 1)
+
+    def blocks(length: int) -> int:
+        config.model_config.max_model_len = length
+        return int(caches._max_memory_usage_bytes_from_groups(config, groups) // block)
+
+    most = blocks(lengths[-1])
+    counts = sorted({int(most / 2 ** (step / 8)) for step in range(57)}, reverse=True)
+    # The longest request for each count, as lists, which JSON gives back.
+    requests = [[bisect.bisect_right(lengths, count, key=blocks), count] for count in counts]
     # A CPU engine has no graphs, and starts with more (vllm/config/compilation.py).
     graphs = config.compilation_config.cudagraph_mode.has_full_cudagraphs()
     return {
         "block": block,
-        "requests": requests,
+        "requests": [pair for pair in requests if pair[0]],
         "sequences": config.scheduler_config.max_num_seqs * (cache.has_mamba_layers and graphs),
         "fraction": config.cache_config.gpu_memory_utilization,
         "pinned": config.cache_config.kv_cache_memory_bytes or 0,
@@ -1941,8 +1956,8 @@ def card_misfit(plan: Plan, demand: Demand, slots: Sequence[Slot]) -> str:
     for node in (plan.nodes[slot.node] for slot in slots if slot.gpus):
         card = max(node.cards, key=lambda card: card.total - card.used, default=Card(0))
         asked, free = card.total * fraction, card.total - card.used
-        if card.users and asked > free:
-            most = f"{gib(free)} are, at the most, in use by {card.users}"
+        if asked > free:
+            most = f"{gib(free)} are, at the most, in use by {card.users or 'others'}"
             return f"needs {gib(asked)} free on a GPU of node {node.name}; {most}"
     return ""
 
@@ -2773,17 +2788,27 @@ class RayCluster:
         """What a method of Serve's controller returns; None when Serve is not running. Raises
         ClusterError when there is no answer in time, and ApplicationError for what the method
         raises. Ray repeats a call when the controller restarts during it (`max_task_retries`)."""
+        return self.answer_of(self.call_controller(method, *arguments), timeout_s)
+
+    def call_controller(self, method: str, *arguments: Any) -> Any:
+        """Begin what `ask_controller` does: many calls at once are answered between two rounds of
+        the controller's loop, which are slow with many applications."""
+        import ray
+
+        with contextlib.suppress(ValueError):
+            controller = ray.get_actor(SERVE_CONTROLLER, namespace=SERVE)
+            return getattr(controller, method).remote(*arguments)
+        return None
+
+    def answer_of(self, call: Any, timeout_s: float = CONTROLLER_TIMEOUT_S) -> Any:
         import ray
 
         try:
-            controller = ray.get_actor(SERVE_CONTROLLER, namespace=SERVE)
-            return ray.get(getattr(controller, method).remote(*arguments), timeout=timeout_s)
-        except ray.exceptions.RayTaskError as error:  # which may be a ValueError, too
+            return call and ray.get(call, timeout=timeout_s)
+        except ray.exceptions.RayTaskError as error:
             raise ApplicationError(str(error)) from error
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
             raise ClusterError(f"the Serve controller does not answer: {error}") from error
-        except ValueError:
-            return None
 
     def serve_details(self, timeout_s: float = CONTROLLER_TIMEOUT_S) -> Any:
         """Ray's `ServeInstanceDetails`; None when Serve is not running. 1 ms of CPU;
@@ -2876,12 +2901,14 @@ class RayCluster:
         from ray.experimental.internal_kv import _internal_kv_get
         from ray.serve.generated.serve_pb2 import DeploymentRoute
 
+        ask = partial(self.call_controller, "get_deployment_info")
+        asked = [(d, [ask(name, d.name) for name in d.deployments]) for d in found]
         known = {}
-        for details in found:
+        for details, calls in asked:
             text, versions = _internal_kv_get(details.name, namespace=RECORDS), set()
-            for name in details.deployments:
+            for call in calls:
                 with contextlib.suppress(ApplicationError):  # it may have gone meanwhile
-                    answer = self.ask_controller("get_deployment_info", name, details.name)
+                    answer = self.answer_of(call)
                     versions.add(DeploymentRoute.FromString(answer).deployment_info.version)
             kept = json.loads(text) if text else {}
             demands = tuple(map(read_demand, kept.get("demands", ())))

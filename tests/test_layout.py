@@ -201,7 +201,7 @@ CALLED = {
     call.args[0].value: len([arg for arg in call.args[1:] if not isinstance(arg, ast.Starred)])
     for call in walk(ast.Call)
     if getattr(call.func, "attr", "") == "ask_controller" and isinstance(call.args[0], ast.Constant)
-}
+} | {"get_deployment_info": 2}  # called as a `partial`
 """The methods that are called by name on the actor of Serve's controller: their arguments."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -67,9 +68,9 @@ def test_a_share_without_room_for_one_request_does_not_fit() -> None:
     assert fit.reason == (
         "num_gpus that would do: 0.23; To serve at least one request with the model's max seq len"
         " (4096), (0.28 GiB KV cache is needed, which is larger than the available KV cache memory"
-        " (0.19 GiB). Based on the available memory, the estimated maximum model length is 2048"
+        " (0.18 GiB). Based on the available memory, the estimated maximum model length is 2560"
     )
-    hint = "set engine_kwargs.max_model_len to 2048 or less (it is 4096), or raise num_gpus"
+    hint = "set engine_kwargs.max_model_len to 2560 or less (it is 4096), or raise num_gpus"
     assert app.root_cause(app.format_misfit(fit)).hint == hint
 
 
@@ -158,7 +159,7 @@ def test_a_fixed_cache_has_to_fit_on_a_card_beside_the_weights() -> None:
 
 def test_a_fraction_of_the_user_s_own_gets_no_advice_about_num_gpus() -> None:
     [fit] = app.predict([demand(replace(FALCON3, fraction=0.2))], [node(24)]).misfits
-    assert fit.reason.endswith("the estimated maximum model length is 2048")
+    assert fit.reason.endswith("the estimated maximum model length is 2560")
 
 
 def test_a_whole_card_has_what_vllm_takes_of_it() -> None:
@@ -355,3 +356,52 @@ def test_models_of_real_size_from_their_config_alone(tmp_path: Path) -> None:
         "it has data_parallel_size",
         "its weights change when they are loaded",
     ]
+
+
+TOO_SMALL = """
+import json, sys
+import app_v5
+from vllm import LLM
+if __name__ == "__main__":
+    options = json.loads(sys.argv[1])
+    try:
+        LLM(**options)
+    except Exception:
+        print("ASKED", json.dumps(app_v5.ask_vllm(options)))
+"""
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("kilobytes", [300_000, 40_000])
+def test_what_a_started_engine_says_of_too_small_a_cache(
+    tmp_path: Path, tiny_llama: Path, kilobytes: int
+) -> None:
+    """Word for word, digit for digit: with room for a part of a request, and with less than a
+    block besides the one that is never used."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    shape = json.loads((folder / "config.json").read_text())
+    shape["max_position_embeddings"] = 4096
+    shape |= {"num_hidden_layers": 18, "num_attention_heads": 16, "num_key_value_heads": 16}
+    (folder / "config.json").write_text(json.dumps(shape | {"head_dim": 256}))
+    options: dict[str, Any] = {"model": str(folder), "load_format": "dummy", "dtype": "bfloat16"}
+    options |= {"max_model_len": 4096, "enforce_eager": True}
+    options["kv_cache_memory_bytes"] = kilobytes * 1000
+    done = subprocess.run(
+        [sys.executable, "-c", TOO_SMALL, json.dumps(options)],
+        cwd=Path(app.__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    answer = json.loads(done.stdout.partition("ASKED ")[2])
+    found = app.read_demand(
+        {"application": "a", "deployment": "D", "bundles": [], "memory": answer}
+    )
+    room = app.room_of(found.memory, 0)
+    assert room
+    said = app.memory_misfit(found, room)
+    assert f"ValueError: {said}" in done.stdout + done.stderr
+    assert said.startswith("To serve at least one request")
+    assert ("estimated maximum model length" in said) == (kilobytes == 300_000)

@@ -194,6 +194,21 @@ def test_a_failed_edit_says_what_is_left(keys: dict[str, Any], line: str) -> Non
     assert f"   {line}" in app.format_unfinished(failed(**given))
 
 
+def test_nothing_is_claimed_of_what_served_before_where_nobody_has_looked() -> None:
+    before = app.Running(state("a", "RUNNING", "", deployment("D", "HEALTHY", replica("r1"))))
+    lines = app.format_unfinished(failed(details=None, before=before, sent="perhaps"))
+    assert not [line for line in lines if "before" in line]
+
+
+def test_a_replica_that_never_began_has_no_log_of_its_own() -> None:
+    rows = deployment("D", "DEPLOY_FAILED", replica("r", "STARTING", actor_id="abc"))
+    lines = app.format_unfinished(failed(details=state("a", "DEPLOY_FAILED", "", rows)))
+    assert [line for line in lines if "Logs:" in line] == [
+        "   Logs: ray logs actor --id abc --tail 400 --err",
+        "   Logs: ray logs actor --id abc --tail 400",
+    ]
+
+
 def test_deletions_have_their_own_part() -> None:
     before = app.Running(state(FALCON3[0], "RUNNING"))
     gone = replace(failed(), change=app.Change.DELETE, result=app.Result.DELETED, before=before)
