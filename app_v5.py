@@ -440,12 +440,8 @@ class ClusterError(Exception):
         self.hint = hint
 
 
-class DeadlinePassed(Exception):
-    """An application's time ran out."""
-
-
 class Stopped(Exception):
-    """The run was interrupted, or the cluster was lost."""
+    """Time ran out, the run was interrupted, or the cluster was lost."""
 
 
 def option(default: Any, text: str, **how: Any) -> Any:
@@ -2988,7 +2984,7 @@ class RayCluster:
             process.began = math.inf
             # An application that has lost its process once is not asked for this a second time.
             memories = {} if alone else self.memories(process, application, check)
-        except DeadlinePassed:
+        except Stopped:
             ray.kill(process.actor)
             raise
         except ray.exceptions.RayError as error:
@@ -3403,11 +3399,9 @@ class Run:
         action.deadline = self.clock() + (self.options.timeout or math.inf)
 
     def check(self, action: Action) -> None:
-        """Raise Stopped or DeadlinePassed when an application's waiting has to end."""
-        if self.stop_code:
+        """Raise Stopped when an application's waiting has to end."""
+        if self.stop_code or self.clock() >= action.deadline:
             raise Stopped
-        if self.clock() >= action.deadline:
-            raise DeadlinePassed
 
     def pause(self, action: Action, detail: str) -> None:
         self.enter(action, action.words, detail)
@@ -3558,20 +3552,19 @@ def carry_out(action: Action, run: Run) -> None:
         action.trace, cause = str(error), action.refusal or root_cause(str(error), logs)
         action.disturbed = bool(DISTURBED.search("\n".join([action.trace, cause.text, *logs])))
         run.end(action, Result.FAILED, cause)
-    except DeadlinePassed:
+    except Stopped:
         message = "the builder did not return in time: nothing was submitted"
         if action.sent:
             said = failure_message(action.details) if action.details else ""
             message = said or action.waits_for
-        run.end(action, Result.STILL_DEPLOYING, root_cause(message) if message else None)
-    except Stopped:
-        pass
+        if not run.stop_code:
+            run.end(action, Result.STILL_DEPLOYING, root_cause(message) if message else None)
     except ClusterError as error:
         run.end(action, Result.UNKNOWN, Cause(str(error), error.hint))
 
 
 def bring_up(action: Action, run: Run) -> None:
-    """Admit, submit, wait, prove. Raises ApplicationError, DeadlinePassed and Stopped."""
+    """Admit, submit, wait, prove. Raises ApplicationError and Stopped."""
     if action.submits:
         admit(action, run)
         run.give_time(action)
@@ -3698,7 +3691,7 @@ def prove(action: Action, run: Run) -> None:
         if run.clock() < action.deadline:  # else it was the deadline that cut it short
             raise
         action.proof = replace(proof, unverified=f"time ran out: {error}")
-    except (DeadlinePassed, Stopped):
+    except Stopped:
         if run.stop_code == EXIT_CLUSTER:
             raise
         action.proof = replace(proof, unverified=run.stop_reason or "time ran out")
