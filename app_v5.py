@@ -3553,12 +3553,10 @@ def carry_out(action: Action, run: Run) -> None:
         action.disturbed = bool(DISTURBED.search("\n".join([action.trace, cause.text, *logs])))
         run.end(action, Result.FAILED, cause)
     except Stopped:
-        message = "the builder did not return in time: nothing was submitted"
-        if action.sent:
-            said = failure_message(action.details) if action.details else ""
-            message = said or action.waits_for
         if not run.stop_code:
-            run.end(action, Result.STILL_DEPLOYING, root_cause(message) if message else None)
+            state = ": ".join(filter(None, [action.words, action.detail]))
+            cause = Cause(f"time ran out while {state}", hint_for(state))
+            run.end(action, Result.STILL_DEPLOYING, cause)
     except ClusterError as error:
         run.end(action, Result.UNKNOWN, Cause(str(error), error.hint))
 
@@ -3891,9 +3889,6 @@ def format_unfinished(action: Action) -> list[str]:
     lines += format_cause(action.cause)
     if result is Result.UNKNOWN:
         return [*lines, "   The cluster was lost: whether it runs, or ever will, is not known"]
-    if result is Result.STILL_DEPLOYING and details:
-        state = describe_state(details, action.waits_for, "")
-        lines.append(f"   Last state: {' · '.join(filter(None, state))}")
     if result is not Result.FAILED:
         doing = "deleting" if action.change is Change.DELETE else "deploying"
         submitted = {

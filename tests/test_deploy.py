@@ -327,7 +327,7 @@ def test_what_can_not_be_built_fails_the_plan_alone(error: Exception) -> None:
     assert results(run) == {"a": "FAILED", "hangs": "STILL DEPLOYING"}
     assert cluster.submitted == []
     assert run.actions[1].demands == (demand("b"),)
-    assert "the builder did not return in time" in causes(run)[-1]
+    assert causes(run)[-1] == "time ran out while building"
     assert code(run) == 1
 
 
@@ -380,7 +380,7 @@ def test_time_runs_out_for_one_and_the_others_are_not_held_up() -> None:
     assert results(run) == {"a": "STILL DEPLOYING", "b": "RUNNING"}
     assert code(run) == 4
     lines = app.format_summary(app.Report(run.actions, 4, HTTP, "", 1.0))
-    assert "   Last state: starting replicas 0/1" in lines
+    assert "   Cause: time ran out while starting replicas 0/1" in lines
     assert any("It was submitted and goes on deploying" in line for line in lines)
 
 
@@ -389,7 +389,7 @@ def test_a_builder_that_hangs_runs_out_of_time_and_nothing_was_submitted() -> No
     cluster.gates["a"] = threading.Event()
     run = deploy(cluster, "a", "b", timeout=0.3)
     assert results(run) == {"a": "STILL DEPLOYING", "b": "RUNNING"}
-    assert causes(run) == ["the builder did not return in time: nothing was submitted"]
+    assert causes(run) == ["time ran out while building"]
     assert (code(run), cluster.submitted) == (4, ["b"])
 
 
