@@ -702,23 +702,17 @@ def test_what_could_not_be_reached_has_not_failed(path: str) -> None:
     assert run.actions[0].proof.unverified == "connection refused"
 
 
-def test_an_answer_that_the_deadline_cut_short_is_not_held_against_the_application() -> None:
+def test_what_came_up_just_in_time_is_asked_all_the_same() -> None:
     """Its replicas came up a moment before its time was over, and it answers in a second."""
     cluster = ScriptedCluster()
 
     def fetch(url: str, body: app.Config | None, timeout_s: float) -> app.Response:
-        if url.endswith("/a/health"):
-            time.sleep(timeout_s)
-            raise app.ApplicationError(f"no answer within {timeout_s:.0f} s from {url}")
+        time.sleep(0.2)
         return ScriptedCluster.fetch(cluster, url, body, timeout_s)
 
     with patch.object(cluster, "fetch", fetch):
-        run = deploy(cluster, "a", timeout=0.5)
-    assert (results(run), code(run), cluster.deleted) == ({"a": "RUNNING"}, 1, [])
-    assert run.actions[0].proof
-    assert run.actions[0].proof.unverified == (
-        "time ran out: no answer within 0 s from http://localhost:8000/a/health"
-    )
+        run = deploy(cluster, "a", timeout=0.3)
+    assert (results(run), code(run)) == ({"a": "RUNNING"}, 0)
 
 
 def test_what_runs_and_is_slow_to_answer_runs_when_a_stop_comes() -> None:
