@@ -3382,7 +3382,6 @@ class Run:
 
     def enter(self, action: Action, words: str, detail: str = "") -> None:
         """Note what an application does now."""
-        action.started = self.clock() if action.started is None else action.started
         action.words, action.detail = words, detail
 
     def end(self, action: Action, result: Result, cause: Cause | None = None) -> None:
@@ -3393,10 +3392,6 @@ class Run:
         """End every wait; the first reason stands."""
         if not self.stop_code:
             self.stop_reason, self.stop_code = reason, code
-
-    def give_time(self, action: Action) -> None:
-        """As long as one application may take, from now on."""
-        action.deadline = self.clock() + (self.options.timeout or math.inf)
 
     def check(self, action: Action) -> None:
         """Raise Stopped when an application's waiting has to end."""
@@ -3530,7 +3525,8 @@ def replicas_of(details: ApplicationDetails | None) -> list[ReplicaDetails]:
 def carry_out(action: Action, run: Run) -> None:
     """Take one application to its result, in a worker thread; with --plan only build it. What an
     interrupted one has come to is for `deploy` to say."""
-    run.give_time(action)
+    action.started = run.clock()
+    action.deadline = action.started + (run.options.timeout or math.inf)
     try:
         if action.refusal:
             raise ApplicationError(action.refusal.text)
@@ -3565,7 +3561,6 @@ def bring_up(action: Action, run: Run) -> None:
     """Admit, submit, wait, prove. Raises ApplicationError and Stopped."""
     if action.submits:
         admit(action, run)
-        run.give_time(action)
         run.check(action)
         run.enter(action, "submitting", action.waits_for)
         action.sent = "perhaps"
