@@ -3425,17 +3425,15 @@ def deploy(actions: list[Action], run: Run, show: Show) -> None:
     thread."""
     run.actions, workers = actions, run.options.max_workers
     threading.Thread(target=watch, args=(run,), daemon=True, name="watch").start()
-    sharing = [index for index, action in enumerate(actions) if shares_gpu(action)]
+    sharing = [action for action in actions if shares_gpu(action)]
     try:
         in_stage([a for a in actions if a.change is Change.DELETE], run, workers, show)
         in_stage([a for a in actions if a.change is not Change.DELETE], run, workers, show)
-        for index in sharing if len(sharing) > 1 and not run.stop_code else ():
-            if (first := actions[index]).disturbed:
-                how: Config = {"version": f"{first.version}.2", "attempt": 2, "sent": first.sent}
-                same = ("reasons", "restarting", "surge", "before", "kept")
-                how |= {name: getattr(first, name) for name in same}
-                actions[index] = Action(first.application, first.change, **how)
-        in_stage([a for a in actions if a.attempt > 1], run, 1, show)
+        again = [a for a in sharing if a.disturbed and len(sharing) > 1 and not run.stop_code]
+        for action in again:
+            action.attempt, action.version, action.words = 2, f"{action.version}.2", "queued"
+            action.result = action.ended = None
+        in_stage(again, run, 1, show)
     except ClusterError as error:
         run.stop(EXIT_CLUSTER, str(error))
     run.done = True
