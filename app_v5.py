@@ -3427,13 +3427,13 @@ def deploy(actions: list[Action], run: Run, show: Show) -> None:
     threading.Thread(target=watch, args=(run,), daemon=True, name="watch").start()
     sharing = [action for action in actions if shares_gpu(action)]
     try:
-        in_stage([a for a in actions if a.change is Change.DELETE], run, workers, show)
-        in_stage([a for a in actions if a.change is not Change.DELETE], run, workers, show)
+        in_workers([a for a in actions if a.change is Change.DELETE], run, workers, show)
+        in_workers([a for a in actions if a.change is not Change.DELETE], run, workers, show)
         again = [a for a in sharing if a.disturbed and len(sharing) > 1 and not run.stop_code]
         for action in again:
             action.attempt, action.version, action.words = 2, f"{action.version}.2", "queued"
             action.result = action.ended = None
-        in_stage(again, run, 1, show)
+        in_workers(again, run, 1, show)
     except ClusterError as error:
         run.stop(EXIT_CLUSTER, str(error))
     run.done = True
@@ -3448,23 +3448,19 @@ def deploy(actions: list[Action], run: Run, show: Show) -> None:
     show(actions)
 
 
-def in_stage(actions: Sequence[Action], run: Run, workers: int, show: Show) -> None:
-    """Carry out some of a run's actions, in view of what is free now. A worker is held until its
-    application settles, so `workers` bounds what starts at once, and 1 is V4's sequential mode."""
-    if actions and not run.stop_code:
-        nodes = run.cluster.nodes(giving_way(actions))
-        cores = int(sum(node.total.get("CPU", 0.0) for node in nodes))
-        workers = workers or min(len(actions), max(2, cores))
-        for action in actions[workers:]:
-            action.detail = f"behind {', '.join(a.name for a in actions[:workers][:MOST_LOGS])}"
-        run.nodes, run.admitted = [*nodes, *run.growth], []
-        in_workers(actions, run, workers, show)
-
-
 def in_workers(actions: Sequence[Action], run: Run, workers: int, show: Show) -> None:
-    """Carry out each action in a pool of threads, until all is done or the run stops: a thread may
-    hang in a call of Ray then, and is not waited for. This one looks whether the cluster still
-    answers."""
+    """Carry out some of a run's actions in a pool of threads, in view of what is free now, until
+    all is done or the run stops: a thread may hang in a call of Ray then, and is not waited for.
+    This one looks whether the cluster still answers. A worker is held until its application
+    settles, so `workers` bounds what starts at once, and 1 is V4's sequential mode."""
+    if not actions or run.stop_code:
+        return
+    nodes = run.cluster.nodes(giving_way(actions))
+    cores = int(sum(node.total.get("CPU", 0.0) for node in nodes))
+    workers = workers or min(len(actions), max(2, cores))
+    for action in actions[workers:]:
+        action.detail = f"behind {', '.join(a.name for a in actions[:workers][:MOST_LOGS])}"
+    run.nodes, run.admitted = [*nodes, *run.growth], []
 
     def isolated(action: Action) -> None:
         """A defect that one application meets is its failure, and nobody else's."""
@@ -3474,7 +3470,7 @@ def in_workers(actions: Sequence[Action], run: Run, workers: int, show: Show) ->
             action.trace = traceback.format_exc()
             run.end(action, Result.FAILED, root_cause(repr(error)))
 
-    pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="worker")
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="worker")
     futures = [pool.submit(isolated, action) for action in actions]
     alive_at = looked_at = run.clock()
     while not run.stop_code and wait_for_futures(futures, POLL_INTERVAL_S / 4).not_done:
@@ -3528,17 +3524,20 @@ def carry_out(action: Action, run: Run) -> None:
     try:
         if action.refusal:
             raise ApplicationError(action.refusal.text)
-        if action.change is Change.DELETE:
-            delete_application(action, run)
-            run.end(action, Result.DELETED)
-            return
+        before = action.before.record if action.before else None
         if action.submits:
             run.enter(action, "building")
             demands = run.cluster.build(action.application, partial(run.check, action))
-            before = action.before.record if action.before else None
             action.demands = remembered(demands, before.demands if before else ())
             run.enter(action, "built")
-        if not run.options.plan:
+        elif before:
+            action.demands = before.demands
+        if run.options.plan:
+            return
+        if action.change is Change.DELETE:
+            delete_application(action, run)
+            run.end(action, Result.DELETED)
+        else:
             bring_up(action, run)
             run.end(action, Result.RUNNING)
     except ApplicationError as error:
@@ -3565,8 +3564,8 @@ def bring_up(action: Action, run: Run) -> None:
         run.cluster.submit(action)
         action.sent = "yes"
         settle(action, run)
-    elif action.before and action.before.record:
-        action.details, action.demands = action.before.details, action.before.record.demands
+    elif action.before:
+        action.details = action.before.details
     run.enter(action, "checking")
     action.deadline = math.inf  # it runs; what it is asked has limits of its own
     prove(action, run)
@@ -4407,17 +4406,14 @@ class Session:
 
     def plan(self, actions: list[Action]) -> int:
         """Build, predict, print. Returns the exit code: 1 when something does not fit."""
-        cluster, run = self.cluster, self.run
-        changing = [action for action in actions if action.submits]
+        run = self.run
         run.actions, self.terminal.plans = actions, True
-        in_workers(changing, run, len(changing), self.terminal.show)
+        in_workers(actions, run, len(actions), self.terminal.show)
         if run.stop_code:
             raise Stopped
-        for action in actions:
-            if not action.submits and action.before and action.before.record:
-                action.demands = action.before.record.demands
+        changing = [action for action in actions if action.submits]
         demands = [demand for action in changing for demand in demands_at_once(action)]
-        return self.report(predict(demands, [*cluster.nodes(giving_way(actions)), *run.growth]))
+        return self.report(predict(demands, run.nodes))
 
     def report(self, plan: Plan | None = None, *, lost: bool = False) -> int:
         """Print how the run ended, and return the exit code. Nothing is asked of Ray when it is
