@@ -13,7 +13,6 @@ from typing import Any
 
 import ray
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import StreamingResponse
 from ray import serve
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 
@@ -129,23 +128,22 @@ class FakeModel:
         return {"data": [{"id": "other" if self.behaviour == "other list" else self.model_id}]}
 
     @api.post("/v1/chat/completions")
-    def chat(self, request: Request) -> StreamingResponse:
+    def chat(self, request: Request) -> dict[str, Any]:
         if self.behaviour == "no chat":
             raise HTTPException(400, "the tokenizer has no chat template")
         return self.answer()
 
     @api.post("/v1/completions")
-    def complete(self, request: Request) -> StreamingResponse:
+    def complete(self, request: Request) -> dict[str, Any]:
         return self.answer()
 
-    def answer(self) -> StreamingResponse:
+    def answer(self) -> dict[str, Any]:
         if self.behaviour == "500":
             raise HTTPException(500, "the engine is not well")
         if self.behaviour == "hangs":
             time.sleep(3600)
         model = "other" if self.behaviour == "other model" else self.model_id
-        lines = [f'data: {{"model": "{model}", "choices": []}}', "data: [DONE]"]
-        return StreamingResponse((f"{line}\n\n" for line in lines), media_type="text/event-stream")
+        return {"model": model, "choices": []}
 
 
 @serve.deployment(ray_actor_options=LITTLE)
