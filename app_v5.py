@@ -372,8 +372,8 @@ class Action:
     """What a run does with one application, and what comes of it; only its worker changes that.
 
     Serve compares `version` for itself. `restarting` names the deployments that get new replicas,
-    None when all of them do; `surge` starts those before the old ones stop. `refusal` says why the
-    application is not touched. `kept` is what will be remembered of its config.
+    None when all of them do; `surge` starts those before the old ones stop. `kept` is what will be
+    remembered of its config.
 
     Times are the run's clock, in seconds. `words` and `detail` say what the application does now.
     `sent` is "yes" once Serve has it, "perhaps" while it is being handed over. `disturbed`: by
@@ -386,7 +386,6 @@ class Action:
     reasons: tuple[str, ...] = ()
     restarting: frozenset[str] | None = None
     surge: bool = False
-    refusal: Cause | None = None
     before: Running | None = None
     kept: Config = field(default_factory=dict)
 
@@ -415,7 +414,7 @@ class Action:
     @property
     def submits(self) -> bool:
         """Whether the application has to be built and submitted."""
-        return not self.refusal and self.change not in (Change.UNCHANGED, Change.DELETE)
+        return self.change not in (Change.UNCHANGED, Change.DELETE)
 
     def seconds(self, now: float = 0.0) -> float:
         """From its turn to its end, or until now."""
@@ -2218,7 +2217,7 @@ def demands_at_once(action: Action) -> list[Demand]:
 
 def giving_way(actions: Iterable[Action]) -> frozenset[str]:
     """The applications whose replicas of now give up what they hold before the new ones start."""
-    changing = [a for a in actions if not a.refusal and a.change is not Change.UNCHANGED]
+    changing = [a for a in actions if a.change is not Change.UNCHANGED]
     return frozenset(action.name for action in changing if not action.surge)
 
 
@@ -3409,10 +3408,11 @@ def deploy(actions: list[Action], run: Run, show: Show) -> None:
     thread."""
     run.actions, workers = actions, run.options.max_workers
     threading.Thread(target=watch, args=(run,), daemon=True, name="watch").start()
-    sharing = [action for action in actions if shares_gpu(action)]
+    left = [action for action in actions if action.result is None]
+    sharing = [action for action in left if shares_gpu(action)]
     try:
-        in_workers([a for a in actions if a.change is Change.DELETE], run, workers, show)
-        in_workers([a for a in actions if a.change is not Change.DELETE], run, workers, show)
+        in_workers([a for a in left if a.change is Change.DELETE], run, workers, show)
+        in_workers([a for a in left if a.change is not Change.DELETE], run, workers, show)
         again = [a for a in sharing if a.disturbed and len(sharing) > 1 and not run.stop_code]
         for action in again:
             action.attempt, action.version, action.words = 2, f"{action.version}.2", "queued"
@@ -3506,8 +3506,6 @@ def carry_out(action: Action, run: Run) -> None:
     action.started = run.clock()
     action.deadline = action.started + (run.options.timeout or math.inf)
     try:
-        if action.refusal:
-            raise ApplicationError(action.refusal.text)
         before = action.before.record if action.before else None
         if action.submits:
             run.enter(action, "building")
@@ -3526,7 +3524,7 @@ def carry_out(action: Action, run: Run) -> None:
             run.end(action, Result.RUNNING)
     except ApplicationError as error:
         logs = failure_logs(action, run.cluster)
-        action.trace, cause = str(error), action.refusal or root_cause(str(error), logs)
+        action.trace, cause = str(error), root_cause(str(error), logs)
         action.disturbed = bool(DISTURBED.search("\n".join([action.trace, cause.text, *logs])))
         run.end(action, Result.FAILED, cause)
     except Stopped:
@@ -4386,7 +4384,7 @@ class Session:
             if action.name in claims and action.change is not Change.UNCHANGED:
                 text = f"another run of this program works on it: {claims[action.name]}"
                 hint = "wait until it has ended (--wait does), or stop it, and run this again"
-                action.refusal = Cause(text, hint)
+                self.run.end(action, Result.FAILED, Cause(text, hint))
 
     def plan(self, actions: list[Action]) -> int:
         """Build, predict, print. Returns the exit code: 1 when something does not fit."""

@@ -79,7 +79,7 @@ def test_what_another_run_works_on_is_refused_alone(
     cluster = Cluster({"mine", "old"})
     _, actions, said = session(tmp_path, monkeypatch, cluster, "--prune")
     assert cluster.connected_for == ["mine", "new"]
-    refused = {action.name: action.refusal and action.refusal.text for action in actions}
+    refused = {action.name: action.cause and action.cause.text for action in actions}
     text = f"another run of this program works on it: {HOLDER}"
     assert refused == {"old": text, "mine": text, "new": None}
     assert "Waiting" not in said
@@ -91,10 +91,10 @@ def test_another_run_is_waited_for_within_the_timeout(
     ends = Cluster({"mine"}, {"mine"}, set())
     _, actions, said = session(tmp_path, monkeypatch, ends, "--wait", "--prune")
     assert said.count(f"⏳ Waiting for another run that works on the same: {HOLDER}") == 1
-    assert not any(action.refusal for action in actions)
+    assert not any(action.result for action in actions)
     stays = Cluster({"mine"})
     _, actions, _ = session(tmp_path, monkeypatch, stays, "--wait", "--prune", "--timeout", "0.1")
-    assert [action.name for action in actions if action.refusal] == ["mine"]
+    assert [action.name for action in actions if action.result] == ["mine"]
 
 
 def test_a_process_that_can_not_be_started_ahead_is_told_by_its_build(
