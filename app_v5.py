@@ -3318,11 +3318,6 @@ DISTURBED = re.compile(
 (vllm/v1/worker/gpu_worker.py, vllm/v1/core/kv_cache_utils.py)."""
 
 
-def shares_gpu(action: Action) -> bool:
-    """Whether an application starts engines that measure what is free on a card that they share."""
-    return action.submits and any(model.measures_memory for model in action.application.models)
-
-
 # ======================================================================================
 # 12. Deploy: the pool, the one watcher, deadlines, stopping
 # ======================================================================================
@@ -3409,7 +3404,9 @@ def deploy(actions: list[Action], run: Run, show: Show) -> None:
     run.actions, workers = actions, run.options.max_workers
     threading.Thread(target=watch, args=(run,), daemon=True, name="watch").start()
     left = [action for action in actions if action.result is None]
-    sharing = [action for action in left if shares_gpu(action)]
+    sharing = [
+        a for a in left if a.submits and any(m.measures_memory for m in a.application.models)
+    ]
     try:
         in_workers([a for a in left if a.change is Change.DELETE], run, workers, show)
         in_workers([a for a in left if a.change is not Change.DELETE], run, workers, show)

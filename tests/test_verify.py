@@ -364,19 +364,3 @@ def test_who_can_not_be_reached_has_not_failed(url: str, reason: str) -> None:
 )
 def test_engines_that_disturb_each_other_are_told_from_others(words: str, disturbed: bool) -> None:
     assert bool(app.DISTURBED.search(words)) is disturbed
-
-
-@pytest.mark.parametrize(
-    ("change", "sharing", "expected"),
-    [
-        pytest.param(app.Change.CREATE, True, True, id="a new one"),
-        pytest.param(app.Change.UNCHANGED, True, False, id="it started long ago"),
-        pytest.param(app.Change.RESTART, False, False, id="with a card of its own"),
-    ],
-)
-def test_engines_that_may_disturb_each_other(
-    change: app.Change, sharing: bool, expected: bool
-) -> None:
-    model = app.ModelSpec("m", "/m", "m", measures_memory=sharing)
-    action = app.Action(app.ApplicationSpec(0, "a", "/a", LLM, (model,)), change)
-    assert app.shares_gpu(action) is expected
