@@ -3711,7 +3711,6 @@ def exit_code(actions: Sequence[Action], stop_code: int) -> int:
 
 RULE, THIN_RULE = "=" * 80, "-" * 80
 LLM_ENDPOINTS = ("POST /v1/chat/completions", "POST /v1/completions", "GET /v1/models")
-JSON_VERSION = 3
 ICONS = {"queued": "⏳", "RUNNING": "✅", "DELETED": "✅", "FAILED": "❌"}
 
 
@@ -3950,7 +3949,7 @@ def report_json(report: Report) -> Config:
     """The report for programs; the README documents it. A key that is gone or means another thing
     raises the version, a new one does not."""
     return {
-        "version": JSON_VERSION,
+        "version": 3,
         "exit_code": report.code,
         "seconds": round(report.seconds, 1),
         "dashboard": report.dashboard_url,
