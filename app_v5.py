@@ -1825,27 +1825,19 @@ class Plan:
             if fits and all(matches(self.nodes[node], selector) for _, selector in wanted):
                 scored.append((round(sum(need / sums[r] for r, need in total.items()), 9), node))
         for _, node in sorted(scored):
-            free = dict(self.free[node])
-            slots = [allocate(label, node, free, needs) for needs, _ in wanted]
-            if all(slots):
+            free, slots = dict(self.free[node]), []
+            for needs, _ in wanted:
+                gpus = free.get("GPU", ())
+                free |= {r: take(free[r], need) for r, need in needs.items()}
+                left = enumerate(zip(gpus, free.get("GPU", ()), strict=False))
+                taken = {gpu: (had - has) / STEPS for gpu, (had, has) in left if had > has}
+                slots.append(Slot(label, node, {r: n / STEPS for r, n in needs.items()}, taken))
+            if all(free[r] for r in total):  # else its devices refused
                 self.free[node] = free
-                self.slots += filter(None, slots)
+                self.slots += slots
                 return True
             self.slow = True
         return False
-
-
-def allocate(
-    label: str, node: int, free: dict[str, Devices], needs: Mapping[str, int]
-) -> Slot | None:
-    """Take a bundle from what is `free` on a node; None where its devices refuse."""
-    left = {r: take(free.get(r, ()), need) for r, need in needs.items()}
-    if not all(left.values()):
-        return None
-    gpus = zip(free.get("GPU", ()), left.get("GPU", ()), strict=False)
-    taken = {i: (had - has) / STEPS for i, (had, has) in enumerate(gpus) if had > has}
-    free.update(left)
-    return Slot(label, node, {r: need / STEPS for r, need in needs.items()}, taken)
 
 
 def predict(demands: Sequence[Demand], nodes: Sequence[Node]) -> Plan:
