@@ -2042,22 +2042,24 @@ BY_SERVE_DEPLOY = (
 ray/serve/_private/controller.py `_recover_state_from_checkpoint`)."""
 
 
-def version_of(config: Config, key: bytes, taken: Collection[str]) -> str:
-    """A fingerprint of what needs new replicas when it changes, so that the file of before brings
-    back what still runs of it; with the time behind it where one of those `taken` has it, too, and
-    has to restart. `deployments` are not in it: Serve compares those itself."""
+def heavy_part(kept: Config) -> Config:
+    """What of an application needs new replicas when it changes."""
 
-    def heavy(found: Config) -> Config:
-        for options in (as_dict(found.get(name)) for name in DEPLOYMENT_CONFIGS):
-            for light in LIGHTWEIGHT_OPTIONS & options.keys():
-                del options[light]
-        return found
+    def heavy(found: Config, names: Iterable[str] = DEPLOYMENT_CONFIGS) -> Config:
+        rest = {
+            name: {k: v for k, v in as_dict(found[name]).items() if k not in LIGHTWEIGHT_OPTIONS}
+            for name in names
+            if name in found
+        }
+        return {name: rest.get(name, item) for name, item in found.items() if rest.get(name, True)}
 
-    plain = json.loads(json.dumps(config, default=str), object_hook=heavy)  # all keys are texts
-    kept = {name: plain.get(name) for name in ("import_path", "runtime_env", "args")}
-    version = fingerprint(json.dumps(kept, sort_keys=True), key)
-    is_taken = any(old.partition(".")[0] == version for old in taken)
-    return f"{version}.{time.time_ns():x}" if is_taken else version
+    args, deployments = as_dict(kept.get("args")), kept["deployments"]
+    # A builder of the user's own may do anything with what it calls so.
+    known = {name: args[name] for name in BUILDER_ARGS if name in args}
+    args = {name: item for name, item in args.items() if name not in known}
+    args |= json.loads(json.dumps(known), object_hook=heavy)
+    found = {name: kept[name] for name in ("import_path", "runtime_env") if name in kept}
+    return found | {"args": args, "deployments": heavy(deployments, deployments)}
 
 
 def decide(
@@ -2070,7 +2072,9 @@ def decide(
     """What has to happen to an application, and why; `running` is what runs under its name.
 
     Serve replaces all replicas when the version is another one. It compares the options of single
-    deployments for itself, and takes the version of a failed application for the failed one.
+    deployments for itself, and takes the version of a failed application for the failed one. The
+    version is a fingerprint, so that the file of before brings back what still runs of it; with the
+    time behind it where what runs has it, too, and has to restart.
     """
     record = running.record if running else None
     hidden_before = json.dumps(record.config) if record else ""
@@ -2085,10 +2089,13 @@ def decide(
     names = [entry["name"] for entry in as_list(application.config.get("deployments"))]
     rows = zip(names, as_list(kept.get("deployments")), strict=True)  # a name may look secret
     kept["deployments"] = {name: row for name, row in rows if row.pop("name")}
-    version = version_of(application.config, key, running.versions if running else ())
+    # Without `deployments`: Serve compares those itself.
+    version = fingerprint(json.dumps(heavy_part(kept | {"deployments": {}}), sort_keys=True), key)
     action = Action(application, Change.CREATE, version, before=running, kept=kept)
     if running is None:
         return action
+    if any(old.partition(".")[0] == version for old in running.versions):
+        action.version = f"{version}.{time.time_ns():x}"
     action.change, action.surge = Change.RESTART, options.no_downtime
     status, declared = running.details.status.value, running.details.source == "declarative"
     known = record is not None and running.versions <= {record.version}
@@ -2100,28 +2107,23 @@ def decide(
     }
     action.reasons = tuple(text for text, is_so in found.items() if is_so)
     if record and not action.reasons:
-        edits = list(differences(map_texts(record.config, hide), kept))
-        apply_edits(action, edits, record.version, status)
+        apply_edits(action, map_texts(record.config, hide), record.version, status)
     return action
 
 
-def apply_edits(
-    action: Action, edits: Sequence[tuple[KeyPath, str]], version: str, status: str
-) -> None:
-    """Make of a restart as little as the edits need since what has this version was deployed."""
-    heavy = [(path, text) for path, text in edits if needs_restart(path)]
-    action.reasons = tuple(text for _, text in heavy or edits)
-    # Of what stands there Serve compares only this, and else no more than the version.
-    if any((path[0], *path[2:3]) != ("deployments", "ray_actor_options") for path, _ in heavy):
+def apply_edits(action: Action, before: Config, version: str, status: str) -> None:
+    """Make of a restart as little as the edits need since `before`, which has this version."""
+    if heavy := list(differences(heavy_part(before), heavy_part(action.kept))):
+        action.reasons = tuple(text for _, text in heavy)
+        # Of what stands there Serve compares only this, and else no more than the version.
+        if all((path[0], *path[2:3]) == ("deployments", "ray_actor_options") for path, _ in heavy):
+            action.version = version
+            action.restarting = frozenset(str(path[1]) for path, _ in heavy)
         return
-    action.version = version
-    if heavy:
-        action.restarting = frozenset(str(path[1]) for path, _ in heavy)
-        return
-    if status != "RUNNING":
-        action.reasons = action.reasons or (f"it is {status}",)
+    light = tuple(text for _, text in differences(before, action.kept))
+    action.reasons = light or (f"it is {status}",) * (status != "RUNNING")
     action.change = Change.IN_PLACE if action.reasons else Change.UNCHANGED
-    action.surge = False
+    action.version, action.surge = version, False
 
 
 def differences(before: Any, after: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
@@ -2139,18 +2141,6 @@ def differences(before: Any, after: Any, path: KeyPath = ()) -> Iterator[tuple[K
             text = re.sub(f'"{FINGERPRINT}[0-9a-f]+"', HIDDEN, text)
             texts.append(shortened(text, MOST_VALUE_CHARACTERS))
         yield path, f"{format_key(path)}: {' → '.join(texts)}"
-
-
-def needs_restart(path: KeyPath) -> bool:
-    """Whether a change at this place of an application needs new replicas."""
-    if path[0] not in ("import_path", "runtime_env", "args", "deployments"):
-        return False
-    if path[0] == "deployments":
-        return not LIGHTWEIGHT_OPTIONS.issuperset(path[2:3])
-    # A builder of the user's own may do anything with what it calls so.
-    pairs = itertools.pairwise(path if path[1:2] and path[1] in BUILDER_ARGS else ())
-    inside = (option for key, option in pairs if key in DEPLOYMENT_CONFIGS)
-    return next(inside, path[0]) not in LIGHTWEIGHT_OPTIONS
 
 
 def read_demand(row: Config) -> Demand:

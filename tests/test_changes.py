@@ -279,16 +279,33 @@ def test_without_downtime_room_for_one_more_is_needed(target: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "restarts"),
+    ("before", "after", "restarts"),
     [
-        (("owner",), False),  # Ray ignores it
-        (("args", "llm_configs", 0, "deployment_config", "max_ongoing_requests"), False),
-        (("args", "llm_configs", 0, "deployment_config", "name"), True),
-        (("args", "deployment_config", "num_replicas"), True),  # a builder's of the user's own
+        ({}, {"owner": "me"}, False),  # Ray ignores it
+        ({}, {"args": {"llm_configs": [{"deployment_config": {"num_replicas": 2}}]}}, True),
+        (
+            {"args": {"llm_configs": [{"x": 1}]}},
+            {"args": {"llm_configs": [{"x": 1, "deployment_config": {"num_replicas": 2}}]}},
+            False,
+        ),
+        ({}, {"args": {"ingress_deployment_config": {"num_replicas": 2}}}, False),
+        ({}, {"args": {"ingress_deployment_config": {"name": "x"}}}, True),
+        # A builder's of the user's own.
+        ({}, {"args": {"deployment_config": {"num_replicas": 2}}}, True),
     ],
 )
-def test_only_what_serve_would_restart_for_does(path: app.KeyPath, restarts: bool) -> None:
-    assert app.needs_restart(path) == restarts
+def test_only_what_serve_would_restart_for_does(
+    before: Config, after: Config, restarts: bool
+) -> None:
+    old, new = (
+        app.ApplicationSpec(0, "a", "/", {"name": "a", "import_path": "m:a", **config})
+        for config in (before, after)
+    )
+    action = decide(new, running(old, 1))
+    assert action.change is (app.Change.RESTART if restarts else app.Change.IN_PLACE)
+    assert (action.version != VERSION) is restarts
+    [back] = decide(old, running(new, 1)).reasons
+    assert back.endswith("→ (not given)")
 
 
 def test_a_deployment_whose_name_has_a_secret_in_it_is_still_the_one_that_restarts() -> None:
