@@ -2210,18 +2210,14 @@ def taken_routes(
     holders = {d.route_prefix: d for d in others.values() if d.route_prefix}
     problems = []
     for application in applications:
-        route, path = application.route_prefix, ("applications", application.index, "route_prefix")
-        holder = holders.get(route or "")
-        if holder is None or holder.name == application.name:
-            continue
-        name = holder.name
-        hint = (
-            f"choose another route, or delete {name} first; to swap them, give {name} a free "
-            "route in one run, and both their new ones in a second"
-        )
-        origin = " (deployed by `serve deploy`)" if holder.source == "declarative" else ""
-        message = f"{route} is the route of {name}, which is running{origin}"
-        problems.append(Problem(path, message, hint))
+        holder = holders.get(application.route_prefix or "")
+        if holder and holder.name != application.name:
+            path, name = ("applications", application.index, "route_prefix"), holder.name
+            origin = " (deployed by `serve deploy`)" if holder.source == "declarative" else ""
+            message = f"{holder.route_prefix} is the route of {name}, which is running{origin}"
+            hint = f"choose another route, or delete {name} first; to swap them, give {name} a free"
+            hint += " route in one run, and both their new ones in a second"
+            problems.append(Problem(path, message, hint))
     return problems
 
 
