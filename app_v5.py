@@ -2431,8 +2431,6 @@ application, and the key of their fingerprints; with its Ray job, what a run wor
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 WORKER = "RayWorkerProc"  # vllm/v1/executor/ray_executor_v2.py
 START_HINT = "start one with `ray start --head`, or give HOST:PORT in --address or RAY_ADDRESS"
-DEATHS = {"oom_context": "OutOfMemoryError", "runtime_env_failed_context": "RuntimeEnvSetupError"}
-"""What Ray calls the causes of an actor's death (ActorDeathCause in common.proto)."""
 
 
 class Builder:
@@ -3123,7 +3121,7 @@ class RayCluster:
         for actor in [*found, *workers[:MOST_LOGS]]:
             if kind := actor.death_cause.WhichOneof("context"):
                 said = getattr(getattr(actor.death_cause, kind), "error_message", "")
-                parts.append(f"{DEATHS.get(kind, 'ActorDiedError')}: {said}")
+                parts.append(f"ActorDiedError: {said}")
         return "\n".join(filter(None, parts))
 
 
