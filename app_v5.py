@@ -636,9 +636,12 @@ class DocumentLoader:
         place, written = self.place(node.start_mark), node.value
         is_new = node not in self.yaml.constructed_objects
         if is_new and "${" in written and node.tag == TEXT_TAG:
-            node.value = VARIABLE.sub(lambda m: self.variable(m, path, place), written)
+            text_of = partial(self.variable, path=path, place=place)
+            node.value = VARIABLE.sub(text_of, written)
             node.tag = tag_of(node.value) if node.style is None else node.tag
-            stays = VARIABLE.sub(self.variable_or_default, written)
+            # A config for others keeps what the environment has; no tool fills in defaults.
+            names = {name: f"${{{name}}}" for name in self.environ}
+            stays = VARIABLE.sub(lambda m: names.get(m["name"]) or text_of(m), written)
             self.written[path] = self.construct(node, place), stays
         self.construct(node, place)
 
@@ -662,11 +665,6 @@ class DocumentLoader:
             # Not a number, nor a `true`: those would be hidden wherever else they stand.
             self.secrets.add(text)
         return text or ""
-
-    def variable_or_default(self, match: re.Match[str]) -> str:
-        """What a config for others keeps of a variable: no tool fills in defaults."""
-        name = match["name"]
-        return f"${{{name}}}" if name in self.environ else match["default"] or "${" * (not name)
 
     def inline_files(self, data: Config) -> None:
         """Replace the paths among the LLMs of Ray's builders by what the files hold."""

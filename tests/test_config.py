@@ -1080,10 +1080,13 @@ def test_variables_are_filled_in_the_named_files_too() -> None:
         pytest.param("$WORD", "$WORD", id="without braces it is none"),
     ],
 )
-def test_variables_are_filled_in(written: str, value: Any) -> None:
+def test_variables_are_filled_in(written: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     text = f"applications:\n- import_path: m:a\n  args:\n    x: {written}\n"
-    document = load(text, {"SHARE": "0.45", "WORD": "word"})
-    assert document.data["applications"][0]["args"]["x"] == value
+    for name, filled in {"SHARE": "0.45", "WORD": "word"}.items():
+        monkeypatch.setenv(name, filled)
+    Path("config.yaml").write_text(text)
+    document, found = app.load_document("config.yaml", os.environ)
+    assert (found, document.data["applications"][0]["args"]["x"]) == ([], value)
 
 
 @pytest.mark.parametrize(
