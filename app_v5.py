@@ -493,7 +493,9 @@ class Options:
 # ======================================================================================
 
 TEXT_TAG, MERGE_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
-SERVE_CONFIG = "serveConfigV2"
+SERVE_CONFIG = re.compile(r"^( *)serveConfigV2: *\|.*\n((?:\1 +\S.*\n?|[ \t\r]*\n)*)", re.M)
+"""The config in a RayService's manifest: a block of lines that are indented more than its key."""
+
 VARIABLE = re.compile(r"\$(?:\$\{|\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\})")
 
 LLM_ARGS = ("llm_config", "prefill_config", "decode_config")
@@ -577,28 +579,17 @@ class DocumentLoader:
     def config_text(self, content: bytes) -> bytes | str:
         """A file's content, or where there is a RayService in it the config of that, which keeps
         its lines and columns. Raises ConfigError for several of them."""
-        found = []
-        roots = yaml.compose_all(content, Loader=yaml.SafeLoader)
-        for root in roots if SERVE_CONFIG.encode() in content else ():
-            if isinstance(text := node_at(root, "spec", SERVE_CONFIG), yaml.ScalarNode):
-                name = getattr(node_at(root, "metadata", "name"), "value", "")
-                found.append((str(name), text))
+        text = content.decode("utf-8-sig", errors="surrogateescape")
+        found = list(SERVE_CONFIG.finditer(text))
         if not found:
             return content
-        [(_, text), *others] = found
-        place = self.place(text.start_mark)
-        if others:
-            names = ", ".join(name for name, _ in found)
-            message = f"there are several RayServices: {names}; keep one of them"
-            raise unusable(f"{message}: --only can't choose, it is for applications", place)
-        said = f"of this manifest {SERVE_CONFIG} counts here, and nothing of its cluster"
+        line = text.count("\n", 0, found[0].start()) + 1
+        place = (self.file, line, len(found[0][1]) + 1)
+        if len(found) > 1:
+            raise unusable("there are several RayServices: keep one of them", place)
+        said = "of this manifest serveConfigV2 counts here, and nothing of its cluster"
         self.problems.append(Problem((), said, warning=True, place=place))
-        line, end = text.start_mark.line, text.end_mark.line
-        if text.style != "|":
-            one = "\n" not in text.value
-            return "\n" * line + " " * (text.start_mark.column + 1) * one + str(text.value)
-        lines = content.decode("utf-8-sig").splitlines(keepends=True)[line + 1 : end]
-        return "\n" * (line + 1) + "".join(lines)
+        return "\n" * line + found[0][2]
 
     def place(self, mark: yaml.Mark | None) -> Place:
         return (self.file, mark.line + 1, mark.column + 1) if mark else (self.file, 0, 0)
@@ -683,14 +674,6 @@ class DocumentLoader:
                 holder[path[-1]] = self.load(found, path)
             except ConfigError as error:
                 self.problems += [replace(problem, path=path) for problem in error.problems]
-
-
-def node_at(node: yaml.Node | None, *keys: str) -> yaml.Node | None:
-    """What stands in a mapping under a key, and under the next one in that; None without it."""
-    for key in keys:
-        pairs = node.value if isinstance(node, yaml.MappingNode) else ()
-        node = next((value for name, value in pairs if name.value == key), None)
-    return node
 
 
 def check_top(file: str, data: Any) -> None:
