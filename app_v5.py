@@ -741,20 +741,16 @@ URL_SECRETS = re.compile(r"(?<=://)[^/?#\s'\"]+(?=@)|(?<=[?&;])([\w.~-]+=)[^&;#\
 """User info, and the values of a query, or of a connection string."""
 
 
-def is_secret_key(key: str) -> bool:
-    """Whether a key names a secret: HF_TOKEN, api_keys, PGPASSWORD, dbPass; not tokenizer."""
-    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", key)
-    return any(SECRET_WORD.fullmatch(word.lower()) for word in words)
-
-
 def secrets_in(value: Any, key: str = "") -> set[str]:
-    """The texts under keys that name secrets."""
+    """The texts under keys that name secrets: HF_TOKEN, api_keys, dbPass; not tokenizer."""
     if isinstance(value, dict | list):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         return set().union(*(secrets_in(item, f"{key}.{name}") for name, item in pairs))
     # DISABLE_TOKEN: "1" is none, and would be hidden wherever else a 1 stands.
     is_text = isinstance(value, str) and (tag_of(value) == TEXT_TAG or len(value) > SHORTEST_NUMBER)
-    return {value} if is_text and value and is_secret_key(key) else set()
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", key)
+    named = any(SECRET_WORD.fullmatch(word.lower()) for word in words)
+    return {value} if is_text and named else set()
 
 
 @functools.lru_cache
