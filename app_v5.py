@@ -160,12 +160,11 @@ class Problem:
 Problems = list[Problem]
 
 
+@dataclass(eq=False)
 class ConfigError(Exception):
     """The config or the command line is wrong and nothing was touched (exit code 2)."""
 
-    def __init__(self, problems: Problems) -> None:
-        super().__init__("\n".join(problem.message for problem in problems))
-        self.problems = problems
+    problems: Problems
 
 
 @dataclass(frozen=True)
