@@ -2417,36 +2417,23 @@ class Builder:
         """Build one application and apply its `deployments` overrides with Ray's own code. Returns
         for each deployment the fields of its `Demand`, and the serialised `DeploymentArgs` that
         Serve's controller takes."""
-        from ray import get_runtime_context
-        from ray._common.utils import import_attr
-        from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
-        from ray.serve._private.application_state import override_deployment_info
-        from ray.serve._private.build_app import build_app
-        from ray.serve._private.client import _callable_uses_multiplexing
-        from ray.serve._private.deploy_utils import deploy_args_to_deployment_info, get_deploy_args
+        from ray.serve._private.application_state import build_serve_application
+        from ray.serve._private.application_state import override_deployment_info as override
+        from ray.serve._private.deploy_utils import deploy_args_to_deployment_info
+        from ray.serve.exceptions import RayServeException
         from ray.serve.generated.serve_pb2 import DeploymentArgs
-        from ray.serve.schema import ServeApplicationSchema
+        from ray.serve.schema import LoggingConfig, ServeApplicationSchema
 
         schema = ServeApplicationSchema.model_validate(config)
-        target = import_attr(schema.import_path)
-        application = call_user_app_builder_with_args_if_necessary(target, schema.args)
-        environment = get_runtime_context().runtime_env
-        built = build_app(application, name=schema.name, default_runtime_env=environment)
-        built.validate_single_fastapi_ingress()
-        router = built.ingress_request_router_deployment
-        deployments = {d.name: d for d in [*built.deployments, router] if d is not None}
-        infos = {}
-        for name, deployment in deployments.items():
-            arguments = get_deploy_args(
-                name,
-                replica_config=deployment._replica_config,
-                ingress=name == built.ingress_deployment_name,
-                ingress_request_router=deployment is router,
-                deployment_config=deployment._deployment_config,
-            )
-            infos[name] = deploy_args_to_deployment_info(**arguments, app_name=schema.name)
+        quiet = LoggingConfig(log_level="WARNING")  # else it writes the arguments, and secrets
+        what: Any = schema.import_path, "", schema.name, schema.args, quiet, None, {}, {}, {}
+        _, found, refusal = build_serve_application._function(*what)
+        if refusal:
+            raise RayServeException(refusal)
+        built = {row["deployment_name"]: row for row in found}
+        infos = {n: deploy_args_to_deployment_info(**built[n], app_name=schema.name) for n in built}
         rows = []
-        for name, info in override_deployment_info(infos, schema).items():
+        for name, info in override(infos, schema).items():
             if schema.logging_config and info.deployment_config.logging_config is None:
                 info.deployment_config.logging_config = schema.logging_config.model_dump()
             row = DeploymentArgs(
@@ -2455,7 +2442,7 @@ class Builder:
                 replica_config=info.replica_config.to_proto_bytes(),
                 ingress=info.ingress,
                 ingress_request_router=info.ingress_request_router,
-                uses_multiplexing=_callable_uses_multiplexing(deployments[name].func_or_class),
+                uses_multiplexing=built[name]["uses_multiplexing"],
             )
             rows.append((describe_deployment(name, info), row.SerializeToString()))
         return rows
