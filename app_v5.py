@@ -2297,7 +2297,11 @@ def root_cause(message: str, logs: Sequence[str] = ()) -> Cause:
     and from the first in a log, as the engine's processes pass it on.
     """
     logged = next(filter(None, map(real_exceptions, logs)), [])
-    found = real_exceptions(message)[::-1] or logged or [plain_cause(message)]
+    found = real_exceptions(message)[::-1] or logged
+    if not found:  # the last line that says something
+        lines = [line.strip() for line in ANSI.sub("", message).splitlines() if line.strip()]
+        telling = [line for line in lines if not re.match("This may be caused by|ActorDied", line)]
+        found = (telling or lines or ["(no message)"])[-1:]
     text = next(filter(hint_for, found), found[0])
     hint = hint_for(text) or hint_for(message.partition('\n  File "')[0])
     for pattern, words in SHORTER:
@@ -2325,13 +2329,6 @@ def real_exceptions(text: str) -> list[str]:
         frame = FRAME.match(line) or (frame if line[:1].isspace() else None)
     real = (" ".join(filter(None, parts)) for parts in found if not WRAPPERS.search(parts[0]))
     return list(dict.fromkeys(real))
-
-
-def plain_cause(message: str) -> str:
-    """The last line that says something, of a message without an exception."""
-    lines = [line.strip() for line in ANSI.sub("", message).splitlines() if line.strip()]
-    telling = [line for line in lines if not re.match("This may be caused by|ActorDied", line)]
-    return (telling or lines or ["(no message)"])[-1]
 
 
 def hint_for(text: str) -> str:
