@@ -2468,7 +2468,8 @@ def engine_options(llm: Config) -> Config:
 
     engine = LLMConfig.model_validate(llm).get_engine_config()
     options: Config = engine.get_initialization_kwargs()
-    unknown = {
+    sizes = ("pipeline_parallel_size", "data_parallel_size", "nnodes")
+    unknown = {f"it has {key}": options.get(key, 1) > 1 for key in sizes} | {
         "it is another engine's": llm.get("server_cls"),
         "its model is in a bucket": engine.mirror_config,
         "it has adapters": llm.get("lora_config"),
@@ -2477,10 +2478,6 @@ def engine_options(llm: Config) -> Config:
         "a part of its weights stays outside": options.get("cpu_offload_gb"),
         "its blocks are counted by hand": options.get("num_gpu_blocks_override"),
         "its max_model_len is what has room": options.get("max_model_len") == -1,
-    }
-    unknown |= {
-        f"it has {key}": options.get(key, 1) > 1
-        for key in ("pipeline_parallel_size", "data_parallel_size", "nnodes")
     }
     for why in filter(unknown.get, unknown):
         raise ValueError(f"{why}, which is not looked into")
