@@ -1388,10 +1388,13 @@ def memory_misfit(demand: Demand, room: Room) -> str:
 
 
 def longest_request(memory: Memory, blocks: int) -> int:
-    """How many tokens a request may have for so many blocks, between what vLLM said; or 0."""
+    """How many tokens a request may have for so many blocks, or 0: between what vLLM said, in whole
+    steps, since hybrids need several blocks for the next token after a full one."""
+    step = math.gcd(*(length for length, _ in memory.requests[1:]))
     for (longer, above), (shorter, below) in itertools.pairwise(memory.requests):
         if below <= blocks:
-            return shorter + (blocks - below) * (longer - shorter) // (above - below)
+            fits = shorter + (blocks - below) * (longer - shorter) // (above - below)
+            return fits - fits % step
     return 0
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -18,7 +20,7 @@ GIB = 2**30
 FALCON3 = app.Memory(
     weights=int(3.11 * GIB),
     block=9 * 2**20,
-    requests=((4096, 32), (2048, 16), (1024, 8)),
+    requests=((4096, 32), (2048, 16), (896, 7)),
     fraction=0.405,
     platform="cuda",
 )
@@ -72,6 +74,22 @@ def test_a_share_without_room_for_one_request_does_not_fit() -> None:
     )
     hint = "set engine_kwargs.max_model_len to 2560 or less (it is 4096), or raise num_gpus"
     assert app.root_cause(app.format_misfit(fit)).hint == hint
+
+
+@pytest.mark.parametrize("usable", range(10, 72))
+def test_the_longest_request_of_a_hybrid_is_never_too_long(usable: int) -> None:
+    def blocks(length: int) -> int:
+        return 6 + 4 * math.ceil(length / 16)  # states, and four groups of layers
+
+    counts = sorted({int(blocks(4096) / 2 ** (step / 8)) for step in range(57)}, reverse=True)
+    lengths = range(1, 4097)
+    requests = [(bisect.bisect_right(lengths, n, key=blocks), n) for n in counts]
+    hybrid = replace(FALCON3, requests=tuple(pair for pair in requests if pair[0]))
+    found, exact = (
+        app.longest_request(hybrid, usable),
+        bisect.bisect_right(lengths, usable, key=blocks),
+    )
+    assert exact - 16 <= found <= exact
 
 
 def test_without_any_room_it_is_what_an_engine_says_then() -> None:
