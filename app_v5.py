@@ -2392,7 +2392,7 @@ RECORDS, KEYS, CLAIMS = "app_v5/records", "app_v5", "app_v5/claims"
 """What this program keeps in the cluster: in the key-value store of the head node a `Record` an
 application, and the key of their fingerprints; with its Ray job, what a run works on."""
 
-PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+PROXIES, LOG = ("http_proxy", "https_proxy", "all_proxy"), "api/v0/logs/file"
 WORKER = "RayWorkerProc"  # vllm/v1/executor/ray_executor_v2.py
 START_HINT = "start one with `ray start --head`, or give HOST:PORT in --address or RAY_ADDRESS"
 
@@ -2528,15 +2528,10 @@ def check_reachable(address: str, timeout_s: float) -> None:
     socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
 
 
-def read_log(**where: Any) -> str:
-    """The end of a log file. Raises Unreachable. Ray's own `get_log` tells its timeout only to the
-    server, and waits for ever for a dashboard that hangs (ray/util/state/api.py)."""
-    return ask_dashboard("api/v0/logs/file", media_type="file", timeout=LOG_TIMEOUT_S, **where)
-
-
 def ask_dashboard(path: str, **query: Any) -> str:
     """An answer of the dashboard. Raises Unreachable for whatever goes wrong: what it tells is a
-    help, and never a condition."""
+    help, and never a condition. Ray's own `get_log` tells its timeout only to the server, and waits
+    for ever for a dashboard that hangs (ray/util/state/api.py)."""
     import ray
     import requests
     from ray._private.authentication import http_token_authentication
@@ -3036,7 +3031,7 @@ class RayCluster:
         rows = [row for row in ray.nodes() if row["Alive"]]
         heads = [row["NodeID"] for row in rows if "node:__internal_head__" in row["Resources"]]
         try:
-            return new_nodes(read_log(filename="monitor.log", node_id=heads[0], lines=-1))
+            return new_nodes(ask_dashboard(LOG, filename="monitor.log", node_id=heads[0], lines=-1))
         except (Unreachable, yaml.YAMLError, IndexError):
             grouped = any("ray.io/node-group" in (row.get("Labels") or {}) for row in rows)
             return None if grouped else []
@@ -3054,7 +3049,7 @@ class RayCluster:
     def replica_log(self, actor_id: str) -> str:
         """The ends of one actor's two logs; an engine's processes write into its replica's, too.
         Raises Unreachable."""
-        read = partial(read_log, actor_id=actor_id, lines=LOG_LINES)
+        read = partial(ask_dashboard, LOG, actor_id=actor_id, lines=LOG_LINES)
         return "\n".join(read(suffix=suffix) for suffix in ("err", "out"))
 
     def last_words(self, actor_id: str, state: str = "DEAD") -> str:
