@@ -2947,7 +2947,10 @@ class RayCluster:
         import ray
         from ray._private.state import available_resources_per_node
 
-        available, holdings, cards = available_resources_per_node(), self.holdings(), self.cards()
+        available, holdings, cards = available_resources_per_node(), self.holdings(), {}
+        # As far as the dashboard tells: another Ray's may have another form.
+        with contextlib.suppress(Unreachable, KeyError, TypeError, ValueError, AttributeError):
+            cards = read_cards(read_json(ask_dashboard("nodes", view="summary")))
         alive = [row for row in ray.nodes() if row["Alive"]]
         addresses = Counter(row["NodeManagerAddress"] for row in alive)
         nodes = []
@@ -2964,13 +2967,6 @@ class RayCluster:
                 mine = tuple(replace(card, users="", used=0) for card in mine)
             nodes.append(replace(node, cards=mine))
         return nodes
-
-    def cards(self) -> dict[str, tuple[Card, ...]]:
-        """The GPUs of each node (id), as far as the dashboard tells."""
-        try:
-            return read_cards(read_json(ask_dashboard("nodes", view="summary")))
-        except (Unreachable, KeyError, TypeError, ValueError, AttributeError):
-            return {}  # another Ray's may have another form
 
     def held(self) -> dict[str, list[tuple[str, Resources, set[int]]]]:
         """What each replica holds, by its actor's name: (node id, resources, indices of GPUs): the
