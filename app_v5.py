@@ -512,6 +512,7 @@ def load_document(file: str, environ: Mapping[str, str]) -> tuple[Document, Prob
     """
     loader = DocumentLoader(environ)
     data = loader.load(file, ())
+    check_top(file, data)
     loader.inline_files(data)
     secrets = frozenset(loader.secrets | secrets_in(data))
     return Document(file, data, loader.places, secrets, loader.written), loader.problems
@@ -674,6 +675,20 @@ class DocumentLoader:
                 self.problems += [replace(problem, path=path) for problem in error.problems]
 
 
+def check_top(file: str, data: Any) -> None:
+    """Raise ConfigError for what is no config of Serve's at all."""
+    keys, message = as_dict(data), "expected a mapping with `applications`"
+    if "applications" in keys:
+        return
+    if "import_path" in keys:
+        message = "this is the old form of a config: write it as the one item of `applications:`"
+    elif "apiVersion" in keys:
+        message += "; of manifests a RayService is one, with the config in spec.serveConfigV2"
+    elif close := difflib.get_close_matches("applications", map(str, keys), 1, 0.7):
+        message += f"; did you mean 'applications' by {close[0]!r}?"
+    raise unusable(message, (file, 1, 1))
+
+
 def tag_of(text: str) -> str:
     """What YAML takes an unquoted text for."""
     tag: str = yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
@@ -717,7 +732,7 @@ def is_rays_builder(application: Config) -> bool:
 def llm_places(data: Config) -> Iterator[tuple[KeyPath, Any, Any]]:
     """What may be LLMs among the builders' arguments of a document: path, value, holder. A builder
     of the user's own may take anything there, of which the mappings count."""
-    for number, application in enumerate(as_list(as_dict(data).get("applications"))):
+    for number, application in enumerate(as_list(data.get("applications"))):
         args = as_dict(as_dict(application).get("args"))
         path: KeyPath = ("applications", number, "args")
         places = [((*path, key), args[key], args) for key in LLM_ARGS if args.get(key)]
@@ -858,8 +873,6 @@ INSTEAD = {
     "target_num_ongoing_requests_per_replica": "target_ongoing_requests, in autoscaling_config",
     "placement_group_bundles": "placement_group_config, beside deployment_config",
     "placement_group_strategy": "placement_group_config, beside deployment_config",
-    "import_path": "the application as the one item of `applications:`",
-    "apiVersion": "a RayService, with the config as a block under spec.serveConfigV2",
 }
 """Old names, and what Ray does not take where people write it (an LLM's bundles are made for its
 engine's workers)."""
@@ -966,8 +979,7 @@ def check_keys(value: Any, schema: str, path: KeyPath) -> Problems:
     if fields == {}:  # an enumeration's, which is Ray's to check
         return []
     if not isinstance(value, dict):
-        what = "a mapping with `applications`" if schema == TOP else "a mapping"
-        return [Problem(path, f"{show_value(value)} is not {what}")]
+        return [Problem(path, f"{show_value(value)} is not a mapping")]
     missing = [key for key in [REQUIRED.get(schema)] if key and value.get(key) is None]
     problems = [Problem((*path, key), "is missing") for key in missing]
     for key, item in value.items():
@@ -1011,9 +1023,9 @@ def unknown_key(key: Any, schema: str, path: KeyPath) -> Problem:
     """What to say about a key that a schema does not have: an error if it is nearly right, is meant
     for another place, or is refused by Ray. At the top it may be another tool's."""
     schemas = known_schemas()
-    if key in INSTEAD:
-        return Problem(path, "is not taken here", f"write {INSTEAD[key]}")
     if schema != TOP:
+        if key in INSTEAD:
+            return Problem(path, "is not taken here", f"write {INSTEAD[key]}")
         pairs = itertools.chain(CHILDREN.items(), *(fields.items() for fields in schemas.values()))
         for parent, child in pairs:
             if key in schemas.get(child, ()):

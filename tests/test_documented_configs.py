@@ -20,10 +20,7 @@ REMOTE_ONLY = (
 )
 IGNORED = "unknown key; Ray ignores it"
 NOT_OF_VLLM = "unknown key, which the installed Ray and vLLM do not take"
-MISSING = ":1:1: applications: is missing"
-OLD_FORM = (
-    "import_path: is not taken here; write the application as the one item of `applications:`"
-)
+OLD_FORM = ":1:1: this is the old form of a config: write it as the one item of `applications:`"
 LLM = "applications[0].args.llm_configs[0]"
 DEPLOYMENT = "applications[0].deployments[0]"
 
@@ -153,26 +150,17 @@ ON_PURPOSE = [
     ),
     pytest.param(
         "name: one\nimport_path: m:app\nhost: 0.0.0.0\nport: 8000\n",
-        [
-            *(MISSING, f":1:1: warning: name: {IGNORED}", f":2:1: {OLD_FORM}"),
-            *(f":3:1: warning: host: {IGNORED}", f":4:1: warning: port: {IGNORED}"),
-        ],
+        [OLD_FORM],
         id="the old form with all that belongs to it",
     ),
     pytest.param(
         "import_path: m:app\n\nruntime_env: {}\n\ndeployments:\n- name: D\n  num_replicas: 1\n",
-        [
-            *(MISSING, f":1:1: {OLD_FORM}", f":3:1: warning: runtime_env: {IGNORED}"),
-            f":5:1: warning: deployments: {IGNORED}",
-        ],
+        [OLD_FORM],
         id="the old form as `serve build` wrote it",
     ),
     pytest.param(
         "host: 0.0.0.0\nport: 8000\nimport_path: ray.serve.llm:build_openai_app\nargs: {}\n",
-        [
-            *(MISSING, f":1:1: warning: host: {IGNORED}", f":2:1: warning: port: {IGNORED}"),
-            *(f":3:1: {OLD_FORM}", f":4:1: warning: args: {IGNORED}"),
-        ],
+        [OLD_FORM],
         id="the old form of an LLM",
     ),
 ]
@@ -224,7 +212,7 @@ def test_a_whole_anyscale_service_is_taken() -> None:
 
 def test_an_anyscale_service_of_the_first_kind_has_no_applications() -> None:
     text = "name: s\ncluster_env: e:5\nray_serve_config:\n  applications: [{import_path: m:app}]\n"
-    assert problems(text)[0] == MISSING
+    assert problems(text) == [":1:1: expected a mapping with `applications`"]
 
 
 def test_an_anyscale_service_with_a_slip_is_told_only_of_that() -> None:

@@ -91,8 +91,8 @@ CONNECTED = "it would have connected now"
 FILES: dict[str, tuple[str | bytes, int, list[str]]] = {
     "A1 not YAML": ("a: [", 2, [":1:5: not YAML"]),
     "A1 a tab": ("applications:\n\t- name: a\n", 2, [":2:1: not YAML", "not tabs"]),
-    "A2 empty": ("", 2, ["null is not a mapping with `applications`"]),
-    "A2 a list": ("- a\n", 2, ["is not a mapping with `applications`"]),
+    "A2 empty": ("", 2, ["expected a mapping with `applications`"]),
+    "A2 a list": ("- a\n", 2, ["expected a mapping with `applications`"]),
     "A2 two documents": ("applications: []\n---\na: 1\n", 2, [":2:1:", "another document"]),
     "A2 a manifest": ("apiVersion: v1\nkind: RayService\n", 2, ["serveConfigV2"]),
     "A3 latin-1": (b"applications: []\n# caf\xe9\n", 2, ["byte 22", "UTF-8"]),
