@@ -683,7 +683,7 @@ def check_top(file: str, data: Any) -> None:
     if "import_path" in keys:
         message = "this is the old form of a config: write it as the one item of `applications:`"
     elif "apiVersion" in keys:
-        message += "; of manifests a RayService is one, with the config in spec.serveConfigV2"
+        message += "; of manifests a RayService is one, with the config under `serveConfigV2: |`"
     elif close := difflib.get_close_matches("applications", map(str, keys), 1, 0.7):
         message += f"; did you mean 'applications' by {close[0]!r}?"
     raise unusable(message, (file, 1, 1))

@@ -84,14 +84,14 @@ BROKEN = [
     pytest.param(
         "apiVersion: v1\nkind: Pod\n",
         [
-            ":1:1: expected a mapping with `applications`; of manifests a RayService is one, with the config in spec.serveConfigV2"
+            ":1:1: expected a mapping with `applications`; of manifests a RayService is one, with the config under `serveConfigV2: |`"
         ],
         id="a manifest",
     ),
     pytest.param(
         "apiVersion: ray.io/v1\nkind: RayService\nspec: {}\n",
         [
-            ":1:1: expected a mapping with `applications`; of manifests a RayService is one, with the config in spec.serveConfigV2"
+            ":1:1: expected a mapping with `applications`; of manifests a RayService is one, with the config under `serveConfigV2: |`"
         ],
         id="a RayService",
     ),
