@@ -2521,19 +2521,6 @@ def wait_for(call: Any, check: Callable[[], None], most_s: float = math.inf) -> 
     return ray.get(call)
 
 
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Keep what Ray's C++ writes off the screen."""
-    saved = os.dup(2)
-    with Path(os.devnull).open("w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-
-
 def check_reachable(address: str, timeout_s: float) -> None:
     """Raise OSError, ValueError or OverflowError unless something listens at HOST:PORT."""
     host, _, port = address.rpartition(":")
@@ -2620,8 +2607,7 @@ class RayCluster:
             # Ray does this only for the cluster that it finds by itself (ray/_private/worker.py).
             tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
             tokens.ensure_token_if_auth_enabled(None, create_token_if_missing=False)
-            with silence():
-                GcsClient(address=found)
+            GcsClient(address=found)
             context = ray.init(
                 address=found,
                 namespace=SERVE,
