@@ -307,7 +307,7 @@ FAILURES: dict[str, tuple[Config, list[str]]] = {
         app("e", runtime_env={"working_dir": "https://127.0.0.1:1/code.zip"}),
         ["code.zip", "Hint: check runtime_env"],
     ),
-    "S2 a deployment's name": (app("s", "named_cafe"), ["'café' is not a name for Ray", "ASCII"]),
+    "S2 a deployment's name": (app("s", "named_cafe"), ["café' is not a name for Ray", "ASCII"]),
 }
 
 
