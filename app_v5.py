@@ -1374,11 +1374,11 @@ def gpu_shares(demand: Demand) -> list[float]:
 def memory_misfit(demand: Demand, room: Room) -> str:
     """Why an engine would not start in its room, or ""; one block of it is never used."""
     memory = demand.memory or Memory()
-    usable, held = room.cache // memory.block - 1, memory.weights + room.cache
+    blocks, held = room.cache // memory.block, memory.weights + room.cache
     length, needed = memory.requests[0]
     if memory.pinned and held > room.card > 0:
         return f"weights and kv_cache_memory_bytes are {gib(held)}, a card has {gib(room.card)}"
-    if usable < needed:
+    if blocks <= needed:
         left = room.cache - memory.block
         need, there = (round(size / GIB, 2) for size in (needed * memory.block, left))
         # In the engine's own words (vllm/v1/core/kv_cache_utils.py), for which there are hints.
@@ -1386,16 +1386,16 @@ def memory_misfit(demand: Demand, room: Room) -> str:
             f"To serve at least one request with the model's max seq len ({length}), ({need} GiB "
             f"KV cache is needed, which is larger than the available KV cache memory ({there} GiB)."
         )
-        if fits := longest_request(memory, usable):
+        if fits := longest_request(memory, blocks - 1):
             text += f" Based on the available memory, the estimated maximum model length is {fits}"
         text = text if left > 0 else "No available memory for the cache blocks"
         share = WHOLE_GPU_MEMORY_FRACTION * min([1.0, *gpu_shares(demand)])
         if room.card and not memory.pinned and memory.fraction > share - 0.01:
             text = f"num_gpus that would do: {least_gpus(demand, room.card, 1)}; {text}"
         return text
-    if memory.sequences > usable + 1:
-        text = f"max_num_seqs is {memory.sequences}, and its share holds {usable + 1} Mamba blocks"
-        return f"{text}; set engine_kwargs.max_num_seqs to {usable + 1} or less"
+    if memory.sequences > blocks:
+        text = f"max_num_seqs is {memory.sequences}, and its share holds {blocks} Mamba blocks"
+        return f"{text}; set engine_kwargs.max_num_seqs to {blocks} or less"
     return ""
 
 
@@ -2701,8 +2701,7 @@ class RayCluster:
         return self.answer_of(self.call_controller(method, *arguments), timeout_s)
 
     def call_controller(self, method: str, *arguments: Any) -> Any:
-        """Begin what `ask_controller` does: many calls at once are answered between two rounds of
-        the controller's loop, which are slow with many applications."""
+        """Begin such a call: of many, the controller answers all between two rounds of its loop."""
         import ray
 
         with contextlib.suppress(ValueError):
@@ -2711,6 +2710,7 @@ class RayCluster:
         return None
 
     def answer_of(self, call: Any, timeout_s: float = CONTROLLER_TIMEOUT_S) -> Any:
+        """The end of such a call; raises as `ask_controller` says."""
         import ray
 
         try:
@@ -2806,17 +2806,17 @@ class RayCluster:
             _internal_kv_put("key", os.urandom(32), overwrite=False, namespace=KEYS)
         return _internal_kv_get("key", namespace=KEYS) or b""
 
-    def running(self, found: Iterable[ApplicationDetails]) -> dict[str, Running]:
+    def running(self, found: Collection[ApplicationDetails]) -> dict[str, Running]:
         """What this program knows about some applications of the cluster, by name."""
         from ray.experimental.internal_kv import _internal_kv_get
         from ray.serve.generated.serve_pb2 import DeploymentRoute
 
-        ask = partial(self.call_controller, "get_deployment_info")
-        asked = [(d, [ask(name, d.name) for name in d.deployments]) for d in found]
-        known = {}
-        for details, calls in asked:
+        known, calls = {}, defaultdict[str, list[Any]](list)
+        for app, name in [(item.name, name) for item in found for name in item.deployments]:
+            calls[app].append(self.call_controller("get_deployment_info", name, app))
+        for details in found:
             text, versions = _internal_kv_get(details.name, namespace=RECORDS), set()
-            for call in calls:
+            for call in calls[details.name]:
                 with contextlib.suppress(ApplicationError):  # it may have gone meanwhile
                     answer = self.answer_of(call)
                     versions.add(DeploymentRoute.FromString(answer).deployment_info.version)
@@ -4270,7 +4270,7 @@ class Session:
         pruned = {d.name: d for d in others if options.prune and self.is_chosen(d.name)}
         self.others = [d for d in others if d.name not in pruned]
         names = {*pruned, *(item.name for item in chosen)}
-        running = cluster.running(d for d in states.values() if d.name in names)
+        running = cluster.running([d for d in states.values() if d.name in names])
         if options.delete:
             return [deletion(item, running.get(item.name), "--delete") for item in chosen]
         staying = {name: d for name, d in states.items() if name not in pruned}
@@ -4304,8 +4304,7 @@ class Session:
         in_workers(actions, run, len(actions), self.terminal.show)
         if run.stop_code:
             raise Stopped
-        changing = [action for action in actions if action.submits]
-        demands = [demand for action in changing for demand in demands_at_once(action)]
+        demands = [d for action in actions if action.submits for d in demands_at_once(action)]
         return self.report(predict(demands, run.nodes))
 
     def report(self, plan: Plan | None = None, *, lost: bool = False) -> int:

@@ -644,12 +644,18 @@ def test_an_engine_that_was_disturbed_is_tried_again_alone() -> None:
     assert code(run) == 0
 
 
+RUNS_ALREADY = app.Action(
+    spec("b", SHARING), app.Change.UNCHANGED, "1", before=app.Running(state("b", "RUNNING"))
+)
+
+
 @pytest.mark.parametrize(
     ("others", "message", "submissions"),
     [
         pytest.param([create("b", SHARING)], DISTURBED, 2, id="once more"),
         pytest.param([], DISTURBED, 1, id="alone it was disturbed by somebody else"),
         pytest.param([create("b")], DISTURBED, 1, id="no other engine started"),
+        pytest.param([RUNS_ALREADY], DISTURBED, 1, id="the other one started long ago"),
         pytest.param([create("b", SHARING)], "ValueError: too long", 1, id="another failure"),
     ],
 )

@@ -24,7 +24,7 @@ NAMES = [
     *("Causes", "Ray", "Verify", "Deploy", "Report", "Command line"),
 ]
 
-CEILING = 4371  # to be 3300
+CEILING = 4370  # to be 3300
 MOST_OF_A_SECTION = 667  # to be 520; neither may grow
 MOST_OF_A_FUNCTION = 60
 
@@ -200,8 +200,9 @@ def test_there_is_much_that_may_move() -> None:
 CALLED = {
     call.args[0].value: len([arg for arg in call.args[1:] if not isinstance(arg, ast.Starred)])
     for call in walk(ast.Call)
-    if getattr(call.func, "attr", "") == "ask_controller" and isinstance(call.args[0], ast.Constant)
-} | {"get_deployment_info": 2}  # called as a `partial`
+    if getattr(call.func, "attr", "") in ("ask_controller", "call_controller")
+    and isinstance(call.args[0], ast.Constant)
+}
 """The methods that are called by name on the actor of Serve's controller: their arguments."""
 
 

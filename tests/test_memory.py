@@ -311,6 +311,18 @@ print("ANSWERS" + json.dumps(builder.memory(json.loads(sys.argv[1]))))
 """
 
 
+def in_a_process(script: str, argument: Any) -> subprocess.CompletedProcess[str]:
+    """What a script prints for an argument. vLLM makes a process group that lasts."""
+    return subprocess.run(
+        [sys.executable, "-c", script, json.dumps(argument)],
+        cwd=Path(app.__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
 @pytest.mark.engine
 def test_models_of_real_size_from_their_config_alone(tmp_path: Path) -> None:
     llms = []
@@ -338,15 +350,7 @@ def test_models_of_real_size_from_their_config_alone(tmp_path: Path) -> None:
         loading = {"model_id": name, "model_source": str(folder)}
         llms.append({"model_loading_config": loading, "engine_kwargs": engine})
     config = {"import_path": "ray.serve.llm:build_openai_app", "args": {"llm_configs": llms}}
-    # A process of its own, as vLLM makes a process group that lasts.
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(config)],
-        cwd=Path(app.__file__).parent,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+    done = in_a_process(SCRIPT, config)
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout.partition("ANSWERS")[2])
     falcon3, halves, hybrid, eager, long, *unknown = answers
@@ -405,14 +409,7 @@ def test_what_a_started_engine_says_of_too_small_a_cache(
     options: dict[str, Any] = {"model": str(folder), "load_format": "dummy", "dtype": "bfloat16"}
     options |= {"max_model_len": 4096, "enforce_eager": True}
     options["kv_cache_memory_bytes"] = kilobytes * 1000
-    done = subprocess.run(
-        [sys.executable, "-c", TOO_SMALL, json.dumps(options)],
-        cwd=Path(app.__file__).parent,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+    done = in_a_process(TOO_SMALL, options)
     answer = json.loads(done.stdout.partition("ASKED ")[2])
     found = app.read_demand(
         {"application": "a", "deployment": "D", "bundles": [], "memory": answer}
