@@ -911,8 +911,8 @@ def test_a_token(matrix: Matrix, tmp_path: Path) -> None:
         "refuses",
         "token",
     )
-    for result in (mine, refused):
-        assert not re.search(r"\.cc:\d+", said(result)), said(result)
+    # Ray's own one line of a refusal may stand above ours: who silenced it would silence Ctrl-C, too.
+    assert not re.search(r"\.cc:\d+", said(mine)), said(mine)
 
 
 @pytest.mark.serve
