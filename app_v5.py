@@ -53,10 +53,7 @@ import dataclasses
 import difflib
 import enum
 import fnmatch
-import functools
-import hashlib
 import hmac
-import importlib
 import io
 import itertools
 import json
@@ -74,8 +71,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
 from dataclasses import dataclass, field, replace
-from datetime import datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from urllib.parse import quote, quote_plus
@@ -165,18 +161,6 @@ class ConfigError(Exception):
     """The config or the command line is wrong and nothing was touched (exit code 2)."""
 
     problems: Problems
-
-
-@dataclass(frozen=True)
-class Document:
-    """A loaded YAML file: plain data, the place of every key and list item, the texts that no
-    output may show, and values with variables and how they are `written`."""
-
-    file: str
-    data: Config
-    places: Mapping[KeyPath, Place]
-    secrets: frozenset[str] = frozenset()
-    written: Mapping[KeyPath, tuple[Any, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -474,9 +458,7 @@ class Options:
     timeout: float = option(1800.0, "seconds for an application (1800; 0: for ever)", type=float)
     detailed_exitcode: bool = option(False, "with --plan: 5 when a run would change something")
     export: str | None = option(
-        None,
-        "print the config, exact shares and all, for others; litellm: what runs, as a model_list",
-        choices=("serve", "rayservice", "litellm"),
+        None, "print the config, exact shares and all, for others", choices=("serve", "rayservice")
     )
     gpu_memory: int = option(
         0, "size of a GPU that Ray does not know, as 80GiB, for the plan", type=parse_bytes
@@ -501,65 +483,47 @@ LLM_ARGS = ("llm_config", "prefill_config", "decode_config")
 """Builder arguments that hold one LLM each; `llm_configs` holds a list of them."""
 
 
-# -- text → document ---------------------------------------------------------------------------
-
-
-def load_document(file: str, environ: Mapping[str, str]) -> tuple[Document, Problems]:
-    """Read a config file into plain data, with the place of every key, and what is wrong in it.
-
-    Environment variables are filled in, and `llm_configs` entries that are paths are replaced by
-    what those files hold. Raises ConfigError for what makes all of the file unusable.
-    """
-    loader = DocumentLoader(environ)
-    data = loader.load(file, ())
-    check_top(file, data)
-    loader.inline_files(data)
-    secrets = frozenset(loader.secrets | secrets_in(data))
-    return Document(file, data, loader.places, secrets, loader.written), loader.problems
-
-
 def unusable(message: str, place: Place) -> ConfigError:
     return ConfigError([Problem((), message, place=place)])
 
 
-def read_file(file: str) -> bytes:
-    """A file's content. Raises ConfigError when it is no regular file of sane size."""
-    path, place = Path(file), (file, 0, 0)
-    try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise unusable(f"{size} bytes are more than the limit of {MAX_FILE_BYTES}", place)
-        if path.is_file():
-            return path.read_bytes()
-    except OSError as error:
-        raise unusable(f"can't be read: {error.strerror or error}", place) from None
-    raise unusable("this is no regular file", place)
+class Document:
+    """A YAML file as plain data, with the place of every key and list item, the texts that no
+    output may show, values with variables and how they are `written`, and what is wrong in it.
+    PyYAML alone takes the last of two equal keys, and has no limits."""
 
-
-class DocumentLoader:
-    """Turns YAML into plain data, and keeps where each key stands; PyYAML alone takes the last of
-    two equal keys, and has no limits."""
-
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        self.environ = environ
-        self.file = ""
+    def __init__(self, file: str, environ: Mapping[str, str]) -> None:
+        """Read a config file. Environment variables are filled in, and `llm_configs` entries that
+        are paths are replaced by what those files hold. Raises ConfigError for what makes all of
+        the file unusable."""
+        self.file, self.environ = file, environ
         self.yaml = yaml.SafeLoader("")
         self.places: dict[KeyPath, Place] = {}
-        self.secrets: set[str] = set()
+        self.secrets: frozenset[str] = frozenset()
         self.written: dict[KeyPath, tuple[Any, str]] = {}
         self.problems: Problems = []
         self.values = 0
+        self.data: Config = self.load(file, ())
+        check_top(file, self.data)
+        self.inline_files()
+        self.secrets |= secrets_in(self.data)
 
     def load(self, file: str, path: KeyPath) -> Any:
         """A file's data, None when there is none. Raises ConfigError when all of it is unusable."""
-        content, self.file = read_file(file), file
-        self.places[path] = (file, 1, 1)
+        self.source, self.places[path], place = file, (file, 1, 1), (file, 0, 0)
         try:
-            node = yaml.compose(self.config_text(content), Loader=yaml.SafeLoader)
+            size = Path(file).stat().st_size
+            if size > MAX_FILE_BYTES:
+                raise unusable(f"{size} bytes are more than the limit of {MAX_FILE_BYTES}", place)
+            if not Path(file).is_file():
+                raise unusable("this is no regular file", place)
+            node = yaml.compose(self.config_text(Path(file).read_bytes()), Loader=yaml.SafeLoader)
             if node is None:
                 return None
             self.walk(node, path)
-            return unshared(self.yaml.construct_document(node))
+            return copied(self.yaml.construct_document(node))
+        except OSError as error:
+            raise unusable(f"can't be read: {error.strerror or error}", place) from None
         except yaml.MarkedYAMLError as error:
             # Without the line itself, since a secret may stand in it.
             mark = error.context_mark
@@ -570,10 +534,10 @@ class DocumentLoader:
             raise unusable(message, self.place(error.problem_mark)) from None
         except yaml.reader.ReaderError as error:
             message = f"not YAML in UTF-8: byte {error.position}: {first_line(str(error))}"
-            raise unusable(message, (file, 0, 0)) from None
+            raise unusable(message, place) from None
         except RecursionError:
             most = f"more than {MAX_DEPTH} levels, or {MAX_VALUES} values"
-            raise unusable(f"excessive nesting or aliasing: {most}", (file, 0, 0)) from None
+            raise unusable(f"excessive nesting or aliasing: {most}", place) from None
 
     def config_text(self, content: bytes) -> bytes | str:
         """A file's content, or where there is a RayService in it the config of that, which keeps
@@ -583,7 +547,7 @@ class DocumentLoader:
         if not found:
             return content
         line = text.count("\n", 0, found[0].start()) + 1
-        place = (self.file, line, len(found[0][1]) + 1)
+        place = (self.source, line, len(found[0][1]) + 1)
         if len(found) > 1:
             raise unusable("there are several RayServices: keep one of them", place)
         said = "of this manifest serveConfigV2 counts here, and nothing of its cluster"
@@ -591,7 +555,7 @@ class DocumentLoader:
         return "\n" * line + found[0][2]
 
     def place(self, mark: yaml.Mark | None) -> Place:
-        return (self.file, mark.line + 1, mark.column + 1) if mark else (self.file, 0, 0)
+        return (self.source, mark.line + 1, mark.column + 1) if mark else (self.source, 0, 0)
 
     def walk(self, node: yaml.Node, path: KeyPath) -> None:
         """Note the places of what lies in a node, fill in variables, and look for what YAML lets
@@ -653,13 +617,13 @@ class DocumentLoader:
             self.problems.append(Problem(path, message, hint, place=place))
         elif name in self.environ and tag_of(text) == TEXT_TAG:
             # Not a number, nor a `true`: those would be hidden wherever else they stand.
-            self.secrets.add(text)
+            self.secrets |= {text}
         return text or ""
 
-    def inline_files(self, data: Config) -> None:
+    def inline_files(self) -> None:
         """Replace the paths among the LLMs of Ray's builders by what the files hold."""
         folders = list(dict.fromkeys([Path(self.file).absolute().parent, Path.cwd()]))
-        for path, llm, holder in llm_places(data):
+        for path, llm, holder in llm_places(self.data):
             if not isinstance(llm, str):
                 continue
             found = None
@@ -711,10 +675,9 @@ def first_line(text: str) -> str:
 
 def read_json(text: str) -> Config:
     """A JSON object; empty for anything else."""
-    try:
+    with contextlib.suppress(ValueError):
         return as_dict(json.loads(text))
-    except ValueError:
-        return {}
+    return {}
 
 
 def as_list(value: Any) -> list[Any]:
@@ -767,7 +730,7 @@ def secrets_in(value: Any, key: str = "") -> set[str]:
     return {value} if is_text and named else set()
 
 
-@functools.lru_cache
+@cache
 def spellings(secrets: frozenset[str]) -> list[str]:
     """Secrets, and their single lines, as others may have written them; the longest first."""
     # What prints a text of several lines may put something before each.
@@ -792,12 +755,13 @@ def redact(text: str, secrets: frozenset[str]) -> str:
     return URL_SECRETS.sub(lambda match: (match[1] or "") + HIDDEN, text)
 
 
-def map_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """A copy of plain data with each text changed, and keys as JSON has them: all are texts."""
+def copied(value: Any, change: Callable[[str], str] = str) -> Any:
+    """A copy of plain data in which no two places hold the same object (`copy.deepcopy` keeps
+    them), with each text changed, and keys as JSON has them: all are texts."""
     if isinstance(value, Mapping):
-        return {json_key(key): map_texts(item, change) for key, item in value.items()}
+        return {json_key(key): copied(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [map_texts(item, change) for item in value]
+        return [copied(item, change) for item in value]
     return change(value) if isinstance(value, str) else value
 
 
@@ -805,21 +769,14 @@ def json_key(key: Any) -> str:
     return json.dumps(key) if key is None or isinstance(key, bool) else str(key)
 
 
-def unshared(value: Any) -> Any:
-    """A deep copy in which no two places hold the same object (`copy.deepcopy` keeps them)."""
-    return map_texts(value, str)
-
-
 def fingerprint(text: str, key: bytes) -> str:
     """16 hexadecimal digits; who has not the key can't guess a weak text from it."""
-    return hmac.new(key, text.encode(errors="replace"), hashlib.sha256).hexdigest()[:16]
+    return hmac.new(key, text.encode(errors="replace"), "sha256").hexdigest()[:16]
 
 
 # ======================================================================================
 # 4. Check: document → problems
 # ======================================================================================
-#
-# Which keys there are is read from the sources of Ray's own schemas, without importing Ray.
 
 SCHEMA_SOURCES = (
     ("ray", "serve/schema.py"),
@@ -881,7 +838,7 @@ Rule = tuple[str, Callable[[Any], bool]]
 """What a value has to be, as in "5 is not ...", and whether it is that."""
 
 
-@functools.cache
+@cache
 def known_schemas() -> dict[str, dict[str, str]]:
     """The installed Ray's and vLLM's schemas, from their source (0.1 s): their fields, and the
     schemas of those, or "". What was not found is not in it, and is not checked."""
@@ -912,9 +869,6 @@ def fields_of(schema: str, nodes: Mapping[str, ast.ClassDef]) -> dict[str, str]:
             named = re.findall(r"\w+", ast.unparse(item.annotation))
             fields[item.target.id] = next((name for name in named if name in nodes), "")
     return fields
-
-
-# -- document → problems -------------------------------------------------------------------------
 
 
 def number(needed: str, least: float, most: float = 1e18, step: float = 0) -> Rule:
@@ -1054,12 +1008,11 @@ def deployment_options(data: Config) -> Iterator[tuple[KeyPath, Config]]:
 
 def located(document: Document, problems: Problems) -> Problems:
     """Problems with the place of the nearest key that stands in a file, in the order of those."""
-    found = []
-    for problem in problems:
-        nearest = (problem.path[:length] for length in range(len(problem.path), -1, -1))
-        places = filter(None, map(document.places.get, nearest))
-        place = problem.place or next(places, (document.file, 1, 1))
-        found.append(replace(problem, place=place))
+
+    def place_of(path: KeyPath) -> Place:
+        return document.places.get(path) or place_of(path[:-1])
+
+    found = [replace(problem, place=problem.place or place_of(problem.path)) for problem in problems]
     return sorted(dict.fromkeys(found), key=lambda problem: problem.place or ("", 0, 0))
 
 
@@ -1086,13 +1039,13 @@ STEPS = 10_000
 """Ray counts resources in steps of 1/10000."""
 
 
-def read_applications(document: Document) -> tuple[tuple[ApplicationSpec, ...], Problems]:
+def read_applications(data: Config) -> tuple[tuple[ApplicationSpec, ...], Problems]:
     """The applications of a checked document, normalised, with what there is to say about them.
 
     Short resource keys go into `ray_actor_options`, and each LLM's engine is fitted to the share
-    that its deployment declares. The document is not changed.
+    that its deployment declares. The data is not changed.
     """
-    data, problems, specs = unshared(document.data), Problems(), []
+    data, problems, specs = copied(data), Problems(), []
     models: dict[Any, list[ModelSpec]] = defaultdict(list)
     for path, llm, _ in llm_places(data):
         application = data["applications"][path[1]]
@@ -1102,13 +1055,9 @@ def read_applications(document: Document) -> tuple[tuple[ApplicationSpec, ...], 
             problems += move_short_keys(options, (*path, "deployment_config"))
             problems += fit_engine(llm, path, as_dict(application.get("runtime_env")))
             models[path[1]].append(describe_model(llm))
-    for index, config in enumerate(as_list(data["applications"])):
-        path = ("applications", index)
-        for number, override in enumerate(as_list(config.get("deployments"))):
-            problems += move_short_keys(as_dict(override), (*path, "deployments", number))
-        args, ingress = as_dict(config.get("args")), "ingress_deployment_config"
-        if is_rays_builder(config):
-            problems += move_short_keys(as_dict(args.get(ingress)), (*path, "args", ingress))
+    for path, options in deployment_options(data):
+        problems += move_short_keys(options, path)  # an LLM's a second time, which changes nothing
+    for index, config in enumerate(data["applications"]):
         if config.get("logging_config") is None and data.get("logging_config"):
             config["logging_config"] = data["logging_config"]
         name = config.setdefault("name", "default")  # as in Ray's schema
@@ -2064,7 +2013,7 @@ def decide(
         return hidden if redact(text, secrets) != text or hidden in hidden_before else text
 
     # As JSON gives it back: a key that is a number is a text then.
-    kept = json.loads(json.dumps(map_texts(application.config, hide), default=str))
+    kept = json.loads(json.dumps(copied(application.config, hide), default=str))
     names = [entry["name"] for entry in as_list(application.config.get("deployments"))]
     rows = zip(names, as_list(kept.get("deployments")), strict=True)  # a name may look secret
     kept["deployments"] = {name: row for name, row in rows if row.pop("name")}
@@ -2086,7 +2035,7 @@ def decide(
     }
     action.reasons = tuple(text for text, is_so in found.items() if is_so)
     if record and not action.reasons:
-        apply_edits(action, map_texts(record.config, hide), record.version, status)
+        apply_edits(action, copied(record.config, hide), record.version, status)
     return action
 
 
@@ -2552,7 +2501,7 @@ def schema_problems(validate: Callable[..., object], path: KeyPath, data: Any) -
     from pydantic import ValidationError
 
     try:
-        validate(unshared(data))
+        validate(copied(data))
     except ValidationError as error:
         for row in error.errors():
             keys, value = path, data
@@ -2850,9 +2799,9 @@ class RayCluster:
         taken: dict[str, str] = {}
         for job in itertools.takewhile(lambda job: job.job_id.hex() != me, jobs):
             claimed = [] if job.is_dead else json.loads(job.config.metadata.get(CLAIMS) or "[]")
-            since = datetime.fromtimestamp(job.start_time / 1000)
+            since = time.strftime("%F %T", time.localtime(job.start_time / 1000))
             host = job.driver_address.ip_address
-            who = f"process {job.driver_pid} on {host}, since {since:%F %T}"
+            who = f"process {job.driver_pid} on {host}, since {since}"
             taken = dict.fromkeys(claimed, who) | taken  # the first of several is the one at work
         return {name: taken[name] for name in names if name in taken}
 
@@ -3971,18 +3920,6 @@ def export_config(document: Document, apps: Sequence[ApplicationSpec]) -> tuple[
     return comments + yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100), names
 
 
-def export_models(applications: Sequence[ApplicationSpec], base_url: str) -> str:
-    """The models of these applications, as the `model_list` of a LiteLLM gateway."""
-    rows = []
-    for application in applications:
-        address, _ = endpoints(application, base_url)
-        for model in application.models if address else ():
-            where = {"api_base": f"{address.rstrip('/')}/v1", "api_key": "none"}
-            params = {"model": f"openai/{model.model_id}", **where}
-            rows.append({"model_name": model.model_id, "litellm_params": params})
-    return yaml.safe_dump({"model_list": rows}, sort_keys=False)
-
-
 class Terminal(io.TextIOBase):
     """The one place that writes: progress and messages to stderr, the report to stdout. What others
     print, Ray for one its workers' lines, they write to this: so nobody shows a secret."""
@@ -4063,7 +4000,7 @@ class Terminal(io.TextIOBase):
     def report(self, report: Report, options: Options) -> None:
         """The plan or the summary, or its JSON, to stdout; tracebacks where `--logs` asks."""
         if options.json:
-            text = json.dumps(map_texts(report_json(report), self.redact), indent=2)
+            text = json.dumps(copied(report_json(report), self.redact), indent=2)
         else:
             lines = format_plan(report) if report.plan else format_summary(report)
             text = self.redact("\n".join(lines))
@@ -4103,16 +4040,16 @@ def parse_options(argv: Sequence[str] | None) -> Options:
 
 
 def check_config(
-    document: Document, problems: Problems, check_values: Callable[..., Problems]
+    document: Document, check_values: Callable[..., Problems]
 ) -> tuple[tuple[ApplicationSpec, ...], Problems]:
     """The applications of a loaded document, and what is wrong with it: first its keys, and once
     those are in order the values, which takes Ray's schemas."""
-    said = {problem.path for problem in problems}
+    said = {problem.path for problem in document.problems}
     found = check_keys(document.data, TOP, ())
-    problems = problems + [problem for problem in found if problem.path not in said]
+    problems = document.problems + [problem for problem in found if problem.path not in said]
     if not all(problem.warning for problem in problems):
         return (), located(document, problems)
-    applications, found = read_applications(document)
+    applications, found = read_applications(document.data)
     problems += found
     if all(problem.warning for problem in problems):
         problems += check_values(document, applications)
@@ -4201,9 +4138,9 @@ class Session:
 
     def load(self) -> tuple[ApplicationSpec, ...]:
         """The config's applications; warnings go to the terminal. Raises ConfigError."""
-        self.document, problems = load_document(self.options.config, os.environ)
+        self.document = Document(self.options.config, os.environ)
         self.terminal.secrets = self.document.secrets
-        applications, problems = check_config(self.document, problems, self.cluster.check_values)
+        applications, problems = check_config(self.document, self.cluster.check_values)
         if not all(problem.warning for problem in problems):
             raise ConfigError(problems)
         self.say_problems(problems)
@@ -4215,24 +4152,15 @@ class Session:
         return applications
 
     def export(self, applications: Sequence[ApplicationSpec]) -> int:
-        """Print a config for others. Only that of a gateway asks the cluster, and with --address
-        what engines have measured there."""
-        options, cluster = self.options, self.cluster
-        if options.address or options.export == "litellm":
-            cluster.connect(options.address)
-        if options.export == "litellm":
-            states = cluster.states().values()
-            running = {details.name for details in states if details.status == "RUNNING"}
-            found = [item for item in applications if item.name in running]
-            text = export_models(found, cluster.endpoint())
-        else:
-            if options.address:
-                self.pin_caches(applications)
-            text, names = export_config(self.document, applications)
-            if names:
-                self.say(f"⚠️  {', '.join(names)}: to be filled in, Ray does not do it")
-        if options.export == "rayservice":
-            name = re.sub(r"[^a-z0-9]+", "-", Path(options.config).stem.lower()).strip("-")
+        """Print the config for others; with --address it has what engines have measured there."""
+        if self.options.address:
+            self.cluster.connect(self.options.address)
+            self.pin_caches(applications)
+        text, names = export_config(self.document, applications)
+        if names:
+            self.say(f"⚠️  {', '.join(names)}: to be filled in, Ray does not do it")
+        if self.options.export == "rayservice":
+            name = re.sub(r"[^a-z0-9]+", "-", Path(self.options.config).stem.lower()).strip("-")
             text = MANIFEST.format(name=name or "llms", config=textwrap.indent(text, "    "))
         self.terminal.output(text.rstrip("\n"))
         return EXIT_OK

@@ -614,8 +614,8 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def load(text: str | bytes, environ: dict[str, str] | None = None) -> app.Document:
     Path("config.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
-    document, problems = app.load_document("config.yaml", environ or {})
-    assert problems == []
+    document = app.Document("config.yaml", environ or {})
+    assert document.problems == []
     return document
 
 
@@ -626,8 +626,8 @@ def problems(text: str | bytes, environ: dict[str, str] | None = None) -> list[s
     """All that the program says about a config, without the file's name."""
     Path("config.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     try:
-        document, found = app.load_document("config.yaml", environ or {})
-        _, found = app.check_config(document, found, CHECK_VALUES)
+        document = app.Document("config.yaml", environ or {})
+        _, found = app.check_config(document, CHECK_VALUES)
     except app.ConfigError as error:
         found = error.problems
     return [app.format_problem(problem).removeprefix("config.yaml") for problem in found]
@@ -673,7 +673,7 @@ def test_what_is_wrong_is_said_with_its_place_and_exit_code_2(
 )
 def test_a_file_that_is_none(arguments: list[str], message: str) -> None:
     with pytest.raises(app.ConfigError) as error:
-        app.load_document(arguments[0], {})
+        app.Document(arguments[0], {})
     assert [app.format_problem(problem) for problem in error.value.problems] == [message]
 
 
@@ -681,7 +681,7 @@ def test_a_huge_file_is_not_read() -> None:
     with Path("config.yaml").open("wb") as file:
         file.truncate(50 * 1024 * 1024)
     with pytest.raises(app.ConfigError, match="52428800 bytes are more than the limit of 2097152"):
-        app.load_document("config.yaml", {})
+        app.Document("config.yaml", {})
 
 
 @pytest.mark.parametrize(
@@ -743,8 +743,8 @@ def test_a_wrong_command_line_ends_with_2(arguments: list[str], message: str) ->
 
 @pytest.mark.parametrize("name", ["multi_model_config.yaml", "test_single_model.yaml"])
 def test_the_ready_made_configs_are_right(name: str) -> None:
-    document, found = app.load_document(str(ROOT / name), {})
-    applications, found = app.check_config(document, found, CHECK_VALUES)
+    document = app.Document(str(ROOT / name), {})
+    applications, found = app.check_config(document, CHECK_VALUES)
     assert found == []
     for application in applications:
         (llm,) = application.config["args"]["llm_configs"]
@@ -1085,8 +1085,8 @@ def test_variables_are_filled_in(written: str, value: Any, monkeypatch: pytest.M
     for name, filled in {"SHARE": "0.45", "WORD": "word"}.items():
         monkeypatch.setenv(name, filled)
     Path("config.yaml").write_text(text)
-    document, found = app.load_document("config.yaml", os.environ)
-    assert (found, document.data["applications"][0]["args"]["x"]) == ([], value)
+    document = app.Document("config.yaml", os.environ)
+    assert (document.problems, document.data["applications"][0]["args"]["x"]) == ([], value)
 
 
 @pytest.mark.parametrize(
@@ -1171,7 +1171,7 @@ def test_secrets_are_what_comes_from_variables_and_what_keys_name() -> None:
 def test_values_are_redacted_before_they_become_json() -> None:
     hide = partial(app.redact, secrets=frozenset({'a"b', "true"}))
     report = {"submitted": True, "cause": 'a"b is true', "rows": ('a"b', 1, None)}
-    assert json.loads(json.dumps(app.map_texts(report, hide))) == {
+    assert json.loads(json.dumps(app.copied(report, hide))) == {
         "submitted": True,
         "cause": "*** is ***",
         "rows": ["***", 1, None],
@@ -1484,8 +1484,8 @@ MAP = "apiVersion: v1\nkind: ConfigMap\ndata: {a: b}\n"
 def test_a_manifests_problems_stand_where_they_are_in_it(text: str, tmp_path: Path) -> None:
     file = tmp_path / "service.yaml"
     file.write_text(text)
-    document, problems = app.load_document(str(file), {})
-    [warning] = problems
+    document = app.Document(str(file), {})
+    [warning] = document.problems
     assert (warning.warning, warning.place) == (True, (str(file), 6, 3))
     assert document.data["applications"][0]["import_path"] == "m:a"
     [problem] = app.located(document, app.check_keys(document.data, app.TOP, ()))
@@ -1496,7 +1496,7 @@ def test_a_manifests_problems_stand_where_they_are_in_it(text: str, tmp_path: Pa
 def test_a_manifest_after_others_is_the_config(tmp_path: Path) -> None:
     file = tmp_path / "all.yaml"
     file.write_text(f"{MAP}---\n{SERVICE}".replace("rout_prefix", "route_prefix"))
-    document, _ = app.load_document(str(file), {})
+    document = app.Document(str(file), {})
     assert app.check_keys(document.data, app.TOP, ()) == []
     assert document.places["applications", 0, "name"] == (str(file), 12, 9)
 
@@ -1520,7 +1520,7 @@ def test_manifests_that_are_no_config(text: str, said: str, line: int, tmp_path:
     file = tmp_path / "service.yaml"
     file.write_text(text)
     with pytest.raises(app.ConfigError) as error:
-        app.load_document(str(file), {})
+        app.Document(str(file), {})
     [problem] = error.value.problems
     assert said in app.format_problem(problem)
     assert problem.place

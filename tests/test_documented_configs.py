@@ -256,8 +256,8 @@ def test_a_foreign_builder_takes_what_it_likes(name: str) -> None:
 def loaded(text: str) -> list[app.Config]:
     """A config's applications as the program would deploy them."""
     Path("config.yaml").write_text(text)
-    document, _ = app.load_document("config.yaml", {})
-    applications, _ = app.read_applications(document)
+    document = app.Document("config.yaml", {})
+    applications, _ = app.read_applications(document.data)
     return [application.config for application in applications]
 
 

@@ -201,5 +201,3 @@ def test_a_plain_config_reserves_the_same_without_this_program(
         assert isinstance(chat(f"http://localhost:{http_port}/{name}", name), str)
     planned = run_app_v5(config, "--plan", head=gpu_serve_head)
     assert planned.stdout.count("RESTART because it was deployed by `serve deploy`") == 2
-    listed = run_app_v5(config, "--export", "litellm", head=gpu_serve_head)
-    assert f"api_base: http://localhost:{http_port}/falcon3/v1" in listed.stdout

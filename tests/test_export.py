@@ -151,24 +151,12 @@ class Gateway(app.RayCluster):
         return "http://localhost:8000"
 
 
-def test_a_gateways_models_are_those_that_run() -> None:
-    model = app.ModelSpec("org/m", "/m", "m")
-    out = io.StringIO()
-    options = app.Options("c", export="litellm")
-    made = app.Session(options, Gateway(options), out, io.StringIO())
-    apps = [app.ApplicationSpec(i, n, f"/{n}", {}, (model,)) for i, n in enumerate("abc")]
-    assert made.export(apps) == 0
-    rows = yaml.safe_load(out.getvalue())
-    params = {"model": "openai/org/m", "api_base": "http://localhost:8000/a/v1", "api_key": "none"}
-    assert rows == {"model_list": [{"model_name": "org/m", "litellm_params": params}]}
-
-
 @pytest.mark.parametrize("edited", [False, True])
 def test_what_engines_have_suggested_is_written(config: Path, edited: bool) -> None:
     """That of a cluster, where its address is given and the config is what runs there."""
     options = app.parse_options([str(config), "--export", "serve", "--address", "head:6379"])
-    document, problems = app.load_document(str(config), os.environ)
-    [one, _], _ = app.check_config(document, problems, lambda *_: [])
+    document = app.Document(str(config), os.environ)
+    [one, _], _ = app.check_config(document, lambda *_: [])
     action = app.decide(one, None, options, document.secrets, b"key")
     [first, second] = (f"LLMServer:{model.deployment_name}" for model in one.models)
     demands = [

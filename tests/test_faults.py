@@ -911,7 +911,7 @@ def test_a_token(matrix: Matrix, tmp_path: Path) -> None:
         "refuses",
         "token",
     )
-    # Ray's own one line of a refusal may stand above ours: who silenced it would silence Ctrl-C, too.
+    # Of a refusal Ray's own line may stand above ours: to silence it would silence Ctrl-C, too.
     assert not re.search(r"\.cc:\d+", said(mine)), said(mine)
 
 

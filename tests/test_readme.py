@@ -201,10 +201,9 @@ def test_the_configs_are_right(text: str, tmp_path: Path) -> None:
         config = {"applications": [{"import_path": "ray.serve.llm:build_openai_app", "args": args}]}
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(config))
-    document, problems = app.load_document(str(file), {})
-    applications, problems = app.check_config(
-        document, problems, app.RayCluster(app.Options("")).check_values
-    )
+    document = app.Document(str(file), {})
+    check_values = app.RayCluster(app.Options("")).check_values
+    applications, problems = app.check_config(document, check_values)
     assert problems == []
     assert applications[0].models[0].promised["GPU"] == 0.45
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -371,6 +372,19 @@ def test_json_has_the_same_facts() -> None:
     assert (bad["submitted"], bad["attempts"]) == (True, 1)
     perhaps = app.action_json(failed(sent="perhaps"), replace(report(), base_url=None))
     assert (perhaps["submitted"], perhaps["base_url"]) == (None, None)
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
+def test_the_readmes_jq_makes_a_gateways_list_of_what_runs() -> None:
+    document = json.dumps(app.report_json(report(running(), failed(), code=1)))
+    [program] = re.findall(r"jq '(\{model_list.*?)'", (ROOT / "README.md").read_text(), re.DOTALL)
+    made = subprocess.run(
+        ["jq", program], input=document, capture_output=True, text=True, check=True
+    )
+    url = "http://localhost:8000/falcon3-1b/v1"
+    params = {"model": f"openai/{FALCON3[1]}", "api_base": url, "api_key": "none"}
+    row = {"model_name": FALCON3[1], "litellm_params": params}
+    assert json.loads(made.stdout) == {"model_list": [row]}
 
 
 def test_json_of_a_plan_has_its_packing_and_what_does_not_fit() -> None:

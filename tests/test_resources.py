@@ -32,7 +32,7 @@ def application(*llms: Config, **keys: Any) -> Config:
 
 def read(config: Config) -> tuple[app.ApplicationSpec, list[str]]:
     """An application, normalised, and what was found."""
-    (spec,), found = app.read_applications(app.Document("f", {"applications": [config]}, {}))
+    (spec,), found = app.read_applications({"applications": [config]})
     return spec, [problem.message for problem in found]
 
 

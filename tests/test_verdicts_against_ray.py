@@ -106,7 +106,7 @@ def serve_says(data: Any) -> tuple[str, str]:
 
     def validate() -> None:
         nonlocal schema
-        schema = ServeDeploySchema.model_validate(app.unshared(data))
+        schema = ServeDeploySchema.model_validate(app.copied(data))
         for application in schema.applications:
             validate_route_prefix(application.route_prefix)
 
@@ -140,7 +140,7 @@ def builders_say(builders: Builders, applications: list[Any]) -> str:
         path = str(application.get("import_path"))
         if path.startswith("ray.serve.llm"):
             builder = builders.get(path.removeprefix("ray.serve.llm")[1:])
-            args = app.unshared(application.get("args", {}))
+            args = app.copied(application.get("args", {}))
             said = refusal(functools.partial(builder, args)) if builder else "no such builder"
             if said:
                 return said
@@ -149,7 +149,7 @@ def builders_say(builders: Builders, applications: list[Any]) -> str:
 
 def as_builders_get_them(data: app.Config) -> list[Any]:
     """The applications with short keys moved, and nothing else done to them."""
-    data = app.unshared(data)
+    data = app.copied(data)
     with contextlib.suppress(Exception):  # the shapes may be any
         for _, llm, _ in app.llm_places(data):
             options = copy.deepcopy(llm["deployment_config"])
@@ -163,8 +163,8 @@ def our_verdict(text: str) -> tuple[list[str], list[Any]]:
     Path("config.yaml").write_text(text)
     applications: tuple[app.ApplicationSpec, ...] = ()
     try:
-        document, found = app.load_document("config.yaml", {})
-        applications, found = app.check_config(document, found, CHECK_VALUES)
+        document = app.Document("config.yaml", {})
+        applications, found = app.check_config(document, CHECK_VALUES)
     except app.ConfigError as error:
         found = error.problems
     errors = [app.format_problem(problem) for problem in found if not problem.warning]
@@ -441,7 +441,7 @@ SHORT = f"{MODEL}      deployment_config: {{cpus: 1, gpus: 0.45, num_replicas: 2
 TEXTS = {**DOCUMENTED, **{f"accepted {number}": text for number, text in enumerate(VALID)}}
 TEXTS |= {"short keys": SHORT, "builders of others": OF_OTHERS}
 TEXTS |= {file.name: file.read_text() for file in sorted(ROOT.glob("*.yaml"))}
-SEEDS = {name: app.unshared(yaml.safe_load(t.removeprefix("\ufeff"))) for name, t in TEXTS.items()}
+SEEDS = {name: app.copied(yaml.safe_load(t.removeprefix("\ufeff"))) for name, t in TEXTS.items()}
 
 Path_ = tuple[Any, ...]
 HUGE = 2**70
