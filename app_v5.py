@@ -47,11 +47,9 @@ if __name__ == "__main__":
 
 import argparse
 import ast
-import bisect
 import contextlib
 import dataclasses
 import difflib
-import enum
 import fnmatch
 import hmac
 import io
@@ -68,12 +66,11 @@ import time
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import wait as wait_for_futures
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TextIO
 from urllib.parse import quote, quote_plus
 
 import yaml
@@ -198,14 +195,12 @@ class Card:
 
 @dataclass(frozen=True)
 class Node:
-    """One live node. `free_gpus` are the free shares of its single GPUs (a guess where Ray does not
-    tell); `holders` are ("application/deployment", what it holds there); `cards` are its GPUs where
-    their size is known."""
+    """One live node. `holders` are ("application/deployment", what it holds there), `cards` its
+    GPUs where their size is known."""
 
     name: str
     total: Resources
     free: Resources
-    free_gpus: tuple[float, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
     holders: tuple[tuple[str, Resources], ...] = ()
     cards: tuple[Card, ...] = ()
@@ -258,8 +253,7 @@ class Demand:
     @property
     def reserved(self) -> Resources:
         """What one replica reserves in all its bundles."""
-        names = dict.fromkeys(name for bundle in self.bundles for name in bundle)
-        return {name: sum(bundle.get(name, 0.0) for bundle in self.bundles) for name in names}
+        return dict(sum((Counter(bundle) for bundle in self.bundles), Counter[str]()))
 
 
 @dataclass(frozen=True)
@@ -329,34 +323,19 @@ class Proof:
     unverified: str = ""
 
 
-class Change(enum.Enum):
-    """What a run does to what runs under an application's name."""
+Change = Literal["create", "unchanged", "in place", "RESTART", "delete"]
+"""What a run does to what runs under an application's name."""
 
-    CREATE = "create"
-    UNCHANGED = "unchanged"
-    IN_PLACE = "in place"
-    RESTART = "RESTART"
-    DELETE = "delete"
-
-
-class Result(enum.Enum):
-    """How that ended."""
-
-    RUNNING = "RUNNING"
-    DELETED = "DELETED"
-    FAILED = "FAILED"
-    STILL_DEPLOYING = "STILL DEPLOYING"
-    UNKNOWN = "UNKNOWN"
-    INTERRUPTED = "INTERRUPTED"
+Result = Literal["RUNNING", "DELETED", "FAILED", "STILL DEPLOYING", "UNKNOWN", "INTERRUPTED"]
+"""How that ended."""
 
 
 @dataclass
 class Action:
     """What a run does with one application, and what comes of it; only its worker changes that.
 
-    Serve compares `version` for itself. `restarting` names the deployments that get new replicas,
-    None when all of them do; `surge` starts those before the old ones stop. `kept` is what will be
-    remembered of its config.
+    Serve compares `version` for itself. `restarting` names the deployments that get new replicas;
+    `surge` starts those before the old ones stop. `kept` is what will be remembered of its config.
 
     Times are the run's clock, in seconds. `words` and `detail` say what the application does now.
     `sent` is "yes" once Serve has it, "perhaps" while it is being handed over. `disturbed`: by
@@ -367,7 +346,7 @@ class Action:
     change: Change
     version: str = ""
     reasons: tuple[str, ...] = ()
-    restarting: frozenset[str] | None = None
+    restarting: frozenset[str] = frozenset()
     surge: bool = False
     before: Running | None = None
     kept: Config = field(default_factory=dict)
@@ -397,7 +376,7 @@ class Action:
     @property
     def submits(self) -> bool:
         """Whether the application has to be built and submitted."""
-        return self.change not in (Change.UNCHANGED, Change.DELETE)
+        return self.change not in ("unchanged", "delete")
 
     def seconds(self, now: float = 0.0) -> float:
         """From its turn to its end, or until now."""
@@ -413,11 +392,7 @@ class Unreachable(Exception):
 
 
 class ClusterError(Exception):
-    """No cluster, or it was lost (exit code 3)."""
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint
+    """No cluster, or it was lost (exit code 3); a hint stands in a second line."""
 
 
 class Stopped(Exception):
@@ -502,9 +477,13 @@ class Document:
         self.secrets: frozenset[str] = frozenset()
         self.written: dict[KeyPath, tuple[Any, str]] = {}
         self.problems: Problems = []
-        self.values = 0
+        self.values, self.at = 0, (file, 0, 0)
         self.data: Config = self.load(file, ())
-        check_top(file, self.data)
+        if "applications" not in as_dict(self.data):
+            what = (
+                "`applications` (what has the old form is one item of it), or a RayService with it"
+            )
+            raise unusable(f"expected a mapping with {what} in `serveConfigV2: |`", (file, 1, 1))
         self.inline_files()
         self.secrets |= secrets_in(self.data)
 
@@ -538,6 +517,8 @@ class Document:
         except RecursionError:
             most = f"more than {MAX_DEPTH} levels, or {MAX_VALUES} values"
             raise unusable(f"excessive nesting or aliasing: {most}", place) from None
+        except (ValueError, KeyError, AttributeError) as error:
+            raise unusable(f"a value can't be read: {error}", self.at) from None
 
     def config_text(self, content: bytes) -> bytes | str:
         """A file's content, or where there is a RayService in it the config of that, which keeps
@@ -558,13 +539,24 @@ class Document:
         return (self.source, mark.line + 1, mark.column + 1) if mark else (self.source, 0, 0)
 
     def walk(self, node: yaml.Node, path: KeyPath) -> None:
-        """Note the places of what lies in a node, fill in variables, and look for what YAML lets
-        through. Raises ConfigError and RecursionError."""
+        """Note the places of what lies in a node, fill in environment variables, once for all
+        aliases (what is unquoted gets its type anew), and look for what YAML lets through. Raises
+        RecursionError, and what reading a value raises."""
         self.values += 1
         if self.values > MAX_VALUES or len(path) > MAX_DEPTH:
             raise RecursionError
+        self.at = self.place(node.start_mark)
         if isinstance(node, yaml.ScalarNode):
-            self.fill(node, path)
+            is_new, written = node not in self.yaml.constructed_objects, node.value
+            if is_new and "${" in written and node.tag == TEXT_TAG:
+                text_of = partial(self.variable, path=path)
+                node.value = VARIABLE.sub(text_of, written)
+                node.tag = tag_of(node.value) if node.style is None else node.tag
+                # A config for others keeps what the environment has; no tool fills in defaults.
+                names = {name: f"${{{name}}}" for name in self.environ}
+                stays = VARIABLE.sub(lambda m: names.get(m["name"]) or text_of(m), written)
+                self.written[path] = self.yaml.construct_object(node), stays
+            self.yaml.construct_object(node)
         elif isinstance(node, yaml.SequenceNode):
             for index, item in enumerate(node.value):
                 self.places[(*path, index)] = self.place(item.start_mark)
@@ -576,37 +568,15 @@ class Document:
                 self.walk(value, path)
                 continue
             key, place = (key_node.tag, str(key_node.value)), self.place(key_node.start_mark)
-            here = (*path, key[1])
-            self.construct(key_node, place)
+            here, self.at = (*path, key[1]), place
+            self.yaml.construct_object(key_node)
             if key in given:
                 message = f"is given twice, in line {given[key]} and in line {place[1]}"
                 self.problems.append(Problem(here, message, "keep one of them", place=place))
             given[key], self.places[here] = place[1], place
             self.walk(value, here)
 
-    def fill(self, node: yaml.ScalarNode, path: KeyPath) -> None:
-        """Fill in environment variables, once for all aliases; what is unquoted gets its type
-        anew."""
-        place, written = self.place(node.start_mark), node.value
-        is_new = node not in self.yaml.constructed_objects
-        if is_new and "${" in written and node.tag == TEXT_TAG:
-            text_of = partial(self.variable, path=path, place=place)
-            node.value = VARIABLE.sub(text_of, written)
-            node.tag = tag_of(node.value) if node.style is None else node.tag
-            # A config for others keeps what the environment has; no tool fills in defaults.
-            names = {name: f"${{{name}}}" for name in self.environ}
-            stays = VARIABLE.sub(lambda m: names.get(m["name"]) or text_of(m), written)
-            self.written[path] = self.construct(node, place), stays
-        self.construct(node, place)
-
-    def construct(self, node: yaml.Node, place: Place) -> Any:
-        """A scalar's value. Raises ConfigError for one that is not what it looks like."""
-        try:
-            return self.yaml.construct_object(node)
-        except (ValueError, KeyError, AttributeError) as error:
-            raise unusable(f"a value can't be read: {error}", place) from None
-
-    def variable(self, match: re.Match[str], path: KeyPath, place: Place) -> str:
+    def variable(self, match: re.Match[str], path: KeyPath) -> str:
         name = match["name"]
         if name is None:
             return "${"
@@ -614,7 +584,7 @@ class Document:
         if text is None or "\\udc" in ascii(text):
             message = f"environment variable {name} is not {'set' if text is None else 'UTF-8'}"
             hint = f"export it, or give a default: ${{{name}:-...}}; $${{ stands for a plain ${{"
-            self.problems.append(Problem(path, message, hint, place=place))
+            self.problems.append(Problem(path, message, hint, place=self.at))
         elif name in self.environ and tag_of(text) == TEXT_TAG:
             # Not a number, nor a `true`: those would be hidden wherever else they stand.
             self.secrets |= {text}
@@ -624,39 +594,20 @@ class Document:
         """Replace the paths among the LLMs of Ray's builders by what the files hold."""
         folders = list(dict.fromkeys([Path(self.file).absolute().parent, Path.cwd()]))
         for path, llm, holder in llm_places(self.data):
-            if not isinstance(llm, str):
-                continue
-            found = None
-            with contextlib.suppress(OSError):  # too long for a name
-                found = next((f"{d / llm}" for d in folders if (d / llm).exists()), None)
-            if found is None:
+            files = [f"{folder / llm}" for folder in folders if isinstance(llm, str)]
+            if found := next(filter(os.path.exists, files), ""):
+                try:
+                    holder[path[-1]] = self.load(found, path)
+                except ConfigError as error:
+                    self.problems += [replace(problem, path=path) for problem in error.problems]
+            elif files:
                 hint = f"looked in {' and in '.join(map(str, folders))}"
                 self.problems.append(Problem(path, f"there is no file {llm!r}", hint))
-                continue
-            try:
-                holder[path[-1]] = self.load(found, path)
-            except ConfigError as error:
-                self.problems += [replace(problem, path=path) for problem in error.problems]
-
-
-def check_top(file: str, data: Any) -> None:
-    """Raise ConfigError for what is no config of Serve's at all."""
-    keys, message = as_dict(data), "expected a mapping with `applications`"
-    if "applications" in keys:
-        return
-    if "import_path" in keys:
-        message = "this is the old form of a config: write it as the one item of `applications:`"
-    elif "apiVersion" in keys:
-        message += "; of manifests a RayService is one, with the config under `serveConfigV2: |`"
-    elif close := difflib.get_close_matches("applications", map(str, keys), 1, 0.7):
-        message += f"; did you mean 'applications' by {close[0]!r}?"
-    raise unusable(message, (file, 1, 1))
 
 
 def tag_of(text: str) -> str:
     """What YAML takes an unquoted text for."""
-    tag: str = yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
-    return tag
+    return str(yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False)))  # type: ignore[no-untyped-call]
 
 
 def show_value(value: Any) -> str:
@@ -800,10 +751,9 @@ VARIABLES, AMOUNTS, INGRESS = "environment variables", "amounts of resources", "
 PARTS = {ENGINE: ("FrontendArgs",), BUILDER: ("DPOpenAiServingArgs", "PDServingArgs")}
 """Schemas that stand for others, too."""
 
-SHORT_KEYS = {"num_cpus": ("num_cpus", "cpus"), "num_gpus": ("num_gpus", "gpus")}
-"""Ray's actor option -> the spellings accepted beside `ray_actor_options`."""
+SHORT_RESOURCES = ("num_cpus", "cpus", "num_gpus", "gpus")
+"""The spellings accepted beside `ray_actor_options`."""
 
-SHORT_RESOURCES = tuple(itertools.chain(*SHORT_KEYS.values()))
 CHILDREN = {
     "deployment_config": LLM_DEPLOYMENT,
     "ingress_deployment_config": INGRESS,
@@ -825,6 +775,7 @@ REFUSING = (
 
 REQUIRED = {TOP: "applications", LLM: "model_loading_config", "ModelLoadingConfig": "model_id"}
 LISTS = ("applications", "deployments", "deployment_actors", "llm_configs", "bundles")
+PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
 INSTEAD = {
     "max_concurrent_queries": "max_ongoing_requests",
     "target_num_ongoing_requests_per_replica": "target_ongoing_requests, in autoscaling_config",
@@ -894,8 +845,7 @@ RULES: Mapping[str, Rule] = {
         (*SHORT_RESOURCES, "memory", AMOUNTS, "download_timeout_s", "max_download_tries"),
         number("a number, 0 or more", 0),
     ),
-    "tensor_parallel_size": number("a whole number, 1 to 9999", 1, 9999, 1),
-    "pipeline_parallel_size": number("a whole number, 1 to 9999", 1, 9999, 1),
+    **dict.fromkeys(PARALLEL_SIZES, number("a whole number, 1 to 9999", 1, 9999, 1)),
     "port": number("a port, 1 to 65535", 1, 65535),
     "max_replicas_per_node": number("a whole number, 1 to 100", 1, 100, 1),
     "max_num_adapters_per_replica": number("a whole number, 1 or more", 1, step=1),
@@ -1012,7 +962,7 @@ def located(document: Document, problems: Problems) -> Problems:
     def place_of(path: KeyPath) -> Place:
         return document.places.get(path) or place_of(path[:-1])
 
-    found = [replace(problem, place=problem.place or place_of(problem.path)) for problem in problems]
+    found = [replace(each, place=each.place or place_of(each.path)) for each in problems]
     return sorted(dict.fromkeys(found), key=lambda problem: problem.place or ("", 0, 0))
 
 
@@ -1070,8 +1020,8 @@ def move_short_keys(options: Config, path: KeyPath) -> Problems:
     """Move `num_cpus`/`cpus` and `num_gpus`/`gpus` into `ray_actor_options`, as floats."""
     problems: Problems = []
     actor = as_dict(options.get("ray_actor_options"))
-    for option, spellings in SHORT_KEYS.items():
-        given = {key: options.pop(key, None) for key in spellings}
+    for option in ("num_cpus", "num_gpus"):
+        given = {key: options.pop(key, None) for key in (option, option.removeprefix("num_"))}
         given[f"ray_actor_options.{option}"] = actor.get(option)
         values = {key: float(value) for key, value in given.items() if value is not None}
         if not values:
@@ -1098,8 +1048,7 @@ def accelerator_kind(llm: Config) -> str:
 def engine_workers(llm: Config) -> int:
     """How many workers an engine has: tensor parallel times pipeline parallel."""
     engine = as_dict(llm.get("engine_kwargs"))
-    sizes = (engine.get("tensor_parallel_size"), engine.get("pipeline_parallel_size"))
-    return math.prod(int(float(size or 1)) for size in sizes)
+    return math.prod(int(float(engine.get(size) or 1)) for size in PARALLEL_SIZES)
 
 
 def worker_bundles(llm: Config) -> list[Config]:
@@ -1121,8 +1070,9 @@ def fit_engine(llm: Config, path: KeyPath, application_env: Config) -> Problems:
     (1 GPU each by default), so `num_gpus: 0.45` alone reserves 1.45 GPU (measured on Ray 2.60). The
     share therefore moves to the workers' bundles, and the replica actor keeps the CPUs.
     """
-    gpus, place = actor_options(llm).get("num_gpus"), (*path, "deployment_config")
-    if llm.get("server_cls") or accelerator_kind(llm) == "tpu":
+    options, kind, place = actor_options(llm), accelerator_kind(llm), (*path, "deployment_config")
+    gpus = options.get("num_gpus")
+    if llm.get("server_cls") or kind == "tpu":
         return []
     problems: Problems = []
     if llm.get("placement_group_config"):
@@ -1132,34 +1082,27 @@ def fit_engine(llm: Config, path: KeyPath, application_env: Config) -> Problems:
             message = f"with num_gpus: {short(gpus)} a replica reserves {short(workers + gpus)} GPU"
             hint = "set num_gpus: 0, or leave out placement_group_config"
             problems = [Problem((*path, "placement_group_config"), message, hint, warning=True)]
-    elif accelerator_kind(llm) == "cpu" or gpus == 0:
-        problems = fit_cpu_engine(llm, place)
-    elif gpus is not None:
-        problems = fit_gpu_engine(llm, place, gpus)
-    return problems + share_memory(llm, path, application_env)
-
-
-def fit_cpu_engine(llm: Config, place: KeyPath) -> Problems:
-    """One bundle with nothing in it for the workers: they are local processes of the replica."""
-    if accelerator_kind(llm) == "gpu":
+    elif kind == "gpu" and gpus == 0:
         key = "accelerator_type" if llm.get("accelerator_type") else "accelerator_config"
         message = f"num_gpus: 0 asks for the CPU engine, but {key} asks for GPUs"
         hint = "remove one of them, or give num_gpus the share that a replica takes"
-        return [Problem(place, message, hint)]
-    llm["accelerator_config"] = {"kind": "cpu"}
-    options, worker = actor_options(llm), {"CPU": 0}
-    if options.get("num_gpus"):
-        worker["GPU"], options["num_gpus"] = options["num_gpus"], 0.0
-    if (options.get("num_cpus"), options.get("num_gpus")) != (None, None):
-        llm["placement_group_config"] = {"bundles": [worker]}
-    return []
+        problems = [Problem(place, message, hint)]
+    elif kind == "cpu" or gpus == 0:
+        # One bundle with nothing in it for the workers: they are local processes of the replica.
+        llm["accelerator_config"], worker = {"kind": "cpu"}, {"CPU": 0}
+        if gpus:
+            worker["GPU"], options["num_gpus"] = gpus, 0.0
+        if (options.get("num_cpus"), gpus) != (None, None):
+            llm["placement_group_config"] = {"bundles": [worker]}
+    elif gpus is not None:
+        problems = fit_gpu_engine(llm, place, gpus)
+    return problems + share_memory(llm, path, application_env)
 
 
 def fit_gpu_engine(llm: Config, place: KeyPath, gpus: float) -> Problems:
     """`gpus` GPUs in all for one replica, spread evenly over its engine's workers."""
     workers = engine_workers(llm)
     share = math.floor(round(gpus / workers * STEPS, 3)) / STEPS
-    warn = partial(Problem, place, warning=True)
     problems: Problems = []
     each = f"num_gpus: {short(gpus)} over {workers} engine worker(s) is {short(share)} GPU a worker"
     if share > 1 and share != int(share):
@@ -1167,11 +1110,11 @@ def fit_gpu_engine(llm: Config, place: KeyPath, gpus: float) -> Problems:
         return [Problem(place, f"{each}; above 1 Ray takes whole GPUs only", hint)]
     if share > 1:
         hint = f"set engine_kwargs.tensor_parallel_size: {int(gpus)}"
-        problems.append(warn(f"{each}, and a worker uses one", hint))
+        problems.append(Problem(place, f"{each}, and a worker uses one", hint, warning=True))
     if workers > 1 and 2 * share <= 1:
         message = f"Ray may put two workers of {short(share)} GPU on one card, where NCCL fails"
         hint = "give each worker more than half a GPU, or use one worker"
-        problems.append(warn(message, hint))
+        problems.append(Problem(place, message, hint, warning=True))
     actor_options(llm)["num_gpus"] = 0.0
     llm["placement_group_config"] = {"bundle_per_worker": {"GPU": share}}
     return problems
@@ -1210,19 +1153,16 @@ def describe_model(llm: Config) -> ModelSpec:
     """What people read about a fitted LLM, and what it promises: nothing of what it leaves to Ray.
     The deployment's name is made as Ray's builder makes it."""
     loading, engine = as_dict(llm["model_loading_config"]), as_dict(llm.get("engine_kwargs"))
-    model_id, options = str(loading.get("model_id")), actor_options(llm)
+    model_id = str(loading.get("model_id"))
     source = loading.get("model_source") or model_id
     ours = {} if llm.get("server_cls") else llm  # another engine's arguments mean other things
-    share, workers = worker_share(ours), worker_bundles(ours)
+    options, share, workers = actor_options(ours), worker_share(ours), worker_bundles(ours)
     shares = 0 < share < 1 and accelerator_kind(llm) not in ("cpu", "tpu")
     asked = {"CPU": options.get("num_cpus"), "GPU": options.get("num_gpus")}
     asked |= {"memory": options.get("memory"), **(options.get("resources") or {})}
-    promised = {}
-    for resource, own in asked.items():
-        held = round(sum(float(bundle.get(resource) or 0) for bundle in workers), 4)
-        # Where no CPUs are given, the actor has its default of 1 besides its engine's.
-        if own is not None or (held and resource != "CPU"):
-            promised[resource] = float(own or 0) + held
+    held = {r: round(sum(float(b.get(r) or 0) for b in workers), 4) for r in asked}
+    # Where no CPUs are given, the actor has its default of 1 besides its engine's.
+    given = [r for r, own in asked.items() if own is not None or (held[r] and r != "CPU")]
     fraction = engine.get("gpu_memory_utilization") if shares else None
     note = f"gpu_memory_utilization {fraction} for a share of {short(share)} GPU a worker"
     name = as_dict(llm["deployment_config"]).get("name")
@@ -1230,7 +1170,7 @@ def describe_model(llm: Config) -> ModelSpec:
         model_id,
         source=str(source.get("bucket_uri", "") if isinstance(source, dict) else source),
         deployment_name=name or model_id.replace("/", "--").replace(".", "_"),
-        promised={} if llm.get("server_cls") else promised,
+        promised={r: float(asked[r] or 0) + held[r] for r in given},
         measures_memory=shares and not engine.get("kv_cache_memory_bytes"),
         notes=(note,) if fraction else (),
     )
@@ -1331,10 +1271,9 @@ def memory_misfit(demand: Demand, room: Room) -> str:
         left = room.cache - memory.block
         need, there = (round(size / GIB, 2) for size in (needed * memory.block, left))
         # In the engine's own words (vllm/v1/core/kv_cache_utils.py), for which there are hints.
-        text = (
-            f"To serve at least one request with the model's max seq len ({length}), ({need} GiB "
-            f"KV cache is needed, which is larger than the available KV cache memory ({there} GiB)."
-        )
+        text = f"To serve at least one request with the model's max seq len ({length}), ({need} "
+        text += "GiB KV cache is needed, which is larger than the available KV cache memory "
+        text += f"({there} GiB)."
         if fits := longest_request(memory, blocks - 1):
             text += f" Based on the available memory, the estimated maximum model length is {fits}"
         text = text if left > 0 else "No available memory for the cache blocks"
@@ -1382,9 +1321,8 @@ def format_memory(demand: Demand, room: Room | None) -> list[str]:
     else:
         how = "measured" if memory.measured[:1] == (room.card,) else "a guess"
         share = f"{short(gpu_shares(demand)[0])} of {gib(room.card)}, at gpu_memory_utilization "
-        share += f"{short(memory.fraction)}: {gib(room.budget)}"
-        share += f"; {cache} ({gib(room.activations)} kept for activations, {how})"
-        lines.append(f"  {share}")
+        share += f"{short(memory.fraction)}: {gib(room.budget)}; {cache}"
+        lines.append(f"  {share} ({gib(room.activations)} kept for activations, {how})")
     most, full = demand.max_ongoing_requests, math.floor(room.requests)
     queue = f" (max_ongoing_requests is {most}: the last {most - full} would queue)"
     lines.append(f"  room for {room.tokens:,} tokens, {full:,} full requests at once")
@@ -1440,23 +1378,12 @@ def measure_memory(options: Callable[[], Config], variables: Mapping[str, str]) 
         return {"unknown": shortened(text, MOST_CAUSE_CHARACTERS)}
 
 
-def in_cache(model: str, revision: str | None) -> str:
-    """Where a whole model lies in Hugging Face's cache, or its name; without asking the network
-    whether it has changed."""
-    import huggingface_hub
-
-    with contextlib.suppress(huggingface_hub.errors.HFValidationError):  # a path
-        found = huggingface_hub.try_to_load_from_cache(model, "config.json", revision=revision)
-        if isinstance(found, str) and list(Path(found).parent.glob("*.safetensors")):
-            return str(Path(found).parent)
-    return model
-
-
 def ask_vllm(options: Config) -> Config:
     """See `measure_memory`: vLLM's own code makes the model on torch's meta device, where it has no
     weights, and from that the layout of the KV cache. Of several workers it is the first one's:
     `world_size` alone makes a shard. Compared with started engines for Llama and Falcon-H1."""
     import torch
+    from huggingface_hub import errors, try_to_load_from_cache
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -1465,8 +1392,12 @@ def ask_vllm(options: Config) -> Config:
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     options = {k: v for k, v in options.items() if k != "distributed_executor_backend"}
-    workers = options.pop("tensor_parallel_size", 1)
-    options["model"] = in_cache(options["model"], options.get("revision"))
+    workers, revision = options.pop("tensor_parallel_size", 1), options.get("revision")
+    with contextlib.suppress(errors.HFValidationError):  # a path
+        # A whole model that lies in the cache: the network is not asked whether it has changed.
+        found = try_to_load_from_cache(options["model"], "config.json", revision=revision)
+        if isinstance(found, str) and list(Path(found).parent.glob("*.safetensors")):
+            options["model"] = str(Path(found).parent)
     config = AsyncEngineArgs(**options).create_engine_config()
     with set_current_vllm_config(config):
         if not parallel_state.model_parallel_is_initialized():
@@ -1499,16 +1430,10 @@ def cache_of(config: Any) -> Config:
     groups = caches.get_kv_cache_groups(config, specs)
     block = caches._pool_bytes_per_block(groups)
     cache = caches.get_kv_cache_config_from_groups(config, groups, block)
-    lengths = range(1, config.model_config.max_model_len + 1)
-
-    def blocks(length: int) -> int:
-        config.model_config.max_model_len = length
-        return int(caches._max_memory_usage_bytes_from_groups(config, groups) // block)
-
-    most = blocks(lengths[-1])
+    most = caches._max_memory_usage_bytes_from_groups(config, groups) // block
     counts = sorted({int(most / 2 ** (step / 8)) for step in range(57)}, reverse=True)
-    # The longest request for each count, as lists, which JSON gives back.
-    requests = [[bisect.bisect_right(lengths, count, key=blocks), count] for count in counts]
+    longest = partial(caches._estimate_max_model_len_from_groups, config, groups)
+    requests = [(longest(count * block), count) for count in counts]
     # A CPU engine has no graphs, and starts with more (vllm/config/compilation.py).
     graphs = config.compilation_config.cudagraph_mode.has_full_cudagraphs()
     return {
@@ -1546,9 +1471,9 @@ Bundle = tuple[Mapping[str, int], Mapping[str, str]]
 
 @dataclass(frozen=True)
 class Slot:
-    """What one bundle of "application/deployment" takes of a node, and of which GPUs."""
+    """What one bundle of a demand takes of a node, and of which GPUs."""
 
-    label: str
+    demand: Demand
     node: int
     resources: Resources
     gpus: Mapping[int, float]
@@ -1557,14 +1482,13 @@ class Slot:
 @dataclass
 class Fit:
     """What became of one demand: how many of its minimum of replicas fit, and if not all of them
-    do, whether they `never` will, and why; and what its engine has room for there."""
+    do, whether they `never` will, and why."""
 
     demand: Demand
     replicas: int
     never: bool
     slow: bool
     reason: str = ""
-    room: Room | None = None
 
 
 def take(devices: Devices, need: int) -> Devices:
@@ -1583,48 +1507,14 @@ def take(devices: Devices, need: int) -> Devices:
     return tuple(left)
 
 
-def free_gpus(total: float, held: Iterable[float], free: float) -> tuple[float, ...]:
-    """Guess the free share of each GPU of a node from the GPU demands that run on it, in the order
-    in which they came; Ray itself reports only their sum (`free`). What nobody is known to hold is
-    taken from the freest GPUs, so that the guess promises too little."""
-    known: Devices = (STEPS,) * int(total)
-    for amount in held:
-        known = take(known, int(amount * STEPS)) or known
-    left, unknown = list(known), max(0, sum(known) - round(free * STEPS))
-    for index in sorted(range(len(left)), key=lambda index: -known[index]):
-        left[index] -= min(unknown, known[index])
-        unknown -= known[index] - left[index]
-    return tuple(share / STEPS for share in left)
-
-
-def node_of(
-    name: str,
-    row: Config,
-    free: Resources,
-    held: Sequence[tuple[str, Resources]],
-    giving_way: Collection[str],
-) -> Node:
-    """A node from a row of `ray.nodes()`. Ray tells what is free on it only in sums; a GPU's own
-    free share is worked out from the replicas that hold parts of it."""
-    staying = tuple(item for item in held if item[0].rpartition("/")[0] not in giving_way)
-    sums, total = Counter(free), row["Resources"]
-    for item in held:
-        sums.update(item[1] if item not in staying else {})
-    shares = [amounts["GPU"] for _, amounts in staying if amounts.get("GPU")]
-    gpus = free_gpus(total.get("GPU", 0.0), shares, sums["GPU"])
-    return Node(name, total, sums, gpus, row.get("Labels") or {}, staying)
-
-
 def read_cards(summary: Config) -> dict[str, tuple[Card, ...]]:
     """The GPUs of each node (id) in the dashboard's `GET /nodes?view=summary`, which has MiB."""
     found = {}
     for row in as_list(as_dict(summary.get("data")).get("summary")):
         cards = []
         for gpu in row.get("gpus") or ():
-            users = [
-                f"process {p['pid']} ({gib(p['gpuMemoryUsage'] * 2**20)})"
-                for p in gpu.get("processesPids") or ()
-            ]
+            processes = gpu.get("processesPids") or ()
+            users = [f"process {p['pid']} ({gib(p['gpuMemoryUsage'] * 2**20)})" for p in processes]
             sizes = (int(gpu["memoryTotal"]) * 2**20, int(gpu["memoryUsed"]) * 2**20)
             cards.append(Card(*sizes, ", ".join(users[:MOST_LOGS])))
         found[as_dict(row.get("raylet")).get("nodeId", "")] = tuple(cards)
@@ -1672,25 +1562,35 @@ def describe_deployment(name: str, info: Any) -> Config:
     }
 
 
-def stock(node: Node, amounts: Resources, gpus: Sequence[float] = ()) -> dict[str, Devices]:
-    """A node with these amounts free of each resource; Ray leaves out what is used up."""
-    found = {}
-    for resource, total in node.total.items():
-        amount = amounts.get(resource, 0.0)
-        devices = free_gpus(total, (), amount) if resource in PER_DEVICE else (amount,)
-        known = gpus if resource == "GPU" and gpus else devices
-        found[resource] = tuple(round(device * STEPS) for device in known)
-    return found
+def free_devices(node: Node, resource: str) -> Devices:
+    """What is free of a resource of a node, device by device. Ray reports only the sum, so this is
+    a guess from what runs there, in the order in which it came. What nobody is known to hold is
+    taken from the freest devices, so that the guess promises too little."""
+    free = round(node.free.get(resource, 0.0) * STEPS)  # Ray leaves out what is used up
+    if resource not in PER_DEVICE:
+        return (free,)
+    known: Devices = (STEPS,) * int(node.total[resource])
+    for _, amounts in node.holders:
+        known = take(known, int(amounts.get(resource, 0.0) * STEPS)) or known
+    left, unknown = list(known), max(0, sum(known) - free)
+    for index in sorted(range(len(left)), key=lambda index: -known[index]):
+        left[index] -= min(unknown, known[index])
+        unknown -= known[index] - left[index]
+    return tuple(left)
+
+
+def stock(node: Node) -> dict[str, Devices]:
+    """What is free of each resource of a node."""
+    return {resource: free_devices(node, resource) for resource in node.total}
 
 
 def bundles_of(demand: Demand) -> list[Bundle]:
     """What each of a replica's bundles needs. Ray cuts off what is below its step, so seven
     replicas of 1/7 do fit on one node (fixed_point.h)."""
-    bundles = [{r: int(amount * STEPS) for r, amount in b.items()} for b in demand.bundles]
+    needs = [{r: int(n * STEPS) for r, n in b.items() if n * STEPS >= 1} for b in demand.bundles]
     if demand.max_replicas_per_node:
         # As Serve does it: deployment_scheduler.py, `_schedule_replica`.
-        bundles[0][IMPLICIT + demand.label] = int(STEPS / demand.max_replicas_per_node)
-    needs = [{r: need for r, need in bundle.items() if need > 0} for bundle in bundles]
+        needs[0][IMPLICIT + demand.label] = int(STEPS / demand.max_replicas_per_node)
     return list(zip(needs, demand.label_selectors or ({},) * len(needs), strict=True))
 
 
@@ -1735,17 +1635,15 @@ class Plan:
             # The groups of nodes that are tried, one after the other.
             tries = {"PACK": [*([node] for node in used), unused], "SPREAD": [unused, used]}
             groups = tries.get(demand.strategy, [unused])
-            if not any(self.grant(demand.label, wanted, nodes) for nodes in groups):
+            if not any(self.grant(demand, wanted, nodes) for nodes in groups):
                 self.free, self.slots = before, self.slots[:begin]
                 return False
         return True
 
-    def grant(self, label: str, wanted: Sequence[Bundle], nodes: Iterable[int]) -> bool:
+    def grant(self, demand: Demand, wanted: Sequence[Bundle], nodes: Iterable[int]) -> bool:
         """Put some bundles together on that of the nodes which keeps most of what is free there
         (scorer.cc, LeastResourceScorer; rounded, since Ray adds in any order)."""
-        total: Counter[str] = Counter()
-        for needs, _ in wanted:
-            total.update(needs)
+        total = sum((Counter(needs) for needs, _ in wanted), Counter[str]())
         scored = []
         for node in nodes:
             sums = {r: sum(self.free[node].get(r, ())) for r in total}
@@ -1759,7 +1657,7 @@ class Plan:
                 free |= {r: take(free[r], need) for r, need in needs.items()}
                 left = enumerate(zip(gpus, free.get("GPU", ()), strict=False))
                 taken = {gpu: (had - has) / STEPS for gpu, (had, has) in left if had > has}
-                slots.append(Slot(label, node, {r: n / STEPS for r, n in needs.items()}, taken))
+                slots.append(Slot(demand, node, {r: n / STEPS for r, n in needs.items()}, taken))
             if all(free[r] for r in total):  # else its devices refused
                 self.free[node] = free
                 self.slots += slots
@@ -1771,24 +1669,23 @@ class Plan:
 def predict(demands: Sequence[Demand], nodes: Sequence[Node]) -> Plan:
     """Place every demand's minimum in the given order; those that fit stay placed even if others
     do not."""
-    plan = Plan(nodes, [stock(node, node.free, node.free_gpus) for node in nodes])
+    plan = Plan(nodes, [stock(node) for node in nodes])
     for demand in demands:
         # GCS tries a misfit that sums allow again and again, and what comes after waits with it.
         plan.slow = any(fit.slow for fit in plan.misfits)
         begin = len(plan.slots)
         replicas = sum(plan.place(demand) for _ in range(demand.min_replicas))
         # What scales from zero must be able to have one replica.
-        empty = Plan(nodes, [stock(node, node.total) for node in nodes])
+        empty = Plan(nodes, [stock(replace(node, free=node.total, holders=())) for node in nodes])
         never = not all(empty.place(demand) for _ in range(max(1, demand.min_replicas)))
         fit = Fit(demand, replicas, never, plan.slow)
         plan.fits.append(fit)
         if never or replicas < demand.min_replicas:
             fit.reason = shortage(plan, demand, empty.free if never else plan.free)
-        card = card_of(plan, demand, plan.slots[begin:])
-        fit.room = room_of(demand.memory, card)
-        if fit.room and not fit.reason and (misfit := memory_misfit(demand, fit.room)):
+        room = room_of(demand.memory, card_of(plan, demand, plan.slots[begin:]))
+        if room and not fit.reason and (misfit := memory_misfit(demand, room)):
             # Refused is only what has no room on any card, even without activations.
-            most = room_of(demand.memory, card_of(plan, demand, ()), activations=0) or fit.room
+            most = room_of(demand.memory, card_of(plan, demand, ()), activations=0) or room
             fit.never = bool(memory_misfit(demand, most))
             fit.replicas, fit.reason = 0, misfit
         fit.reason = fit.reason or card_misfit(plan, demand, plan.slots[begin:])
@@ -1813,9 +1710,8 @@ def shortage(plan: Plan, demand: Demand, free: Sequence[Mapping[str, Devices]]) 
     most = demand.max_replicas_per_node
     limit = f", max_replicas_per_node: {most}" if most else ""
     have = {r: sum(node.total.get(r, 0.0) for node in plan.nodes) for r in demand.reserved}
-    lacking = [r for r, amount in demand.reserved.items() if have[r] < amount]
-    lack = " + ".join(f"{format_amount(r, have[r])} {r}" for r in lacking)
-    all_have = f"; all nodes have {lack}" if lack else ""
+    lack = [f"{format_amount(r, have[r])} {r}" for r, n in demand.reserved.items() if have[r] < n]
+    all_have = f"; all nodes have {' + '.join(lack)}" if lack else ""
     return f"needs {amounts} {where} ({demand.strategy}{limit}){all_have}"
 
 
@@ -1834,32 +1730,25 @@ def nearest(plan: Plan, resource: str, need: int, free: Mapping[int, Devices]) -
     if resource == "GPU" and need < STEPS:
         gpu, kind = free[index].index(most), "largest free share"
         where += f", GPU {gpu}"
-    held = holders_of(plan, index, resource, gpu)
-    where += f", held by {held}" if held else ""
-    return f"needs {wanted}; the {kind} is {format_amount(resource, most / STEPS)} ({where})"
-
-
-def holders_of(plan: Plan, node: int, resource: str, gpu: int | None) -> str:
-    """Who has a resource of a node, or a GPU of it: by this plan, and what already runs."""
     held: Counter[str] = Counter()
     for slot in plan.slots:
         taken = slot.resources.get(resource, 0.0) if gpu is None else slot.gpus.get(gpu, 0.0)
-        held.update({slot.label: taken} if slot.node == node else {})
-    for label, amounts in plan.nodes[node].holders:
+        held.update({slot.demand.label: taken} if slot.node == index else {})
+    for label, amounts in plan.nodes[index].holders:
         held.update({label: amounts.get(resource, 0.0)})
     texts = [f"{label} {format_amount(resource, n)}" for label, n in held.most_common() if n]
     others = [f"{len(texts) - MOST_LOGS} others"] * (len(texts) > MOST_LOGS)
-    return " + ".join(texts[:MOST_LOGS] + others)
+    where += f", held by {' + '.join(texts[:MOST_LOGS] + others)}" if texts else ""
+    return f"needs {wanted}; the {kind} is {format_amount(resource, most / STEPS)} ({where})"
 
 
 def card_of(plan: Plan, demand: Demand, slots: Sequence[Slot]) -> int:
     """The size of the smallest card that a demand's slots are on; without slots, of the largest
     that there is. 0 where it is not known."""
-    taken = [plan.nodes[slot.node].cards[i : i + 1] for slot in slots for i in slot.gpus]
-    sizes = sorted(card.total for cards in taken for card in cards)
-    every = [card.total for node in plan.nodes for card in node.cards]
-    known = sizes[:1] if slots else [max(every, default=0)]
-    return known[0] if known and gpu_shares(demand) else 0
+    totals = [card.total for node in plan.nodes for card in node.cards]
+    cards = [plan.nodes[slot.node].cards[i : i + 1] for slot in slots for i in slot.gpus]
+    sizes = [card.total for each in cards for card in each] if slots else [max(totals, default=0)]
+    return min(sizes, default=0) if gpu_shares(demand) else 0
 
 
 def card_misfit(plan: Plan, demand: Demand, slots: Sequence[Slot]) -> str:
@@ -1909,10 +1798,9 @@ def format_node(plan: Plan, index: int) -> list[str]:
     node, free = plan.nodes[index], plan.free[index]
     slots = [slot for slot in plan.slots if slot.node == index]
     lines, amount = [], partial(format_amount, "GPU")
-    fractions = {f.demand.label: f.demand.memory.fraction for f in plan.fits if f.demand.memory}
     for gpu, left in enumerate(free.get("GPU", ())):
         mine = [slot for slot in slots if gpu in slot.gpus]
-        shares = Counter((slot.label, slot.gpus[gpu]) for slot in mine)
+        shares = Counter((slot.demand.label, slot.gpus[gpu]) for slot in mine)
         parts = {
             f"{label} {f'{count} x ' if count > 1 else ''}{amount(share)}": share * count
             for (label, share), count in shares.items()
@@ -1920,10 +1808,9 @@ def format_node(plan: Plan, index: int) -> list[str]:
         running = round(1 - left / STEPS - sum(parts.values()), 4)
         parts |= {f"already running {amount(running)}": running} if running > 0 else {}
         held = f"{' + '.join(parts)} · " if parts else ""
-        line = (
-            f"node {node.name} · GPU {gpu} {bar(parts.values())} {held}{amount(left / STEPS)} free"
-        )
-        asked = sum(fractions.get(slot.label, 0.0) for slot in mine)
+        drawn = bar(parts.values())
+        line = f"node {node.name} · GPU {gpu} {drawn} {held}{amount(left / STEPS)} free"
+        asked = sum(slot.demand.memory.fraction for slot in mine if slot.demand.memory)
         for card in node.cards[gpu : gpu + 1] if asked else ():
             # Of an engine that runs, its bytes count, and where nobody tells them, its share.
             asked += 0 if card.used else max(0.0, running) * WHOLE_GPU_MEMORY_FRACTION
@@ -1973,13 +1860,11 @@ ray/serve/_private/controller.py `_recover_state_from_checkpoint`)."""
 def heavy_part(kept: Config) -> Config:
     """What of an application needs new replicas when it changes."""
 
-    def heavy(found: Config, names: Iterable[str] = DEPLOYMENT_CONFIGS) -> Config:
-        rest = {
-            name: {k: v for k, v in as_dict(found[name]).items() if k not in LIGHTWEIGHT_OPTIONS}
-            for name in names
-            if name in found
-        }
-        return {name: rest.get(name, item) for name, item in found.items() if rest.get(name, True)}
+    def heavy(found: Config, names: Collection[str] = DEPLOYMENT_CONFIGS) -> Config:
+        rest = dict(found)
+        for n in found.keys() & names:
+            rest[n] = {k: v for k, v in as_dict(found[n]).items() if k not in LIGHTWEIGHT_OPTIONS}
+        return {name: item for name, item in rest.items() if item or name not in names}
 
     args, deployments = as_dict(kept.get("args")), kept["deployments"]
     # A builder of the user's own may do anything with what it calls so.
@@ -2019,12 +1904,13 @@ def decide(
     kept["deployments"] = {name: row for name, row in rows if row.pop("name")}
     # Without `deployments`: Serve compares those itself.
     version = fingerprint(json.dumps(heavy_part(kept | {"deployments": {}}), sort_keys=True), key)
-    action = Action(application, Change.CREATE, version, before=running, kept=kept)
+    action = Action(application, "create", version, before=running, kept=kept)
     if running is None:
         return action
     if any(old.partition(".")[0] == version for old in running.versions):
         action.version = f"{version}.{time.time_ns():x}"
-    action.change, action.surge = Change.RESTART, options.no_downtime
+    action.change, action.surge = "RESTART", options.no_downtime
+    action.restarting = frozenset(running.details.deployments)
     status, declared = running.details.status.value, running.details.source == "declarative"
     known = record is not None and running.versions <= {record.version}
     found = {
@@ -2046,12 +1932,12 @@ def apply_edits(action: Action, before: Config, version: str, status: str) -> No
         # Of what stands there Serve compares only this, and else no more than the version.
         if all((path[0], *path[2:3]) == ("deployments", "ray_actor_options") for path, _ in heavy):
             action.version = version
-            action.restarting = frozenset(str(path[1]) for path, _ in heavy)
+            action.restarting &= {str(path[1]) for path, _ in heavy}
         return
     light = tuple(text for _, text in differences(before, action.kept))
     action.reasons = light or (f"it is {status}",) * (status != "RUNNING")
-    action.change = Change.IN_PLACE if action.reasons else Change.UNCHANGED
-    action.version, action.surge = version, False
+    action.change = "in place" if action.reasons else "unchanged"
+    action.version, action.surge, action.restarting = version, False, frozenset()
 
 
 def differences(before: Any, after: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
@@ -2071,37 +1957,21 @@ def differences(before: Any, after: Any, path: KeyPath = ()) -> Iterator[tuple[K
         yield path, f"{format_key(path)}: {' → '.join(texts)}"
 
 
-def read_demand(row: Config) -> Demand:
-    """A demand from plain data, in which tuples are lists."""
-    parts: Iterator[Config] = (
-        {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
-        for plain in (row, row.get("memory") or {})
-    )
-    fields, memory = parts
-    return Demand(**fields | {"memory": Memory(**memory) if memory else None})
-
-
 def deletion(application: ApplicationSpec, before: Running | None, reason: str) -> Action:
     """Delete an application, if it is there."""
     declared = before is not None and before.details.source == "declarative"
     reasons = (reason, BY_SERVE_DEPLOY) if declared else (reason,)
-    return Action(application, Change.DELETE, reasons=reasons, before=before)
+    return Action(application, "delete", reasons=reasons, before=before)
 
 
 def running_replicas(deployment: DeploymentDetails) -> list[ReplicaDetails]:
     return [replica for replica in deployment.replicas if replica.state == "RUNNING"]
 
 
-def restarts(action: Action, deployment: str) -> bool:
-    """Whether a deployment gets new replicas for those that run."""
-    names = action.restarting
-    return action.change is Change.RESTART and (names is None or deployment in names)
-
-
 def gap(action: Action) -> str:
     """What a restart means for those who send requests; empty when nothing restarts."""
     deployments = action.before.details.deployments.values() if action.before else ()
-    restarted = [d for d in deployments if restarts(action, d.name) and running_replicas(d)]
+    restarted = [d for d in deployments if d.name in action.restarting and running_replicas(d)]
     if not restarted:
         return ""
     if action.surge:
@@ -2121,14 +1991,8 @@ def demands_at_once(action: Action) -> list[Demand]:
         return list(action.demands)
     before = action.before.details.deployments
     new = [demand for demand in action.demands if demand.deployment not in before]
-    again = [d for d in action.demands if d not in new and restarts(action, d.deployment)]
+    again = [d for d in action.demands if d.deployment in action.restarting]
     return new + [replace(demand, min_replicas=min(1, demand.min_replicas)) for demand in again]
-
-
-def giving_way(actions: Iterable[Action]) -> frozenset[str]:
-    """The applications whose replicas of now give up what they hold before the new ones start."""
-    changing = [a for a in actions if a.change is not Change.UNCHANGED]
-    return frozenset(action.name for action in changing if not action.surge)
 
 
 def taken_routes(
@@ -2321,8 +2185,7 @@ PHASES: tuple[tuple[str, str], ...] = (
 def engine_phase(log: str) -> str:
     """The phase of an engine's start that its log shows, or "": the furthest, not that of the
     latest line, since the log is that of several processes."""
-    phases = (phase for pattern, phase in reversed(PHASES) if re.search(pattern, log))
-    return next(phases, "")
+    return next((phase for pattern, phase in reversed(PHASES) if re.search(pattern, log)), "")
 
 
 def serve_failure(message: str, port: int) -> ClusterError:
@@ -2333,15 +2196,11 @@ def serve_failure(message: str, port: int) -> ClusterError:
         return ClusterError(f"Ray Serve did not start: {root_cause(message).text}")
     who = "another process"
     with contextlib.suppress(psutil.Error, OSError):
-        found = [
-            c.pid
-            for c in psutil.net_connections("tcp")
-            if c.status == "LISTEN" and c.laddr.port == port
-        ]
-        for process in map(psutil.Process, filter(None, found)):
-            who = f"process {process.pid} ({process.name()})"
+        for found in psutil.net_connections("tcp"):
+            if found.pid and found.status == "LISTEN" and found.laddr.port == port:
+                who = f"process {found.pid} ({psutil.Process(found.pid).name()})"
     hint = "stop that, or set another http_options.port"
-    return ClusterError(f"Ray Serve did not start: port {port} is taken: {who} has it", hint)
+    return ClusterError(f"Ray Serve did not start: port {port} is taken: {who} has it\n   {hint}")
 
 
 # ======================================================================================
@@ -2366,41 +2225,43 @@ class Builder:
     `RequestRouterConfig` needs (it edits a process-global pickling table, measured on Ray 2.60).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, module: str) -> None:
+        """Import the builders' module ahead of its first use; errors are the build's to report."""
         self.answers: dict[str, Config] = {}
-
-    def warm_up(self, module: str) -> None:
-        """Import a builder's module ahead of its first use; errors are the build's to report."""
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception, SystemExit):
             importlib.import_module(module)
 
-    def build(self, config: Config) -> list[tuple[Config, bytes]]:
+    def build(self, config: Config, version: str, surge: int) -> list[tuple[Config, bytes]]:
         """Build one application and apply its `deployments` overrides with Ray's own code. Returns
         for each deployment the fields of its `Demand`, and the serialised `DeploymentArgs` that
-        Serve's controller takes."""
+        Serve's controller takes. A stable `version` lets it compare for itself: equal ones change
+        in place, others restart (measured on Ray 2.60), while `serve.run` draws a random one."""
         from ray.serve._private.application_state import build_serve_application
         from ray.serve._private.application_state import override_deployment_info as override
         from ray.serve._private.deploy_utils import deploy_args_to_deployment_info
-        from ray.serve.exceptions import RayServeException
         from ray.serve.generated.serve_pb2 import DeploymentArgs
         from ray.serve.schema import LoggingConfig, ServeApplicationSchema
 
         schema = ServeApplicationSchema.model_validate(config)
         quiet = LoggingConfig(log_level="WARNING")  # else it writes the arguments, and secrets
-        what: Any = schema.import_path, "", schema.name, schema.args, quiet, None, {}, {}, {}
+        what: Any = schema.import_path, version, schema.name, schema.args, quiet, None, {}, {}, {}
         _, found, refusal = build_serve_application._function(*what)
         if refusal:
-            raise RayServeException(refusal)
+            raise ValueError(refusal)
         built = {row["deployment_name"]: row for row in found}
         infos = {n: deploy_args_to_deployment_info(**built[n], app_name=schema.name) for n in built}
         rows = []
         for name, info in override(infos, schema).items():
-            if schema.logging_config and info.deployment_config.logging_config is None:
-                info.deployment_config.logging_config = schema.logging_config.model_dump()
+            options = info.deployment_config
+            options.max_surge_percent = options.max_surge_percent or surge
+            if schema.logging_config and options.logging_config is None:
+                options.logging_config = schema.logging_config.model_dump()
             row = DeploymentArgs(
                 deployment_name=name,
-                deployment_config=info.deployment_config.to_proto_bytes(),
+                deployment_config=options.to_proto_bytes(),
                 replica_config=info.replica_config.to_proto_bytes(),
+                deployer_job_id=info.deployer_job_id,
+                route_prefix=info.route_prefix,
                 ingress=info.ingress,
                 ingress_request_router=info.ingress_request_router,
                 uses_multiplexing=built[name]["uses_multiplexing"],
@@ -2409,16 +2270,14 @@ class Builder:
         return rows
 
     def memory(self, config: Config) -> list[Config]:
-        """The fields of a `Memory` for each LLM of an application. Equal models are asked once."""
+        """The fields of a `Memory` for each LLM of an application, whose variables this process
+        has. Equal models are asked once."""
         found = []
         for _, llm, _ in llm_places({"applications": [config]}):
-            envs = [as_dict(owner.get("runtime_env")) for owner in (config, llm)]
-            variables = as_dict(envs[0].get("env_vars")) | as_dict(envs[1].get("env_vars"))
+            variables = as_dict(as_dict(llm.get("runtime_env")).get("env_vars"))
             model = as_dict(llm["model_loading_config"])
-            named = ("model_loading_config", "deployment_config", "runtime_env")
-            rest = {option: value for option, value in llm.items() if option not in named}
-            source = model.get("model_source") or model["model_id"]
-            key = json.dumps([source, rest, variables], default=str)
+            rest = {"model_loading_config": model.get("model_source") or model["model_id"]}
+            key = json.dumps(llm | rest | {"deployment_config": None}, default=str)
             if key not in self.answers:
                 self.answers[key] = measure_memory(partial(engine_options, llm), variables)
             found.append(self.answers[key])
@@ -2453,21 +2312,8 @@ class BuildProcess:
     """An actor that builds one application at a time; `began` is when the one at its turn did."""
 
     actor: Any
-    imports: Any
     turn: threading.Lock = field(default_factory=threading.Lock)
     began: float = math.inf
-
-
-def wait_for(call: Any, check: Callable[[], None], most_s: float = math.inf) -> Any:
-    """What a call of an actor returns; None after `most_s`. `check` may end the wait by raising."""
-    import ray
-
-    until = time.monotonic() + most_s
-    while not ray.wait([call], timeout=0.2)[0]:
-        check()
-        if time.monotonic() > until:
-            return None
-    return ray.get(call)
 
 
 def check_reachable(address: str, timeout_s: float) -> None:
@@ -2527,11 +2373,11 @@ class RayCluster:
     def __init__(self, options: Options) -> None:
         self.gpu_memory = options.gpu_memory
         self.log_level = logging.INFO if options.logs else logging.ERROR
-        self.address = self.dashboard_url = ""
-        self.latest: Any = None  # of `serve_details`
+        self.dashboard_url = ""
+        self.ray: Any = None  # the module, from `connect` on: to import it takes a second
+        self.latest: Any = None  # of `states`
         self.builders: dict[str, BuildProcess] = {}
         self.built: dict[str, list[bytes]] = {}
-        self.lock = threading.Lock()
 
     # -- connecting ---------------------------------------------------------------------
 
@@ -2547,6 +2393,7 @@ class RayCluster:
         from ray._private.services import canonicalize_bootstrap_address
         from ray._raylet import GcsClient
 
+        self.ray = ray
         for name in ("ray", "ray.serve", "ray.data"):
             logging.getLogger(name).setLevel(self.log_level)
         try:
@@ -2569,20 +2416,16 @@ class RayCluster:
             text = shortened(text, MOST_CAUSE_CHARACTERS)
             if "InvalidAuthToken" in text:  # Ray's text says where it looks for one
                 raise ClusterError(f"the Ray cluster{where} refuses: {text}") from error
-            raise ClusterError(f"no Ray cluster{where}: {text}", START_HINT) from error
-        self.address = ray.get_runtime_context().gcs_address
+            raise ClusterError(f"no Ray cluster{where}: {text}\n   {START_HINT}") from error
         self.dashboard_url = f"http://{context.dashboard_url}" if context.dashboard_url else ""
 
     def alive(self) -> bool:
         """Whether the head node answers, and a raylet lives. Ray itself kills a driver that has
         lost its head for a minute, without a word (ray gcs_rpc_client/rpc_client.h)."""
-        import ray
-
-        try:
-            check_reachable(self.address, timeout_s=2.0)
-            return any(node["Alive"] for node in ray.nodes())
-        except (OSError, ray.exceptions.RayError):
-            return False
+        with contextlib.suppress(OSError, self.ray.exceptions.RayError):
+            check_reachable(self.ray.get_runtime_context().gcs_address, timeout_s=2.0)
+            return any(node["Alive"] for node in self.ray.nodes())
+        return False
 
     def check_values(self, document: Document, applications: Sequence[ApplicationSpec]) -> Problems:
         """What Ray's own schemas say against the values of a normalised config."""
@@ -2610,8 +2453,7 @@ class RayCluster:
                 found += schema_problems(AutoscalingConfig.model_validate, where, scaling)
         for app in applications:
             where = ("applications", app.index, "route_prefix")
-            if isinstance(app.route_prefix, str):
-                found += schema_problems(validate_route_prefix, where, app.route_prefix)
+            found += schema_problems(validate_route_prefix, where, app.route_prefix)
         # Of a union pydantic says for each part why it is not that; and what the applications have
         # from the top is said there.
         once = {problem.path: problem for problem in reversed(found)}
@@ -2624,13 +2466,9 @@ class RayCluster:
         """Start Serve with the config's cluster-wide options, as `serve deploy` does. Returns the
         `http_options` of which a Serve that runs already keeps its own. Raises ClusterError."""
         from ray import serve
-        from ray.serve.schema import ServeDeploySchema
 
-        schema = ServeDeploySchema.model_validate({**config, "applications": []})
-        names = ("proxy_location", "logging_config", "tracing_config", "controller_options")
-        options = {name: getattr(schema, name) for name in names}
-        wanted = options["http_options"] = schema.http_options.model_dump()
-        options["grpc_options"] = schema.grpc_options.model_dump()
+        schema = serve.schema.ServeDeploySchema.model_validate({**config, "applications": []})
+        options = schema.model_dump(exclude={"applications", "target_capacity"})
         try:
             try:
                 serve.start(**options)
@@ -2638,92 +2476,62 @@ class RayCluster:
                 serve.start(**options)
         except Exception as error:
             raise serve_failure(str(error), schema.http_options.port) from error
-        found = self.serve_details().http_options.model_dump()
+        self.states()
+        found, wanted = self.latest.http_options.model_dump(), options["http_options"]
         return tuple(k for k in config.get("http_options") or () if found.get(k) != wanted.get(k))
 
-    def ask_controller(
-        self, method: str, *arguments: Any, timeout_s: float = CONTROLLER_TIMEOUT_S
-    ) -> Any:
-        """What a method of Serve's controller returns; None when Serve is not running. Raises
-        ClusterError when there is no answer in time, and ApplicationError for what the method
-        raises. Ray repeats a call when the controller restarts during it (`max_task_retries`)."""
-        return self.answer_of(self.call_controller(method, *arguments), timeout_s)
-
     def call_controller(self, method: str, *arguments: Any) -> Any:
-        """Begin such a call: of many, the controller answers all between two rounds of its loop."""
-        import ray
-
+        """Begin a call of Serve's controller; None when Serve is not running. Of many it answers
+        all between two rounds of its loop, and Ray repeats one when it restarts meanwhile."""
         with contextlib.suppress(ValueError):
-            controller = ray.get_actor(SERVE_CONTROLLER, namespace=SERVE)
+            controller = self.ray.get_actor(SERVE_CONTROLLER, namespace=SERVE)
             return getattr(controller, method).remote(*arguments)
         return None
 
     def answer_of(self, call: Any, timeout_s: float = CONTROLLER_TIMEOUT_S) -> Any:
-        """The end of such a call; raises as `ask_controller` says."""
-        import ray
-
+        """What such a call returns. Raises ClusterError when there is no answer in time, and
+        ApplicationError for what the method raises."""
         try:
-            return call and ray.get(call, timeout=timeout_s)
-        except ray.exceptions.RayTaskError as error:
+            return call and self.ray.get(call, timeout=timeout_s)
+        except self.ray.exceptions.RayTaskError as error:
             raise ApplicationError(str(error)) from error
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+        except (self.ray.exceptions.RayActorError, self.ray.exceptions.GetTimeoutError) as error:
             raise ClusterError(f"the Serve controller does not answer: {error}") from error
 
-    def serve_details(self, timeout_s: float = CONTROLLER_TIMEOUT_S) -> Any:
-        """Ray's `ServeInstanceDetails`; None when Serve is not running. 1 ms of CPU;
-        `serve.status()` costs 57 (measured on Ray 2.60). Raises ClusterError."""
+    def states(self, timeout_s: float = CONTROLLER_TIMEOUT_S) -> dict[str, ApplicationDetails]:
+        """The state of every application on the cluster, by name; `latest` keeps all that Serve
+        tells, None when it is not running. 1 ms of CPU; `serve.status()` costs 57 (measured on Ray
+        2.60). Raises as `answer_of` does."""
         from ray.serve.schema import ServeInstanceDetails
 
-        try:
-            details = self.ask_controller("get_serve_instance_details", timeout_s=timeout_s)
-        except ApplicationError as error:
-            raise ClusterError(f"the Serve controller can't tell its state: {error}") from error
+        details = self.answer_of(self.call_controller("get_serve_instance_details"), timeout_s)
         for application in details["applications"].values() if details else ():
             application.pop("deployed_app_config", None)  # may name a module that is not here
             for name, deployment in application["deployments"].items():
                 # Nobody asks for it, and its request router would be pickled, 2 ms each.
                 deployment["deployment_config"] = {"name": name}
         self.latest = details and ServeInstanceDetails.model_validate(details)
-        return self.latest
+        return self.latest.applications if self.latest else {}
 
-    def states(self, timeout_s: float = CONTROLLER_TIMEOUT_S) -> dict[str, ApplicationDetails]:
-        """The state of every application on the cluster, by name."""
-        details = self.serve_details(timeout_s)
-        return details.applications if details else {}
-
-    def endpoint(self, timeout_s: float = CONTROLLER_TIMEOUT_S) -> str:
-        """Serve's HTTP address for this node, without a last slash: "http://localhost:8000"; empty
-        when it has no proxy. `root_path` is not in it: a proxy in front of Serve cuts that off."""
-        import ray
-
-        details = self.latest or self.serve_details(timeout_s)
+    def endpoint(self) -> str:
+        """Serve's HTTP address for this node, by the last poll: "http://localhost:8000"; empty when
+        it has no proxy. `root_path` is not in it: a proxy in front of Serve cuts that off."""
+        details = self.latest
         if details is None or details.proxy_location == "Disabled":
             return ""
         options, proxies = details.http_options, [p.node_ip for p in details.proxies.values()]
-        local = not proxies or ray.util.get_node_ip_address() in proxies
+        local = not proxies or self.ray.util.get_node_ip_address() in proxies
         loopback = options.host in ("0.0.0.0", "::", "127.0.0.1", "localhost")
         host = "localhost" if local and loopback else options.host if local else proxies[0]
         host = f"[{host}]" if ":" in host else host
         return f"{'https' if options.ssl_certfile else 'http'}://{host}:{options.port}"
 
     def submit(self, action: Action) -> None:
-        """Hand a built application to Serve, without waiting for it to run. A stable `version` lets
-        Serve compare for itself: equal ones change in place, others restart (measured on Ray 2.60),
-        while `serve.run` would draw a random one. Raises ApplicationError."""
-        import ray
-        from ray.serve.generated.serve_pb2 import ApplicationArgs, DeploymentArgs, DeploymentConfig
+        """Hand a built application to Serve, without waiting for it to run. Raises
+        ApplicationError."""
+        from ray.serve.generated.serve_pb2 import ApplicationArgs
 
-        name, route, rows = action.name, action.application.route_prefix, []
-        for text in self.built[name]:
-            row = DeploymentArgs.FromString(text)
-            config = DeploymentConfig.FromString(row.deployment_config)
-            config.version = action.version
-            config.max_surge_percent = config.max_surge_percent or SURGE_PERCENT * action.surge
-            row.deployment_config = config.SerializeToString()
-            row.deployer_job_id = ray.get_runtime_context().get_job_id()
-            if row.ingress and route is not None:
-                row.route_prefix = route
-            rows.append(row.SerializeToString())
+        name, rows = action.name, self.built[action.name]
         external = bool(action.application.config.get("external_scaler_enabled"))
         scaler = ApplicationArgs(external_scaler_enabled=external).SerializeToString()
         before = action.before.record if action.before else None
@@ -2731,9 +2539,9 @@ class RayCluster:
         if before is None or before.version != action.version:
             # Before, too, so that it is there even if this run ends while Serve takes it over.
             self.remember(name, record)
-        late = CONTROLLER_LOST_AFTER_S
+        call = self.call_controller("deploy_applications", {name: rows}, {name: scaler})
         try:
-            self.ask_controller("deploy_applications", {name: rows}, {name: scaler}, timeout_s=late)
+            self.answer_of(call, CONTROLLER_LOST_AFTER_S)
         except ApplicationError:
             self.remember(name, before)
             action.sent = ""
@@ -2742,7 +2550,7 @@ class RayCluster:
 
     def delete(self, name: str) -> None:
         """Have Serve remove an application; it is gone some seconds later."""
-        self.ask_controller("delete_apps", [name], timeout_s=CONTROLLER_LOST_AFTER_S)
+        self.answer_of(self.call_controller("delete_apps", [name]), CONTROLLER_LOST_AFTER_S)
         self.remember(name, None)
 
     # -- what this program keeps in the cluster ---------------------------------------------
@@ -2757,10 +2565,11 @@ class RayCluster:
 
     def running(self, found: Collection[ApplicationDetails]) -> dict[str, Running]:
         """What this program knows about some applications of the cluster, by name."""
+        from pydantic import TypeAdapter
         from ray.experimental.internal_kv import _internal_kv_get
         from ray.serve.generated.serve_pb2 import DeploymentRoute
 
-        known, calls = {}, defaultdict[str, list[Any]](list)
+        known, calls, kept = {}, defaultdict[str, list[Any]](list), TypeAdapter(Record)
         for app, name in [(item.name, name) for item in found for name in item.deployments]:
             calls[app].append(self.call_controller("get_deployment_info", name, app))
         for details in found:
@@ -2769,9 +2578,7 @@ class RayCluster:
                 with contextlib.suppress(ApplicationError):  # it may have gone meanwhile
                     answer = self.answer_of(call)
                     versions.add(DeploymentRoute.FromString(answer).deployment_info.version)
-            kept = json.loads(text) if text else {}
-            demands = tuple(map(read_demand, kept.get("demands", ())))
-            record = Record(kept["version"], kept["config"], demands) if kept else None
+            record = kept.validate_python(json.loads(text)) if text else None
             known[details.name] = Running(details, frozenset(versions), record)
         return known
 
@@ -2789,19 +2596,17 @@ class RayCluster:
     def claims(self, names: Collection[str]) -> dict[str, str]:
         """Which of these applications an earlier run that still lives works on, and which run: it
         says so with its Ray job (`connect`), and one that was killed is a dead job at once."""
-        import ray
         from ray._private.state import state as gcs
         from ray.core.generated.gcs_pb2 import JobTableData
 
         rows = gcs._connect_and_get_accessor().get_job_table()
         jobs = sorted(map(JobTableData.FromString, rows), key=lambda j: (j.start_time, j.job_id))
-        me = ray.get_runtime_context().get_job_id()
+        me = self.ray.get_runtime_context().get_job_id()
         taken: dict[str, str] = {}
         for job in itertools.takewhile(lambda job: job.job_id.hex() != me, jobs):
             claimed = [] if job.is_dead else json.loads(job.config.metadata.get(CLAIMS) or "[]")
             since = time.strftime("%F %T", time.localtime(job.start_time / 1000))
-            host = job.driver_address.ip_address
-            who = f"process {job.driver_pid} on {host}, since {since}"
+            who = f"process {job.driver_pid} on {job.driver_address.ip_address}, since {since}"
             taken = dict.fromkeys(claimed, who) | taken  # the first of several is the one at work
         return {name: taken[name] for name in names if name in taken}
 
@@ -2810,49 +2615,65 @@ class RayCluster:
     def process_of(self, application: ApplicationSpec, alone: bool = False) -> BuildProcess:
         """Where an application is built: alone, or with those of its module and runtime_env. The
         first call starts the process and its imports, which take 10 s for an LLM."""
-        import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         runtime_env = application.config.get("runtime_env") or {}
         module = application.config["import_path"].replace(":", ".").rpartition(".")[0]
         key = json.dumps([alone and application.name, module, runtime_env], sort_keys=True)
-        with self.lock:
-            if key not in self.builders:
-                # Where there are GPUs, what vLLM says of its memory is of their platform.
-                alive = [row for row in ray.nodes() if row["Alive"]]
-                gpus = [row["NodeID"] for row in alive if row["Resources"].get("GPU")]
-                where = NodeAffinitySchedulingStrategy(gpus[0], soft=True) if gpus else "DEFAULT"
-                how = {"runtime_env": runtime_env or None, "scheduling_strategy": where}
-                actor = ray.remote(num_cpus=0, **how)(Builder).remote()
-                self.builders[key] = BuildProcess(actor, actor.warm_up.remote(module))
-            return self.builders[key]
+        if key not in self.builders:
+            # Where there are GPUs, what vLLM says of its memory is of their platform.
+            alive = [row for row in self.ray.nodes() if row["Alive"]]
+            gpus = [row["NodeID"] for row in alive if row["Resources"].get("GPU")]
+            where = NodeAffinitySchedulingStrategy(gpus[0], soft=True) if gpus else "DEFAULT"
+            how = {"runtime_env": runtime_env or None, "scheduling_strategy": where}
+            actor = self.ray.remote(num_cpus=0, **how)(Builder).remote(module)
+            self.builders[key] = BuildProcess(actor)
+        return self.builders[key]
+
+    def wait_for(self, call: Any, check: Callable[[], None], most_s: float = math.inf) -> Any:
+        """What an actor's call returns; None after `most_s`. `check` may end it by raising."""
+        until = time.monotonic() + most_s
+        while not self.ray.wait([call], timeout=0.2)[0]:
+            check()
+            if time.monotonic() > until:
+                return None
+        return self.ray.get(call)
 
     def build(
-        self, application: ApplicationSpec, check: Callable[[], None], alone: bool = False
+        self, action: Action, check: Callable[[], None], alone: bool = False
     ) -> tuple[Demand, ...]:
-        """Ray's own build of one application: what each of its deployments reserves. `check` ends
-        the wait; raises ApplicationError when the import, the builder or an override fails. Where
-        another's builder hangs in their process, or kills it, it gets one of its own."""
-        import ray
+        """Ray's own build of one application: what each of its deployments reserves, and what vLLM
+        says of the memory of Ray's LLMs in it. `check` ends the wait; raises ApplicationError when
+        the import, the builder or an override fails. Where another's builder hangs in their
+        process, or kills it, it gets one of its own."""
+        from pydantic import TypeAdapter
 
+        application, how = action.application, (action.version, SURGE_PERCENT * action.surge)
+        facts: Any = []
         process = self.process_of(application, alone)
         while not process.turn.acquire(timeout=0.2):
             check()
             if time.monotonic() - process.began > BUILD_PATIENCE_S:
                 process, alone = self.process_of(application, alone=True), True
         try:
-            wait_for(process.imports, check)
+            self.wait_for(process.actor.__ray_ready__.remote(), check)
             process.began = time.monotonic()
-            rows = wait_for(process.actor.build.remote(application.config), check)
+            rows = self.wait_for(process.actor.build.remote(application.config, *how), check)
             process.began = math.inf
             # An application that has lost its process once is not asked for this a second time.
-            memories = {} if alone else self.memories(process, application, check)
+            if is_rays_builder(application.config) and not alone:
+                call = process.actor.memory.remote(application.config)
+                facts = self.wait_for(call, check, MEMORY_TIMEOUT_S)
+            if facts is None:
+                self.ray.kill(process.actor)  # who comes next gets another one
+                late = f"vLLM did not tell within {MEMORY_TIMEOUT_S:.0f} s"
+                facts = [{"unknown": late}] * len(application.models)
         except Stopped:
-            ray.kill(process.actor)
+            self.ray.kill(process.actor)
             raise
-        except ray.exceptions.RayError as error:
-            if isinstance(error, ray.exceptions.RayActorError) and not alone:
-                return self.build(application, check, alone=True)
+        except self.ray.exceptions.RayError as error:
+            if isinstance(error, self.ray.exceptions.RayActorError) and not alone:
+                return self.build(action, check, alone=True)
             raise ApplicationError(str(error)) from error
         finally:
             process.began = math.inf
@@ -2860,59 +2681,42 @@ class RayCluster:
         self.built[application.name] = [row for _, row in rows]
         demands = []
         for fields, _ in rows:
-            # Ray names a model's deployment "<server class>:<deployment name>".
-            memory = memories.get(fields["deployment"].partition(":")[2])
-            row = {**fields, "application": application.name, "memory": memory}
-            demands.append(read_demand(row))
-        return tuple(demands)
-
-    def memories(
-        self, process: BuildProcess, application: ApplicationSpec, check: Callable[[], None]
-    ) -> dict[str, Config]:
-        """What vLLM says of the memory of the LLMs of one of Ray's builders, by the names of their
-        deployments. A process that does not tell in time is given up."""
-        import ray
-
-        if not is_rays_builder(application.config):
-            return {}
-        call = process.actor.memory.remote(application.config)
-        facts = wait_for(call, check, MEMORY_TIMEOUT_S)
-        if facts is None:
-            ray.kill(process.actor)  # who comes next gets another one
-            late = f"vLLM did not tell within {MEMORY_TIMEOUT_S:.0f} s"
-            facts = [{"unknown": late} for _ in application.models]
-        # Of prefill and decode, which may have one name, nobody can tell whose is whose.
-        names = [model.deployment_name for model in application.models]
-        known = zip(names, facts, strict=False)
-        return {name: found for name, found in known if names.count(name) == 1}
+            # Of prefill and decode, which may have one name, nobody can tell whose is whose.
+            known = zip(application.models, facts, strict=False)
+            mine = [fact for model, fact in known if serves(fields["deployment"], model)]
+            memory = mine[0] if len(mine) == 1 else None
+            demands.append({**fields, "application": application.name, "memory": memory})
+        return TypeAdapter(tuple[Demand, ...]).validate_python(demands)
 
     # -- resources -----------------------------------------------------------------------------
 
     def nodes(self, giving_way: Collection[str] = ()) -> list[Node]:
         """The live nodes with what is free on each, and who holds the rest of it there; what the
         replicas of the applications in `giving_way` hold counts as free."""
-        import ray
         from ray._private.state import available_resources_per_node
 
         available, holdings, cards = available_resources_per_node(), self.holdings(), {}
         # As far as the dashboard tells: another Ray's may have another form.
         with contextlib.suppress(Unreachable, KeyError, TypeError, ValueError, AttributeError):
             cards = read_cards(read_json(ask_dashboard("nodes", view="summary")))
-        alive = [row for row in ray.nodes() if row["Alive"]]
+        alive = [row for row in self.ray.nodes() if row["Alive"]]
         addresses = Counter(row["NodeManagerAddress"] for row in alive)
         nodes = []
         for row in alive:
             address, node_id = row["NodeManagerAddress"], row["NodeID"]
             name = address if addresses[address] == 1 else f"{address}/{node_id[:6]}"
             held = [(label, amounts) for where, label, amounts in holdings if where == node_id]
-            node = node_of(name, row, available.get(node_id, {}), held, giving_way)
+            staying = tuple(item for item in held if item[0].rpartition("/")[0] not in giving_way)
+            free, total = Counter(available.get(node_id, {})), row["Resources"]
+            for item in held:
+                free.update(item[1] if item not in staying else {})
             # On a laptop without a GPU, too, which stands for the cluster that is to come.
-            count = max(1, int(node.total.get("GPU", 0))) if self.gpu_memory else 0
+            count = max(1, int(total.get("GPU", 0))) if self.gpu_memory else 0
             mine = cards.get(node_id) or (Card(self.gpu_memory),) * count
             # What gives way holds memory, too, and nobody knows on which card.
-            if len(node.holders) < len(held):
+            if len(staying) < len(held):
                 mine = tuple(replace(card, users="", used=0) for card in mine)
-            nodes.append(replace(node, cards=mine))
+            nodes.append(Node(name, total, free, row.get("Labels") or {}, staying, mine))
         return nodes
 
     def held(self) -> dict[str, list[tuple[str, Resources, set[int]]]]:
@@ -2920,9 +2724,7 @@ class RayCluster:
         bundles of its placement group, and what actors, itself and those that it started, have
         outside of it. GPU indices come from the actors' resource mappings, where a part of a
         group's GPU goes by the group's name (ray/gcs.proto ActorTableData, ResourceMapEntry)."""
-        import ray
-
-        actors, groups = self.actors("ALIVE"), ray.util.placement_group_table()
+        actors, groups = self.actors("ALIVE"), self.ray.util.placement_group_table()
         held: dict[str, list[tuple[str, Resources, set[int]]]] = defaultdict(list)
         for group in groups.values():
             where = group["bundles_to_node_id"] if group["state"] != "REMOVED" else {}
@@ -2950,16 +2752,12 @@ class RayCluster:
 
     def reservations(self, details: ApplicationDetails) -> list[Reservation]:
         """What each running replica of an application holds."""
-        import ray
-
-        names = {row["NodeID"]: row["NodeManagerAddress"] for row in ray.nodes()}
+        names = {row["NodeID"]: row["NodeManagerAddress"] for row in self.ray.nodes()}
         held, found = self.held(), []
         for deployment in details.deployments.values():
             for replica in running_replicas(deployment):
-                total: Counter[str] = Counter()
                 parts = held.get(replica.actor_name or "", [])
-                for _, amounts, _ in parts:
-                    total.update(amounts)
+                total = sum((Counter(amounts) for _, amounts, _ in parts), Counter[str]())
                 nodes = tuple(dict.fromkeys(names.get(node, node) for node, _, _ in parts))
                 gpus = tuple(sorted({index for _, _, indices in parts for index in indices}))
                 row = (deployment.name, replica.replica_id, dict(total), nodes, gpus)
@@ -2969,9 +2767,7 @@ class RayCluster:
     def growth(self) -> list[Node] | None:
         """Nodes that an autoscaler may add; none without one, and None when there is one that does
         not tell. Only the head's monitor.log tells, with v1 and v2 (tried on Ray 2.60)."""
-        import ray
-
-        rows = [row for row in ray.nodes() if row["Alive"]]
+        rows = [row for row in self.ray.nodes() if row["Alive"]]
         heads = [row["NodeID"] for row in rows if "node:__internal_head__" in row["Resources"]]
         try:
             return new_nodes(ask_dashboard(LOG, filename="monitor.log", node_id=heads[0], lines=-1))
@@ -2980,30 +2776,30 @@ class RayCluster:
             return None if grouped else []
 
     def actors(self, state: str) -> list[Any]:
-        """The actors in a state, "ALIVE" or "DEAD", as GCS tells of them (`ActorTableData`)."""
+        """The actors in a state, "ALIVE" or "DEAD", as GCS tells of them (`ActorTableData`). Raises
+        ClusterError."""
         from ray._private.state import state as gcs
         from ray.core.generated.gcs_pb2 import ActorTableData
 
-        rows = gcs._connect_and_get_accessor().get_actor_table(None, state)
+        try:
+            rows = gcs._connect_and_get_accessor().get_actor_table(None, state)
+        except Exception as error:
+            raise ClusterError(f"the head node does not tell its actors: {error}") from error
         return list(map(ActorTableData.FromString, rows))
 
     # -- logs ------------------------------------------------------------------------------------
 
-    def replica_log(self, actor_id: str) -> str:
-        """The ends of one actor's two logs; an engine's processes write into its replica's, too.
-        Raises Unreachable."""
-        read = partial(ask_dashboard, LOG, actor_id=actor_id, lines=LOG_LINES)
-        return "\n".join(read(suffix=suffix) for suffix in ("err", "out"))
-
-    def last_words(self, actor_id: str, state: str = "DEAD") -> str:
-        """The ends of a replica's logs and how its process ended, then the same of its engine's
-        workers, which are actors of another job in its placement group. Raises Unreachable."""
+    def replica_log(self, actor_id: str, state: str = "ALIVE") -> str:
+        """The ends of a replica's logs, into which its engine's processes write, too, and how it
+        ended; then the same of its engine's workers, which are actors of another job in its
+        placement group. Raises Unreachable and ClusterError."""
         actors = self.actors(state)
         found = [actor for actor in actors if actor.actor_id.hex() == actor_id]
         groups = {actor.placement_group_id for actor in found} - {b""}
         workers = [a for a in actors if a.class_name == WORKER and a.placement_group_id in groups]
-        parts = [self.replica_log(actor_id)]
-        parts += [self.replica_log(worker.actor_id.hex()) for worker in workers[:MOST_LOGS]]
+        ids = [actor_id, *(worker.actor_id.hex() for worker in workers[:MOST_LOGS])]
+        read = partial(ask_dashboard, LOG, lines=LOG_LINES)
+        parts = [read(actor_id=key, suffix=suffix) for key in ids for suffix in ("err", "out")]
         for actor in [*found, *workers[:MOST_LOGS]]:
             if kind := actor.death_cause.WhichOneof("context"):
                 said = getattr(getattr(actor.death_cause, kind), "error_message", "")
@@ -3028,11 +2824,9 @@ QUESTIONS: tuple[tuple[str, Config], ...] = (
 a drawn one vLLM's CPU engine compiles its sampler first, 2 to 5 s (measured on vLLM 0.29)."""
 
 CANNOT = re.compile(r"chat template|does not support|not support(?:ed)? by|Not Found", re.I)
-Fetch = Callable[[str, Config | None], Response]
-"""GET a URL, or POST JSON to it: see `fetch`."""
 
 
-def fetch(url: str, body: Config | None, timeout_s: float) -> Response:
+def fetch(url: str, body: Config | None = None, timeout_s: float = SMOKE_TIMEOUT_S) -> Response:
     """GET `url`, or POST `body` to it as JSON, never through a proxy of the environment. An answer
     without an end is cut off; a certificate is not checked: it is that of the user's own cluster.
 
@@ -3043,9 +2837,8 @@ def fetch(url: str, body: Config | None, timeout_s: float) -> Response:
     urllib3.disable_warnings()
     started, content = time.monotonic(), b""
     pool = urllib3.PoolManager(timeout=timeout_s, retries=False, cert_reqs="CERT_NONE")
-    method = "GET" if body is None else "POST"
     try:
-        answer = pool.request(method, url, json=body, preload_content=False)
+        answer = pool.request("POST" if body else "GET", url, json=body, preload_content=False)
     except urllib3.exceptions.ReadTimeoutError as error:
         raise ApplicationError(f"no answer within {timeout_s:.0f} s from {url}") from error
     except urllib3.exceptions.HTTPError as error:
@@ -3081,21 +2874,15 @@ def mismatches(
     return tuple(dict.fromkeys(rows))
 
 
-def wait_for_route(
-    application: ApplicationSpec,
-    base_url: str,
-    ask: Fetch,
-    pause: Callable[[str], None],
-    questions: int,
-) -> None:
+def wait_for_route(application: ApplicationSpec, base_url: str, questions: int) -> Iterator[str]:
     """Wait until Serve's proxy knows the application's route, of which it hears a moment after the
-    controller (ray/serve/_private/proxy.py); `pause` is told what is waited for. Raises Unreachable
-    when that never comes, or when of several `questions` another server, which shares the port,
-    gets a part (SO_REUSEPORT)."""
+    controller (ray/serve/_private/proxy.py): yields what is waited for, and its caller pauses.
+    Raises Unreachable when that never comes, or when of several `questions` another server, which
+    shares the port, gets a part (SO_REUSEPORT)."""
     deadline, good = time.monotonic() + PROXY_TIMEOUT_S, 0
     while good < questions:
         try:
-            response = ask(f"{base_url}/-/routes", None)
+            response = fetch(f"{base_url}/-/routes")
             said = f"{base_url}/-/routes says: {format_refusal(response)}"
             if read_json(response.text).get(application.route_prefix or "") == application.name:
                 good += 1
@@ -3106,19 +2893,19 @@ def wait_for_route(
             raise Unreachable(f"another server answers at the same address: {said}")
         if time.monotonic() > deadline:
             raise Unreachable(said)
-        pause(said)
+        yield said
 
 
 def smoke_test(
-    application: ApplicationSpec, asleep: Collection[str], base_url: str, ask: Fetch
+    application: ApplicationSpec, asleep: Collection[str], base_url: str
 ) -> tuple[list[Answer], list[str]]:
     """Ask an application over its public address: its answers, and notes on models that were not
     asked, as those whose deployments are `asleep`. Raises ApplicationError for a bad answer."""
     url = base_url + quote((application.route_prefix or "").rstrip("/"))
-    listed = ask(f"{url}/v1/models", None) if application.models else None
+    listed = fetch(f"{url}/v1/models") if application.models else None
     foreign = not is_rays_builder(application.config)
     if listed is None or (foreign and OK < listed.status < SERVER_ERROR):
-        return [ask_ingress(url, ask)], []
+        return [ask_ingress(url)], []
     if listed.status != OK:
         raise ApplicationError(f"GET {url}/v1/models: {format_refusal(listed)}")
     ids = [str(row.get("id")) for row in read_json(listed.text).get("data") or []]
@@ -3130,17 +2917,17 @@ def smoke_test(
             raise ApplicationError(f"GET {url}/v1/models lists {there}, not {model_id}")
         if any(serves(deployment, model) for deployment in asleep):
             notes.append(f"{model_id} is scaled to zero: not woken up")
-        elif answer := ask_model(model_id, url, ask):
+        elif answer := ask_model(model_id, url):
             answers.append(answer)
         else:
             notes.append(f"{model_id} neither chats, completes, embeds nor scores: not asked")
     return answers, notes
 
 
-def ask_ingress(url: str, ask: Fetch) -> Answer:
+def ask_ingress(url: str) -> Answer:
     """One request to an application that is none of models: any answer below 500 is good."""
     for path in ("/health", "/"):
-        response = ask(url + path, None)
+        response = fetch(url + path)
         if response.status != NOT_FOUND:
             break
     if response.status >= SERVER_ERROR:
@@ -3148,21 +2935,19 @@ def ask_ingress(url: str, ask: Fetch) -> Answer:
     return Answer(f"GET {path}", response.total_s)
 
 
-def ask_model(model_id: str, url: str, ask: Fetch) -> Answer | None:
+def ask_model(model_id: str, url: str) -> Answer | None:
     """One token from a model, over the first interface that it has; None when it says itself that
     it has none of them, as a model does that transcribes."""
     for path, question in QUESTIONS:
-        response = ask(url + path, {**question, "model": model_id})
+        response = fetch(url + path, {**question, "model": model_id})
+        said = read_json(response.text).get("model") or "nobody"
+        if response.status == OK and said == model_id:
+            return Answer(f"POST {path}", response.total_s, model_id)
         if response.status == OK:
-            break
+            raise ApplicationError(f"POST {url}{path}: {model_id} was asked, and {said} answered")
         if not CANNOT.search(response.text):
             raise ApplicationError(f"POST {url}{path}: {format_refusal(response)}")
-    else:
-        return None
-    said = read_json(response.text).get("model") or "nobody"
-    if said != model_id:
-        raise ApplicationError(f"POST {url}{path}: {model_id} was asked, and {said} answered")
-    return Answer(f"POST {path}", response.total_s, model_id)
+    return None
 
 
 def format_refusal(response: Response) -> str:
@@ -3175,8 +2960,7 @@ def format_refusal(response: Response) -> str:
 
 DISTURBED = re.compile(
     "No available memory for the cache blocks|Error in memory profiling|"
-    r"Free memory on device .* is less than desired|"
-    "Initial free memory .* current free memory"
+    r"Free memory on device .* is less than desired"
 )
 """How an engine fails that measured its memory while another one took or freed some
 (vllm/v1/worker/gpu_worker.py, vllm/v1/core/kv_cache_utils.py)."""
@@ -3190,8 +2974,10 @@ DISTURBED = re.compile(
 class Cluster(Protocol):
     """What deploying needs of a cluster: a `RayCluster`, or what tests script."""
 
+    dashboard_url: str
+
     def alive(self) -> bool: ...
-    def build(self, app: ApplicationSpec, check: Callable[[], None]) -> tuple[Demand, ...]: ...
+    def build(self, action: Action, check: Callable[[], None]) -> tuple[Demand, ...]: ...
     def submit(self, action: Action) -> None: ...
     def delete(self, name: str) -> None: ...
     def remember(self, name: str, record: Record | None) -> None: ...
@@ -3200,17 +2986,18 @@ class Cluster(Protocol):
     def holdings(self) -> list[tuple[str, str, Resources]]: ...
     def reservations(self, details: ApplicationDetails) -> list[Reservation]: ...
     def endpoint(self) -> str: ...
-    def replica_log(self, actor_id: str) -> str: ...
-    def last_words(self, actor_id: str, state: str = "DEAD") -> str: ...
+    def replica_log(self, actor_id: str, state: str = "ALIVE") -> str: ...
 
 
 @dataclass
 class Run:
-    """What the threads of one run share: what they do, the latest states, and whether to stop."""
+    """What the threads of one run share: what they do, the latest states, whether to stop, and what
+    is reported besides; `others` are the running applications that the file does not name."""
 
     options: Options
     cluster: Cluster
     clock: Callable[[], float] = time.monotonic
+    started: float = field(default_factory=time.monotonic)
     actions: list[Action] = field(default_factory=list)
     polled: tuple[float, Mapping[str, ApplicationDetails]] = (-math.inf, {})
     nodes: Sequence[Node] = ()
@@ -3221,6 +3008,8 @@ class Run:
     done: bool = False
     stop_code: int = 0
     stop_reason: str = ""
+    others: Sequence[ApplicationDetails] = ()
+    plan: Plan | None = None
 
     def enter(self, action: Action, words: str, detail: str = "") -> None:
         """Note what an application does now."""
@@ -3228,7 +3017,7 @@ class Run:
 
     def end(self, action: Action, result: Result, cause: Cause | None = None) -> None:
         action.cause, action.detail = cause, cause.text if cause else ""
-        action.ended, action.result, action.words = self.clock(), result, result.value
+        action.ended, action.result, action.words = self.clock(), result, result
 
     def stop(self, code: int, reason: str) -> None:
         """End every wait; the first reason stands."""
@@ -3239,11 +3028,6 @@ class Run:
         """Raise Stopped when an application's waiting has to end."""
         if self.stop_code or self.clock() >= action.deadline:
             raise Stopped
-
-    def pause(self, action: Action, detail: str) -> None:
-        self.enter(action, action.words, detail)
-        self.check(action)
-        time.sleep(POLL_INTERVAL_S)
 
     def states_of(self, action: Action) -> Iterator[ApplicationDetails | None]:
         """An application's state in every poll that begins from now on: earlier ones are of what
@@ -3258,51 +3042,50 @@ class Run:
             time.sleep(POLL_INTERVAL_S / 4)
 
 
-Show = Callable[[Sequence[Action]], None]
-
-
-def deploy(actions: list[Action], run: Run, show: Show) -> None:
+def deploy(actions: list[Action], run: Run, show: Callable[[Run], None]) -> None:
     """Carry out all actions: deletions first, then the others at once, and last, one after the
     other, those again whose engines disturbed each other. `show` gets the progress, in this
     thread."""
-    run.actions, workers = actions, run.options.max_workers
+    run.actions = actions
     threading.Thread(target=watch, args=(run,), daemon=True, name="watch").start()
     left = [action for action in actions if action.result is None]
     sharing = [
         a for a in left if a.submits and any(m.measures_memory for m in a.application.models)
     ]
     try:
-        in_workers([a for a in left if a.change is Change.DELETE], run, workers, show)
-        in_workers([a for a in left if a.change is not Change.DELETE], run, workers, show)
+        in_workers([a for a in left if a.change == "delete"], run, show)
+        in_workers([a for a in left if a.change != "delete"], run, show)
         again = [a for a in sharing if a.disturbed and len(sharing) > 1 and not run.stop_code]
         for action in again:
             action.attempt, action.version, action.words = 2, f"{action.version}.2", "queued"
             action.result = action.ended = None
-        in_workers(again, run, 1, show)
+            in_workers([action], run, show)
     except ClusterError as error:
         run.stop(EXIT_CLUSTER, str(error))
     run.done = True
     for action in actions:
         if action.result is None:
             lost = run.stop_code == EXIT_CLUSTER and action.started is not None
-            result = Result.UNKNOWN if lost else Result.INTERRUPTED
+            result: Result = "UNKNOWN" if lost else "INTERRUPTED"
             if action.words == "checking" and not lost:  # it runs, and is slow to answer
-                result = Result.RUNNING
+                result = "RUNNING"
                 action.proof = replace(action.proof or Proof(), unverified=run.stop_reason)
             run.end(action, result)
-    show(actions)
+    show(run)
 
 
-def in_workers(actions: Sequence[Action], run: Run, workers: int, show: Show) -> None:
+def in_workers(actions: Sequence[Action], run: Run, show: Callable[[Run], None]) -> None:
     """Carry out some of a run's actions in a pool of threads, in view of what is free now, until
     all is done or the run stops: a thread may hang in a call of Ray then, and is not waited for.
     This one looks whether the cluster still answers. A worker is held until its application
-    settles, so `workers` bounds what starts at once, and 1 is V4's sequential mode."""
+    settles, so --max-workers bounds what starts at once, and 1 is V4's sequential mode."""
     if not actions or run.stop_code:
         return
-    nodes = run.cluster.nodes(giving_way(actions))
+    # The replicas of now give up what they hold before the new ones start, but where those surge.
+    changing = [a for a in actions if a.change != "unchanged" and not a.surge]
+    nodes = run.cluster.nodes({action.name for action in changing})
     cores = int(sum(node.total.get("CPU", 0.0) for node in nodes))
-    workers = workers or min(len(actions), max(2, cores))
+    workers = run.options.max_workers or min(len(actions), max(2, cores))
     for action in actions[workers:]:
         action.detail = f"behind {', '.join(a.name for a in actions[:workers][:MOST_LOGS])}"
     run.nodes, run.admitted = [*nodes, *run.growth], []
@@ -3313,22 +3096,21 @@ def in_workers(actions: Sequence[Action], run: Run, workers: int, show: Show) ->
             carry_out(action, run)
         except Exception as error:  # noqa: BLE001
             action.trace = traceback.format_exc()
-            run.end(action, Result.FAILED, root_cause(repr(error)))
+            run.end(action, "FAILED", root_cause(repr(error)))
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="worker")
     futures = [pool.submit(isolated, action) for action in actions]
-    alive_at = looked_at = run.clock()
-    while not run.stop_code and wait_for_futures(futures, POLL_INTERVAL_S / 4).not_done:
-        show(run.actions)
-        if run.clock() - looked_at > HEARTBEAT_INTERVAL_S:
-            looked_at = run.clock()
-            alive_at = looked_at if run.cluster.alive() else alive_at
-            if looked_at - alive_at > CLUSTER_LOST_AFTER_S:
-                seconds = f"{CLUSTER_LOST_AFTER_S:.0f} s"
-                run.stop(EXIT_CLUSTER, f"the head node has not answered for {seconds}")
+    alive_at = run.clock()
+    while not run.stop_code and wait(futures, POLL_INTERVAL_S / 4).not_done:
+        show(run)
+        silent_s = run.clock() - alive_at
+        if silent_s > HEARTBEAT_INTERVAL_S and run.cluster.alive():
+            alive_at = run.clock()
+        elif silent_s > CLUSTER_LOST_AFTER_S:
+            run.stop(EXIT_CLUSTER, f"the head node has not answered for {silent_s:.0f} s")
     pool.shutdown(wait=False, cancel_futures=True)
-    wait_for_futures(futures, timeout=STOP_GRACE_S if run.stop_code else None)
-    show(run.actions)
+    wait(futures, timeout=STOP_GRACE_S if run.stop_code else None)
+    show(run)
 
 
 def watch(run: Run) -> None:
@@ -3350,7 +3132,7 @@ def watch(run: Run) -> None:
             turn += 1
             action = starting[turn % len(starting)]
             placed = [r for r in replicas_of(action.details) if r.state == "STARTING" and r.node_id]
-            with contextlib.suppress(Unreachable):
+            with contextlib.suppress(Exception):  # a phase is decoration
                 logs = [run.cluster.replica_log(r.actor_id or "") for r in placed[:MOST_LOGS]]
                 action.phase = engine_phase("".join(logs))
         time.sleep(POLL_INTERVAL_S)
@@ -3370,31 +3152,31 @@ def carry_out(action: Action, run: Run) -> None:
         before = action.before.record if action.before else None
         if action.submits:
             run.enter(action, "building")
-            demands = run.cluster.build(action.application, partial(run.check, action))
+            demands = run.cluster.build(action, partial(run.check, action))
             action.demands = remembered(demands, before.demands if before else ())
             run.enter(action, "built")
         elif before:
             action.demands = before.demands
         if run.options.plan:
             return
-        if action.change is Change.DELETE:
+        if action.change == "delete":
             delete_application(action, run)
-            run.end(action, Result.DELETED)
+            run.end(action, "DELETED")
         else:
             bring_up(action, run)
-            run.end(action, Result.RUNNING)
+            run.end(action, "RUNNING")
     except ApplicationError as error:
         logs = failure_logs(action, run.cluster)
         action.trace, cause = str(error), root_cause(str(error), logs)
         action.disturbed = bool(DISTURBED.search("\n".join([action.trace, cause.text, *logs])))
-        run.end(action, Result.FAILED, cause)
+        run.end(action, "FAILED", cause)
     except Stopped:
         if not run.stop_code:
             state = ": ".join(filter(None, [action.words, action.detail]))
             cause = Cause(f"time ran out while {state}", hint_for(state))
-            run.end(action, Result.STILL_DEPLOYING, cause)
+            run.end(action, "STILL DEPLOYING", cause)
     except ClusterError as error:
-        run.end(action, Result.UNKNOWN, Cause(str(error), error.hint))
+        run.end(action, "UNKNOWN", Cause(str(error)))
 
 
 def bring_up(action: Action, run: Run) -> None:
@@ -3482,8 +3264,8 @@ def failure_logs(action: Action, cluster: Cluster) -> list[str]:
     logs = []
     for replica in failed_replicas(action)[:MOST_LOGS]:
         try:
-            logs.append(cluster.last_words(replica.actor_id or ""))
-        except Unreachable as error:
+            logs.append(cluster.replica_log(replica.actor_id or "", "DEAD"))
+        except (Unreachable, ClusterError) as error:
             action.no_log = str(error)
     return logs
 
@@ -3493,49 +3275,45 @@ def prove(action: Action, run: Run) -> None:
     a bad answer, and Stopped; not having reached an application is not its failure."""
     application, details = action.application, action.details
     assert details is not None
-    learn_memory(action, run)
-    held = run.cluster.reservations(details)
-    action.proof = proof = Proof(tuple(held), mismatches(application, action.demands, held))
-
-    def ask(url: str, body: Config | None) -> Response:
-        run.check(action)
-        return fetch(url, body, SMOKE_TIMEOUT_S)
-
     try:
-        asleep = [d.name for d in details.deployments.values() if not d.target_num_replicas]
+        learn_memory(action, details, run)
+        held = run.cluster.reservations(details)
+        action.proof = proof = Proof(tuple(held), mismatches(application, action.demands, held))
+        asleep = {d.name for d in details.deployments.values() if not d.target_num_replicas}
+        ingresses = {d.deployment for d in action.demands if d.ingress}
         base_url = run.cluster.endpoint()
         reasons = {
             "--no-smoke-test": run.options.no_smoke_test,
             "it has no HTTP route": application.route_prefix is None,
-            "its ingress has scaled to zero": any(
-                d.ingress and d.deployment in asleep for d in action.demands
-            ),
+            "its ingress has scaled to zero": not asleep.isdisjoint(ingresses),
             "Serve has no HTTP proxy (proxy_location: Disabled)": not base_url,
         }
         if skipped := [text for text, is_so in reasons.items() if is_so]:
             action.proof = replace(proof, notes=(f"not asked over HTTP: {skipped[0]}",))
             return
-        wait_for_route(application, base_url, ask, partial(run.pause, action), run.questions)
+        for said in wait_for_route(application, base_url, run.questions):
+            run.enter(action, action.words, said)
+            run.check(action)
+            time.sleep(POLL_INTERVAL_S)
         run.questions = 1  # one server has the port
-        answers, notes = smoke_test(application, asleep, base_url, ask)
+        answers, notes = smoke_test(application, asleep, base_url)
         action.proof = replace(proof, answers=tuple(answers), notes=tuple(notes))
     except (Unreachable, ClusterError) as error:
-        action.proof = replace(proof, unverified=str(error))
+        action.proof = replace(action.proof or Proof(), unverified=str(error))
 
 
-def learn_memory(action: Action, run: Run) -> None:
+def learn_memory(action: Action, details: ApplicationDetails, run: Run) -> None:
     """Keep in the cluster what engines on GPUs have measured at this start, where all are of one
     size."""
     sizes = {card.total for node in run.nodes for card in node.cards}
     card = sizes.pop() if len(sizes) == 1 else 0
+    running = {d.name: running_replicas(d) for d in details.deployments.values()}
     demands = []
     for demand in action.demands:
-        deployment = action.details.deployments.get(demand.deployment) if action.details else None
-        replicas = running_replicas(deployment) if deployment else []
-        memory = demand.memory
+        memory, replicas = demand.memory, running.get(demand.deployment)
         if memory and memory.block and replicas and gpu_shares(demand) and action.submits:
-            with contextlib.suppress(Unreachable):
-                log = run.cluster.last_words(replicas[0].actor_id or "", "ALIVE")
+            with contextlib.suppress(Unreachable, ClusterError):
+                log = run.cluster.replica_log(replicas[0].actor_id or "")
                 memory = learn(memory, card, log)
         demands.append(replace(demand, memory=memory))
     if tuple(demands) != action.demands:
@@ -3558,15 +3336,18 @@ def delete_application(action: Action, run: Run) -> None:
         run.enter(action, "deleting", f"it still holds {texts}" if held else "")
 
 
-def exit_code(actions: Sequence[Action], stop_code: int) -> int:
-    """129/130/143 before 3 before 1 before 4 before 0."""
-    results = {action.result for action in actions}
-    proofs = [action.proof for action in actions if action.proof]
-    if stop_code or Result.UNKNOWN in results:
-        return stop_code or EXIT_CLUSTER
-    if Result.FAILED in results or any(proof.mismatches or proof.unverified for proof in proofs):
+def exit_code(run: Run) -> int:
+    """129/130/143 before 3 before 1 before 4 before 5 before 0."""
+    results = {action.result for action in run.actions}
+    broken = any(a.proof.mismatches or a.proof.unverified for a in run.actions if a.proof)
+    if run.stop_code or "UNKNOWN" in results:
+        return run.stop_code or EXIT_CLUSTER
+    if "FAILED" in results or broken or (run.plan and run.plan.misfits):
         return EXIT_FAILED
-    return EXIT_TIMEOUT if Result.STILL_DEPLOYING in results else EXIT_OK
+    if "STILL DEPLOYING" in results:
+        return EXIT_TIMEOUT
+    edits = any(a.submits or (a.before and a.change == "delete") for a in run.actions)
+    return EXIT_CHANGES if edits and run.options.detailed_exitcode else EXIT_OK
 
 
 # ======================================================================================
@@ -3576,20 +3357,6 @@ def exit_code(actions: Sequence[Action], stop_code: int) -> int:
 RULE, THIN_RULE = "=" * 80, "-" * 80
 LLM_ENDPOINTS = ("POST /v1/chat/completions", "POST /v1/completions", "GET /v1/models")
 ICONS = {"queued": "⏳", "RUNNING": "✅", "DELETED": "✅", "FAILED": "❌"}
-
-
-@dataclass(frozen=True)
-class Report:
-    """How a run ended. `base_url` is None when the cluster was lost, and empty without an HTTP
-    proxy; `others` are the running applications that the file does not name."""
-
-    actions: Sequence[Action]
-    code: int
-    base_url: str | None
-    dashboard_url: str
-    seconds: float
-    others: Sequence[ApplicationDetails] = ()
-    plan: Plan | None = None
 
 
 def format_seconds(seconds: float) -> str:
@@ -3615,7 +3382,7 @@ def format_demand(demand: Demand) -> str:
     return f"   {demand.deployment}{ingress}: {amounts} per replica, replicas {count}"
 
 
-def endpoints(application: ApplicationSpec, base_url: str | None) -> tuple[str, list[str]]:
+def endpoints(application: ApplicationSpec, base_url: str) -> tuple[str, list[str]]:
     """Where an application answers, and to what: "GET /route/v1/models"."""
     route = application.route_prefix
     if not base_url or route is None:
@@ -3641,8 +3408,8 @@ def format_start(action: Action) -> list[str]:
 def format_end(action: Action) -> str:
     """What is said when an application has its result."""
     words = action.words.capitalize()
-    if action.result is Result.RUNNING:
-        unchanged = action.change is Change.UNCHANGED
+    if action.result == "RUNNING":
+        unchanged = action.change == "unchanged"
         words = "Running, unchanged" if unchanged else "Deployed successfully"
     cause = f" ({action.cause.text})" if action.cause else ""
     return f"   {ICONS.get(action.words, '⚠️ ')} {words}: {action.name}{cause}"
@@ -3651,16 +3418,16 @@ def format_end(action: Action) -> str:
 def format_action(action: Action) -> list[str]:
     """ "RESTART because args...max_model_len: 2048 → 4096", one line a reason, and who notices."""
     first, *more = action.reasons or ("",)
-    lines = [f"   {action.change.value}" + (f" because {first}" if first else "")]
+    lines = [f"   {action.change}" + (f" because {first}" if first else "")]
     lines += [f"      and {reason}" for reason in more]
     return [*lines, f"      {gap(action)}"] if gap(action) else lines
 
 
-def format_running(action: Action, report: Report) -> list[str]:
+def format_running(action: Action, run: Run) -> list[str]:
     """The summary of one application that runs, in the layout that V5's users know."""
     application = action.application
     lines = [f"• {action.name}"]
-    if action.change is Change.UNCHANGED:
+    if action.change == "unchanged":
         lines.append("   Unchanged: it runs already, and was left alone")
     elif action.reasons:
         lines += format_action(action)
@@ -3677,9 +3444,9 @@ def format_running(action: Action, report: Report) -> list[str]:
     pins = [d.memory.suggested for d in action.demands if d.memory and d.memory.suggested]
     lines += [f"   Note: engine_kwargs.kv_cache_memory_bytes: {n} keeps what it has" for n in pins]
     lines += [*map(format_demand, others), *format_proof(action.proof or Proof())]
-    if report.base_url is None:
+    if run.stop_code == EXIT_CLUSTER:
         return [*lines, "   It ran when the cluster was last seen"]
-    address, paths = endpoints(application, report.base_url)
+    address, paths = endpoints(application, run.cluster.endpoint())
     lines += [f"   Base URL: {address}", "   Endpoints:"] if address else []
     return lines + ["     • {:<4} {}".format(*path.split(maxsplit=1)) for path in paths]
 
@@ -3711,20 +3478,20 @@ def format_cause(cause: Cause | None) -> list[str]:
 
 def format_unfinished(action: Action) -> list[str]:
     """The summary of one application that does not run: what happened, why, where to look."""
-    result, details = action.result or Result.UNKNOWN, action.details
-    lines = [f"• {action.name}: {result.value} after {format_seconds(action.seconds())}"]
+    result, details = action.result or "UNKNOWN", action.details
+    lines = [f"• {action.name}: {result} after {format_seconds(action.seconds())}"]
     lines += format_cause(action.cause)
-    if result is Result.UNKNOWN:
+    if result == "UNKNOWN":
         return [*lines, "   The cluster was lost: whether it runs, or ever will, is not known"]
-    if result is not Result.FAILED:
-        doing = "deleting" if action.change is Change.DELETE else "deploying"
+    if result != "FAILED":
+        doing = "deleting" if action.change == "delete" else "deploying"
         submitted = {
             "yes": f"It was submitted and goes on {doing}; this program no longer watches it",
             "perhaps": "It was being handed over: whether Serve has it is not known",
             "": "It was not submitted",
         }
         lines.append(f"   {submitted[action.sent]}")
-    if action.before and action.change is not Change.DELETE and (details or not action.sent):
+    if action.before and action.change != "delete" and (details or not action.sent):
         old = {replica.replica_id for replica in replicas_of(action.before.details)}
         left = [r for r in replicas_of(details) if r.replica_id in old and r.state == "RUNNING"]
         serving = f"Still serving from before the edit: {len(left)} of {len(old)} replicas"
@@ -3749,52 +3516,52 @@ def format_deleted(action: Action) -> list[str]:
     return [f"• {action.name}: {text}", *(f"   Note: {note}" for note in action.reasons[1:])]
 
 
-def format_summary(report: Report) -> list[str]:
-    running = [a for a in report.actions if a.result is Result.RUNNING]
-    deleted = [a for a in report.actions if a.result is Result.DELETED]
-    failed = [a for a in report.actions if a.result not in (Result.RUNNING, Result.DELETED)]
-    doomed = sum(action.change is Change.DELETE for action in report.actions)
-    wanted = len(report.actions) - doomed
-    good, seconds = report.code == EXIT_OK, format_seconds(report.seconds)
+def format_summary(run: Run) -> list[str]:
+    running = [a for a in run.actions if a.result == "RUNNING"]
+    deleted = [a for a in run.actions if a.result == "DELETED"]
+    failed = [a for a in run.actions if a.result not in ("RUNNING", "DELETED")]
+    doomed = sum(action.change == "delete" for action in run.actions)
+    wanted = len(run.actions) - doomed
+    good, seconds = exit_code(run) == EXIT_OK, format_seconds(run.clock() - run.started)
     lines = [RULE, f"{'✅' if good else '⚠️ '} Deployment Summary", RULE]
     for done, count, total in (("deployed", running, wanted), ("deleted", deleted, doomed)):
         if total:
             lines.append(f"Total applications {done}: {len(count)}/{total} in {seconds}")
     parts = {
-        "📋 Successfully Deployed Applications:": [format_running(a, report) for a in running],
+        "📋 Successfully Deployed Applications:": [format_running(a, run) for a in running],
         "🗑️  Deleted Applications:": [format_deleted(a) for a in deleted],
         f"❌ Not {'Running' if wanted else 'Deleted'}:": [format_unfinished(a) for a in failed],
     }
     for title, items in parts.items():
         lines += ["", title, THIN_RULE] if items else []
         lines += itertools.chain(*(["", *item] for item in items))
-    if report.others and report.base_url is not None:
-        names = ", ".join(f"{d.name} ({d.status.value})" for d in report.others)
+    if run.others and run.stop_code != EXIT_CLUSTER:
+        names = ", ".join(f"{d.name} ({d.status.value})" for d in run.others)
         lines += ["", f"💡 Not in the file, left alone: {names}; --prune deletes them"]
     lines += ["", RULE]
     lines += [f"🔥 All {'deployments' if wanted else 'deletions'} completed!"] if good else []
-    if report.dashboard_url:
-        lines.append(f"💡 Ray Dashboard: {report.dashboard_url}")
+    if run.cluster.dashboard_url:
+        lines.append(f"💡 Ray Dashboard: {run.cluster.dashboard_url}")
         lines.append("💡 Check deployment status and resource usage in the dashboard")
     return [*lines, RULE]
 
 
-def room_in(report: Report, demand: Demand) -> Room | None:
+def room_in(run: Run, demand: Demand) -> Room | None:
     """What an engine has room for, in a plan on the card that it would get, or has."""
-    plan = report.plan or Plan((), [])
-    rooms = (fit.room for fit in plan.fits if fit.demand.label == demand.label)
-    return next(rooms, room_of(demand.memory, card_of(plan, demand, ())))
+    plan = run.plan or Plan((), [])
+    slots = [slot for slot in plan.slots if slot.demand.label == demand.label]
+    return room_of(demand.memory, card_of(plan, demand, slots))
 
 
-def format_plan(report: Report) -> list[str]:
+def format_plan(run: Run) -> list[str]:
     """What `--plan` prints: what each replica would reserve, and where all of it would go."""
     lines = [RULE, "📋 Plan (nothing was changed)", RULE]
-    for action in report.actions:
+    for action in run.actions:
         route = action.application.route_prefix or "(no HTTP route)"
         lines += ["", f"• {action.name}  {route}", *format_action(action)]
         lines += format_cause(action.cause)
         for demand in action.demands:
-            memory = format_memory(demand, room_in(report, demand))
+            memory = format_memory(demand, room_in(run, demand))
             lines += [format_demand(demand), *(f"      {line}" for line in memory)]
         for model in action.application.models:
             lines += [f"   Note: {note}" for note in model.notes]
@@ -3802,44 +3569,44 @@ def format_plan(report: Report) -> list[str]:
                 hint = "set engine_kwargs.kv_cache_memory_bytes, or use --max-workers 1"
                 what = "shares its GPU and measures at its start what is free there"
                 lines.append(f"   ⚠️  {model.model_id} {what}: {hint}")
-    for d in report.others:
+    for d in run.others:
         lines += ["", f"• {d.name}  {d.route_prefix or '(no HTTP route)'}"]
         lines += [f"   not in file: it is {d.status.value} and left alone (--prune deletes it)"]
-    packing = format_prediction(report.plan) if report.plan else []
+    packing = format_prediction(run.plan) if run.plan else []
     return [*lines, "", THIN_RULE, *packing, RULE]
 
 
-def report_json(report: Report) -> Config:
+def report_json(run: Run) -> Config:
     """The report for programs; the README documents it. A key that is gone or means another thing
     raises the version, a new one does not."""
     return {
         "version": 3,
-        "exit_code": report.code,
-        "seconds": round(report.seconds, 1),
-        "dashboard": report.dashboard_url,
-        "applications": [action_json(action, report) for action in report.actions],
-        "not_in_file": [{"name": d.name, "status": d.status.value} for d in report.others],
-        "packing": format_prediction(report.plan) if report.plan else None,
-        "misfits": list(map(format_misfit, report.plan.misfits)) if report.plan else None,
+        "exit_code": exit_code(run),
+        "seconds": round(run.clock() - run.started, 1),
+        "dashboard": run.cluster.dashboard_url,
+        "applications": [action_json(action, run) for action in run.actions],
+        "not_in_file": [{"name": d.name, "status": d.status.value} for d in run.others],
+        "packing": format_prediction(run.plan) if run.plan else None,
+        "misfits": list(map(format_misfit, run.plan.misfits)) if run.plan else None,
     }
 
 
-def action_json(action: Action, report: Report) -> Config:
-    address, paths = endpoints(action.application, report.base_url)
+def action_json(action: Action, run: Run) -> Config:
+    address, paths = endpoints(action.application, run.cluster.endpoint())
     demands = []
     for demand in action.demands:
-        room = room_in(report, demand)
+        room = room_in(run, demand)
         more = {"reserved_per_replica": demand.reserved, "room": room and dataclasses.asdict(room)}
         demands.append(dataclasses.asdict(demand) | more)
     return {
         "name": action.name,
-        "change": action.change.value,
+        "change": action.change,
         "reasons": list(action.reasons),
         "gap": gap(action) or None,
         "route_prefix": action.application.route_prefix,
         "models": [dataclasses.asdict(model) for model in action.application.models],
         "deployments": demands,
-        "result": action.result.value if action.result else None,
+        "result": action.result,
         "seconds": round(action.seconds(), 1),
         "attempts": action.attempt,
         "submitted": {"yes": True, "": False}.get(action.sent),
@@ -3889,10 +3656,12 @@ def for_others(value: Any, document: Document, path: KeyPath = ()) -> Any:
     return f"${{{name}}}" if secrets_in(value, format_key(path)) else redact(value, frozenset())
 
 
-def pin_caches(application: ApplicationSpec, demands: Sequence[Demand]) -> None:
-    """Write the cache sizes that engines have suggested into their application's config."""
-    llms = llm_places({"applications": [application.config]})
-    for model, (_, llm, _) in zip(application.models, llms, strict=False):
+def pin_caches(action: Action) -> None:
+    """Write the cache sizes that engines have suggested into what runs and was not edited."""
+    record = action.before.record if action.before else None
+    demands = record.demands if record and action.change != "RESTART" else ()
+    llms = llm_places({"applications": [action.application.config]})
+    for model, (_, llm, _) in zip(action.application.models, llms, strict=False):
         memories = (d.memory for d in demands if d.memory and serves(d.deployment, model))
         for size in filter(None, (memory.suggested for memory in memories)):
             pin = {"kv_cache_memory_bytes": size}
@@ -3924,26 +3693,20 @@ class Terminal(io.TextIOBase):
     """The one place that writes: progress and messages to stderr, the report to stdout. What others
     print, Ray for one its workers' lines, they write to this: so nobody shows a secret."""
 
-    def __init__(self, clock: Callable[[], float], out: TextIO, err: TextIO) -> None:
+    def __init__(self, out: TextIO, err: TextIO) -> None:
         from rich.console import Console
         from rich.live import Live
 
-        self.clock, self.out, self.err, self.secrets = clock, out, err, frozenset[str]()
+        self.out, self.err, self.secrets = out, err, frozenset[str]()
         # What others print while the live view is there goes through the console, too.
         how: dict[str, Any] = {"file": self, "force_terminal": err.isatty()}
         self.console = Console(**how, highlight=False, soft_wrap=True)
         self.live = Live(console=self.console, auto_refresh=False)
         self.shown: dict[int, tuple[str, str]] = {}
-        self.plans = False
-
-    def redact(self, text: str) -> str:
-        return redact(text, self.secrets)
 
     def write(self, text: str) -> int:
-        return self.err.write(self.redact(text))
-
-    def flush(self) -> None:
-        self.err.flush()
+        print(redact(text, self.secrets), end="", file=self.err, flush=True)
+        return len(text)
 
     def say(self, *lines: str) -> None:
         """A message about the run as a whole, above the live view where there is one."""
@@ -3961,52 +3724,50 @@ class Terminal(io.TextIOBase):
             shown.highlight_regex(f"{pattern}+", style)
         Console(file=self.out, soft_wrap=True).print(shown)
 
-    def show(self, actions: Sequence[Action]) -> None:
+    def show(self, run: Run) -> None:
         """The progress of all applications: a block when one's turn comes, a line when it ends, and
         in between a live view, or a line a change."""
-        for action in actions:
+        from rich.table import Table
+        from rich.text import Text
+
+        for action in run.actions:
             before = self.shown.get(id(action), ("queued", ""))
             now = self.shown[id(action)] = action.words, action.detail
             if now == before:
                 continue
             begins = action.started is not None and before[0] == "queued"
-            if begins and action.submits and not self.plans:
+            if begins and action.submits and not run.options.plan:
                 self.say(*format_start(action))
             if action.result:
                 self.say(format_end(action))
             elif not self.console.is_terminal:
-                took = format_seconds(action.seconds(self.clock()))
+                took = format_seconds(action.seconds(run.clock()))
                 parts = time.strftime("%H:%M:%S"), action.name, now[0], took, now[1]
                 self.say("  ".join(filter(None, parts)))
-        if self.console.is_terminal:
-            self.draw(actions)
-
-    def draw(self, actions: Sequence[Action]) -> None:
-        """Redraw the live lines, one an application."""
-        from rich.table import Table
-        from rich.text import Text
-
+        if not self.console.is_terminal:
+            return
         self.live.start()
         self.console.show_cursor()  # which nobody would do where a signal ends the program
         table = Table.grid(padding=(0, 2))
-        for action in actions:
+        for action in run.actions:
             icon, name = ICONS.get(action.words, "🚀"), Text(action.name, style="bold")
-            detail = self.redact(action.detail)  # which the ellipsis may cut short
+            detail = redact(action.detail, self.secrets)  # which the ellipsis may cut short
             line = Text(detail, style="dim", overflow="ellipsis", no_wrap=True)
-            took = format_seconds(action.seconds(self.clock()))
+            took = format_seconds(action.seconds(run.clock()))
             table.add_row(icon, name, action.words, took, line)
         self.live.update(table, refresh=True)
 
-    def report(self, report: Report, options: Options) -> None:
+    def report(self, run: Run) -> None:
         """The plan or the summary, or its JSON, to stdout; tracebacks where `--logs` asks."""
-        if options.json:
-            text = json.dumps(copied(report_json(report), self.redact), indent=2)
+        if run.options.json:
+            hide = partial(redact, secrets=self.secrets)
+            text = json.dumps(copied(report_json(run), hide), indent=2)
         else:
-            lines = format_plan(report) if report.plan else format_summary(report)
-            text = self.redact("\n".join(lines))
+            lines = format_plan(run) if run.plan else format_summary(run)
+            text = redact("\n".join(lines), self.secrets)
         self.output(text)
-        for action in report.actions:
-            if options.logs and action.trace:
+        for action in run.actions:
+            if run.options.logs and action.trace:
                 self.say(f"--- {action.name}\n{action.trace}")
 
 
@@ -4018,9 +3779,7 @@ class Terminal(io.TextIOBase):
 def parse_options(argv: Sequence[str] | None) -> Options:
     """The command line as Options; argparse exits with 2 by itself when it is wrong."""
     parser = argparse.ArgumentParser(
-        prog="app_v5.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="app_v5.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="a Ray Serve config")
     for item in dataclasses.fields(Options)[1:]:
@@ -4061,11 +3820,9 @@ class Session:
 
     def __init__(self, options: Options, cluster: RayCluster, out: TextIO, err: TextIO) -> None:
         self.options, self.cluster, self.run = options, cluster, Run(options, cluster)
-        self.terminal = Terminal(self.run.clock, out, err)
+        self.terminal = Terminal(out, err)
         self.say = self.terminal.say
-        self.started = self.run.clock()
         self.document: Document  # as soon as it is loaded
-        self.others: list[ApplicationDetails] = []
         self.code: int | None = None
 
     def work(self) -> None:
@@ -4075,8 +3832,8 @@ class Session:
         except ConfigError as error:
             self.say_problems(error.problems)
             self.code = EXIT_CONFIG
-        except ClusterError as error:
-            self.say(f"❌ {error}" + (f"\n   {error.hint}" if error.hint else ""))
+        except (ClusterError, ApplicationError) as error:
+            self.say(f"❌ {error}")
             self.code = EXIT_CLUSTER
         except Stopped:
             pass  # `main` says it
@@ -4155,7 +3912,8 @@ class Session:
         """Print the config for others; with --address it has what engines have measured there."""
         if self.options.address:
             self.cluster.connect(self.options.address)
-            self.pin_caches(applications)
+            for action in self.decide(applications, {item.name for item in applications}):
+                pin_caches(action)
         text, names = export_config(self.document, applications)
         if names:
             self.say(f"⚠️  {', '.join(names)}: to be filled in, Ray does not do it")
@@ -4165,29 +3923,17 @@ class Session:
         self.terminal.output(text.rstrip("\n"))
         return EXIT_OK
 
-    def pin_caches(self, applications: Sequence[ApplicationSpec]) -> None:
-        """Write the cache sizes that engines have suggested into what runs and was not edited."""
-        running = self.cluster.running(self.cluster.states().values())
-        key = self.cluster.fingerprint_key(make=False)
-        for item in (item for item in applications if item.name in running):
-            before = running[item.name]
-            action = decide(item, before, self.options, self.document.secrets, key)
-            if before.record and action.change is not Change.RESTART:
-                pin_caches(item, before.record.demands)
-
     def is_chosen(self, name: str) -> bool:
         patterns = self.options.only or ["*"]
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
     def wait_for_others(self, names: Sequence[str]) -> None:
         """Wait, within --timeout, for other runs that work on the same."""
-        run, claims = self.run, self.cluster.claims(names)
-        until = run.clock() + (self.options.timeout or math.inf)
-        for who in dict.fromkeys(claims.values()):
+        run, until = self.run, self.run.clock() + (self.options.timeout or math.inf)
+        for who in dict.fromkeys(self.cluster.claims(names).values()):
             self.say(f"⏳ Waiting for another run that works on the same: {who}")
-        while claims and not run.stop_code and run.clock() < until:
+        while self.cluster.claims(names) and not run.stop_code and run.clock() < until:
             time.sleep(POLL_INTERVAL_S)
-            claims = self.cluster.claims(names)
 
     def decide(self, chosen: Sequence[ApplicationSpec], known: Collection[str]) -> list[Action]:
         """What to do with each application; `known` are the names in the file, `chosen` is what
@@ -4196,7 +3942,7 @@ class Session:
         states = {n: d for n, d in cluster.states().items() if d.status != "DELETING"}
         others = [d for d in states.values() if d.name not in known]
         pruned = {d.name: d for d in others if options.prune and self.is_chosen(d.name)}
-        self.others = [d for d in others if d.name not in pruned]
+        self.run.others = [d for d in others if d.name not in pruned]
         names = {*pruned, *(item.name for item in chosen)}
         running = cluster.running([d for d in states.values() if d.name in names])
         if options.delete:
@@ -4206,13 +3952,12 @@ class Session:
             raise ConfigError(located(self.document, problems))
         specs = [ApplicationSpec(-1, name, d.route_prefix, {}) for name, d in pruned.items()]
         actions = [deletion(spec, running[spec.name], "--prune") for spec in specs]
-        key = cluster.fingerprint_key(make=not options.plan)
+        key = cluster.fingerprint_key(make=not (options.plan or options.export))
+        before = {d.route_prefix: name for name, d in pruned.items() if d.route_prefix}
         for item in chosen:
             action = decide(item, running.get(item.name), options, self.document.secrets, key)
-            for old in pruned.values():
-                if item.route_prefix and item.route_prefix == old.route_prefix:
-                    text = f"{old.name} has its route and goes first: 404 until this one runs"
-                    action.reasons += (text,)
+            if old := before.get(item.route_prefix):
+                action.reasons += (f"{old} has its route and goes first: 404 until this one runs",)
             actions.append(action)
         return actions
 
@@ -4220,40 +3965,30 @@ class Session:
         """Leave alone what another run works on."""
         claims = self.cluster.claims([action.name for action in actions])
         for action in actions:
-            if action.name in claims and action.change is not Change.UNCHANGED:
+            if action.name in claims and action.change != "unchanged":
                 text = f"another run of this program works on it: {claims[action.name]}"
                 hint = "wait until it has ended (--wait does), or stop it, and run this again"
-                self.run.end(action, Result.FAILED, Cause(text, hint))
+                self.run.end(action, "FAILED", Cause(text, hint))
 
     def plan(self, actions: list[Action]) -> int:
         """Build, predict, print. Returns the exit code: 1 when something does not fit."""
         run = self.run
-        run.actions, self.terminal.plans = actions, True
-        in_workers(actions, run, len(actions), self.terminal.show)
+        run.actions = actions
+        in_workers(actions, run, self.terminal.show)
         if run.stop_code:
             raise Stopped
         demands = [d for action in actions if action.submits for d in demands_at_once(action)]
-        return self.report(predict(demands, run.nodes))
+        run.plan = predict(demands, run.nodes)
+        return self.report()
 
-    def report(self, plan: Plan | None = None, *, lost: bool = False) -> int:
-        """Print how the run ended, and return the exit code. Nothing is asked of Ray when it is
-        `lost`: its calls may hang."""
-        run, base_url = self.run, None
-        if not lost and run.stop_code != EXIT_CLUSTER:
-            with contextlib.suppress(ClusterError):
-                base_url = self.cluster.endpoint(POLL_TIMEOUT_S)
-        code = exit_code(run.actions, run.stop_code)
-        if plan and not code:
-            edits = any(a.submits or (a.before and a.change is Change.DELETE) for a in run.actions)
-            would = EXIT_CHANGES if edits and self.options.detailed_exitcode else EXIT_OK
-            code = EXIT_FAILED if plan.misfits else would
+    def report(self) -> int:
+        """Print how the run ended, and return the exit code."""
+        run = self.run
         self.terminal.live.stop()  # its last picture stays on the screen
         if run.stop_code:
             self.say(f"🛑 Stopped: {run.stop_reason}")
-        url, seconds = self.cluster.dashboard_url, run.clock() - self.started
-        report = Report(run.actions, code, base_url, url, seconds, self.others, plan)
-        self.terminal.report(report, self.options)
-        return code
+        self.terminal.report(run)
+        return exit_code(run)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -4287,7 +4022,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     thread.join(2 * STOP_GRACE_S + POLL_TIMEOUT_S if run.actions else STOP_GRACE_S)
     with contextlib.suppress(OSError):  # whoever read the output has gone, too
         if session.code is None and run.actions and not options.plan:
-            session.report(lost=True)
+            session.report()
         elif session.code is None:
             session.say(f"🛑 {run.stop_reason}: nothing was deployed")
     return run.stop_code or (EXIT_FAILED if session.code is None else session.code)

@@ -56,27 +56,27 @@ def decide(spec: app.ApplicationSpec, before: app.Running | None, **options: Any
 )
 def test_only_what_needs_new_replicas_changes_the_version(change: Config, restarts: bool) -> None:
     action = decide(edited(**change), running(edited(), 1))
-    assert action.change is (app.Change.RESTART if restarts else app.Change.IN_PLACE)
+    assert action.change == ("RESTART" if restarts else "in place")
     assert (action.version != VERSION) is restarts
 
 
 def test_a_new_one_is_created_and_an_equal_one_is_left_alone() -> None:
-    assert decide(edited(), None).change is app.Change.CREATE
+    assert decide(edited(), None).change == "create"
     action = decide(edited(), running(edited(), 1))
-    assert (action.change, action.reasons) == (app.Change.UNCHANGED, ())
+    assert (action.change, action.reasons) == ("unchanged", ())
 
 
 def test_an_edit_of_an_engine_argument_says_what_it_was() -> None:
     before = running(edited(engine_kwargs={"max_model_len": 2048}), 1)
     action = decide(edited(engine_kwargs={"max_model_len": 4096}), before)
-    assert action.change is app.Change.RESTART
+    assert action.change == "RESTART"
     assert action.reasons == ("args.llm_configs[0].engine_kwargs.max_model_len: 2048 → 4096",)
 
 
 def test_an_edit_of_a_replica_count_is_applied_in_place_for_an_llm_too() -> None:
     before = running(edited(deployment={"autoscaling_config": {"max_replicas": 3}}), 1)
     action = decide(edited(deployment={"autoscaling_config": {"max_replicas": 4}}), before)
-    assert action.change is app.Change.IN_PLACE
+    assert action.change == "in place"
     assert action.version == VERSION
     option = "args.llm_configs[0].deployment_config.autoscaling_config.max_replicas"
     assert action.reasons == (f"{option}: 3 → 4",)
@@ -110,9 +110,9 @@ def test_an_edit_of_one_deployments_resources_restarts_that_one_alone(
 ) -> None:
     action = decide(overriding(*after), running(overriding(*before), 1, 2))
     if restarting is None:
-        assert action.change is app.Change.UNCHANGED
+        assert action.change == "unchanged"
     else:
-        assert action.change is app.Change.RESTART
+        assert action.change == "RESTART"
         assert action.restarting == frozenset(restarting)
         assert app.gap(action).startswith("rolling")
 
@@ -126,13 +126,16 @@ def test_an_edit_of_one_deployments_resources_restarts_that_one_alone(
 )
 def test_what_serve_does_not_compare_itself_gets_another_version(option: Config) -> None:
     action = decide(overriding({**ONE, **option}), running(overriding(ONE), 1, 2))
-    assert (action.change, action.restarting) == (app.Change.RESTART, None)
+    assert (action.change, action.restarting) == (
+        "RESTART",
+        frozenset({"D0", "D1"}),
+    )
     assert action.version != VERSION
 
 
 def test_an_entry_of_light_options_comes_and_goes_in_place() -> None:
     action = decide(overriding(OTHER, ONE), running(overriding(OTHER), 1, 2))
-    assert action.change is app.Change.IN_PLACE
+    assert action.change == "in place"
     assert action.reasons == ("deployments.D0.max_ongoing_requests: (not given) → 3",)
 
 
@@ -150,13 +153,13 @@ def test_an_entry_of_light_options_comes_and_goes_in_place() -> None:
 )
 def test_what_restarts_without_an_edit(keys: Config, reason: str) -> None:
     action = decide(edited(), running(edited(), 1, **keys))
-    assert (action.change, action.reasons) == (app.Change.RESTART, (reason,))
+    assert (action.change, action.reasons) == ("RESTART", (reason,))
 
 
 def test_what_serve_deploy_brought_comes_back_and_that_is_said() -> None:
     before = running(edited(), 1, source="declarative")
     action = decide(edited(), before)
-    assert action.change is app.Change.RESTART
+    assert action.change == "RESTART"
     [reason] = action.reasons
     assert reason.startswith(
         "it was deployed by `serve deploy`: it comes back when Serve's controller restarts"
@@ -171,7 +174,7 @@ def test_what_restarts_unchanged_gets_another_version() -> None:
         (running(edited(), 1), {"force": True}),
     ):
         action = decide(edited(), before, **options)
-        assert action.change is app.Change.RESTART
+        assert action.change == "RESTART"
         assert action.version != VERSION
 
 
@@ -194,7 +197,7 @@ def test_keys_of_all_kinds_have_a_version() -> None:
 
 def test_what_still_deploys_is_taken_over_as_it_is() -> None:
     action = decide(edited(), running(edited(), 1, status="DEPLOYING"))
-    assert (action.change, action.version) == (app.Change.IN_PLACE, VERSION)
+    assert (action.change, action.version) == ("in place", VERSION)
     assert action.reasons == ("it is DEPLOYING",)
 
 
@@ -217,7 +220,7 @@ def test_an_edit_of_a_builders_arguments(
     kept = json.loads(json.dumps(decide(old, None).kept))
     record = app.Record(VERSION, kept, (DEMAND,))
     action = decide(new, app.Running(details("a"), frozenset({VERSION}), record))
-    assert action.change is (app.Change.RESTART if reasons else app.Change.UNCHANGED)
+    assert action.change == ("RESTART" if reasons else "unchanged")
     assert action.reasons == reasons
 
 
@@ -231,9 +234,9 @@ def test_no_secret_is_kept_and_an_edit_of_one_is_seen() -> None:
     record = app.Record(old.version, old.kept, (DEMAND,))
     before = app.Running(details("a"), frozenset({old.version}), record)
     again = decide(with_token("hf_12345"), before, secrets=secrets)
-    assert again.change is app.Change.UNCHANGED
+    assert again.change == "unchanged"
     new = decide(with_token("hf_67890"), before, secrets=secrets)
-    assert new.change is app.Change.RESTART
+    assert new.change == "RESTART"
     assert new.reasons == ("args.llm_configs[0].runtime_env.env_vars.HF_TOKEN: *** → ***",)
     assert app.fingerprint("weak", KEY) != app.fingerprint("weak", b"other")
 
@@ -246,7 +249,7 @@ def test_a_text_that_becomes_or_was_a_secret_is_no_edit() -> None:
         kept = decide(spec, None, secrets=earlier).kept
         record = app.Record(VERSION, kept, (DEMAND,))
         before = app.Running(details("a"), frozenset({VERSION}), record)
-        assert decide(spec, before, secrets=now).change is app.Change.UNCHANGED
+        assert decide(spec, before, secrets=now).change == "unchanged"
 
 
 @pytest.mark.parametrize(
@@ -263,7 +266,7 @@ def test_a_restart_says_beforehand_who_notices(
     replicas: tuple[int, ...], options: Config, words: str
 ) -> None:
     action = decide(edited(engine_kwargs={"seed": 1}), running(edited(), *replicas), **options)
-    assert action.change is app.Change.RESTART
+    assert action.change == "RESTART"
     assert app.gap(action).startswith(words)
     assert bool(app.gap(action)) is bool(words)
 
@@ -275,7 +278,6 @@ def test_without_downtime_room_for_one_more_is_needed(target: int) -> None:
     action = decide(spec, running(edited(), target), no_downtime=True)
     action.demands = (app.Demand("a", "D0", ({"GPU": 0.45},), "PACK", target, target),)
     assert [demand.min_replicas for demand in app.demands_at_once(action)] == [1]
-    assert app.giving_way([action]) == frozenset()
 
 
 @pytest.mark.parametrize(
@@ -302,7 +304,7 @@ def test_only_what_serve_would_restart_for_does(
         for config in (before, after)
     )
     action = decide(new, running(old, 1))
-    assert action.change is (app.Change.RESTART if restarts else app.Change.IN_PLACE)
+    assert action.change == ("RESTART" if restarts else "in place")
     assert (action.version != VERSION) is restarts
     [back] = decide(old, running(new, 1)).reasons
     assert back.endswith("→ (not given)")

@@ -37,6 +37,10 @@ ALIAS_BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     for before, name in zip("abcdefgh", "bcdefghi", strict=True)
 )
 
+NO_CONFIG = (
+    ":1:1: expected a mapping with `applications` (what has the old form is one item of it), or a "
+    "RayService with it in `serveConfigV2: |`"
+)
 BROKEN = [
     pytest.param(
         "a: [",
@@ -64,14 +68,12 @@ BROKEN = [
         ],
         id="quote not closed",
     ),
-    pytest.param("", [":1:1: expected a mapping with `applications`"], id="empty"),
-    pytest.param(
-        "# nothing\n", [":1:1: expected a mapping with `applications`"], id="only a comment"
-    ),
-    pytest.param("- a\n- b\n", [":1:1: expected a mapping with `applications`"], id="a list"),
+    pytest.param("", [NO_CONFIG], id="empty"),
+    pytest.param("# nothing\n", [NO_CONFIG], id="only a comment"),
+    pytest.param("- a\n- b\n", [NO_CONFIG], id="a list"),
     pytest.param(
         "hello\n",
-        [":1:1: expected a mapping with `applications`"],
+        [NO_CONFIG],
         id="a text",
     ),
     pytest.param(
@@ -83,23 +85,17 @@ BROKEN = [
     ),
     pytest.param(
         "apiVersion: v1\nkind: Pod\n",
-        [
-            ":1:1: expected a mapping with `applications`; of manifests a RayService is one, with the config under `serveConfigV2: |`"
-        ],
+        [NO_CONFIG],
         id="a manifest",
     ),
     pytest.param(
         "apiVersion: ray.io/v1\nkind: RayService\nspec: {}\n",
-        [
-            ":1:1: expected a mapping with `applications`; of manifests a RayService is one, with the config under `serveConfigV2: |`"
-        ],
+        [NO_CONFIG],
         id="a RayService",
     ),
     pytest.param(
         "application: []\n",
-        [
-            ":1:1: expected a mapping with `applications`; did you mean 'applications' by 'application'?"
-        ],
+        [NO_CONFIG],
         id="applications misspelt",
     ),
     pytest.param(
@@ -1262,12 +1258,6 @@ def test_a_missing_file_does_not_hide_the_rest() -> None:
     found = problems(text)
     assert len(found) == 3
     assert ["gone.yaml" in text for text in found] == [False, True, False]
-
-
-def test_the_old_form_of_one_application_is_named() -> None:
-    assert problems("import_path: m:a\n") == [
-        ":1:1: this is the old form of a config: write it as the one item of `applications:`"
-    ]
 
 
 # -- the schemas, read without importing Ray ----------------------------------------------------

@@ -24,7 +24,7 @@ def spec(name: str, *models: app.ModelSpec) -> app.ApplicationSpec:
 
 
 def create(name: str, *models: app.ModelSpec) -> app.Action:
-    return app.Action(spec(name, *models), app.Change.CREATE, "1")
+    return app.Action(spec(name, *models), "create", "1")
 
 
 def demand(name: str, cpus: float = 1.0) -> app.Demand:
@@ -106,25 +106,25 @@ class ScriptedCluster:
         self.is_alive = True
         self.live = [CPU_NODE]
 
+    dashboard_url = ""
+
     def alive(self) -> bool:
         return self.is_alive
 
-    def build(
-        self, application: app.ApplicationSpec, check: Callable[[], None]
-    ) -> tuple[app.Demand, ...]:
+    def build(self, action: app.Action, check: Callable[[], None]) -> tuple[app.Demand, ...]:
         with self.lock:
             self.building += 1
             self.most_building = max(self.most_building, self.building)
         try:
-            gate = self.gates.get(application.name)
+            gate = self.gates.get(action.name)
             while gate and not gate.wait(0.01):
                 check()
         finally:
             with self.lock:
                 self.building -= 1
-        if application.name in self.errors:
-            raise self.errors[application.name]
-        return self.demands.get(application.name, (demand(application.name),))
+        if action.name in self.errors:
+            raise self.errors[action.name]
+        return self.demands.get(action.name, (demand(action.name),))
 
     def submit(self, action: app.Action) -> None:
         if action.name in self.hanging:
@@ -164,15 +164,14 @@ class ScriptedCluster:
     def endpoint(self) -> str:
         return HTTP
 
-    def replica_log(self, actor_id: str) -> str:
+    def replica_log(self, actor_id: str, state: str = "ALIVE") -> str:
         if isinstance(self.log, Exception):
             raise self.log
         return self.log
 
-    def last_words(self, actor_id: str, state: str = "DEAD") -> str:
-        return self.replica_log(actor_id)
-
-    def fetch(self, url: str, body: app.Config | None, timeout_s: float) -> app.Response:
+    def fetch(
+        self, url: str, body: app.Config | None = None, timeout_s: float = 0.0
+    ) -> app.Response:
         """Stands for `app.fetch`."""
         routes = app.Response(200, json.dumps({f"/{n}": n for n in self.submitted}), 0)
         default = routes if url.endswith("/-/routes") else app.Response(200, "{}", 0.2)
@@ -201,16 +200,16 @@ def deploy(
     run = app.Run(app.Options("config.yaml", max_workers=workers, **options), cluster)
     wanted = [create(action) if isinstance(action, str) else action for action in actions]
     with patch.object(app, "fetch", cluster.fetch):
-        app.deploy(wanted, run, lambda actions: show(run))
+        app.deploy(wanted, run, show)
     return run
 
 
 def results(run: app.Run) -> dict[str, str]:
-    return {action.name: action.result.value for action in run.actions if action.result}
+    return {action.name: action.result for action in run.actions if action.result}
 
 
 def code(run: app.Run) -> int:
-    return app.exit_code(run.actions, run.stop_code)
+    return app.exit_code(run)
 
 
 def causes(run: app.Run) -> list[str]:
@@ -323,7 +322,7 @@ def test_what_can_not_be_built_fails_the_plan_alone(error: Exception) -> None:
     run = app.Run(app.Options("config.yaml", timeout=0.3, plan=True), cluster)
     run.actions = [create("a"), create("b"), create("hangs")]
     cluster.gates["hangs"] = threading.Event()
-    app.in_workers(run.actions, run, 3, lambda actions: None)
+    app.in_workers(run.actions, run, lambda run: None)
     assert results(run) == {"a": "FAILED", "hangs": "STILL DEPLOYING"}
     assert cluster.submitted == []
     assert run.actions[1].demands == (demand("b"),)
@@ -337,8 +336,7 @@ def test_a_log_that_can_not_be_read_is_no_failure_and_is_said() -> None:
     cluster.log = app.Unreachable("the dashboard does not answer")
     run = deploy(cluster, "a")
     assert (results(run), causes(run)) == ({"a": "FAILED"}, ["ValueError: too long"])
-    report = app.Report(run.actions, 1, HTTP, "", 1.0)
-    assert "   No log: the dashboard does not answer" in app.format_summary(report)
+    assert "   No log: the dashboard does not answer" in app.format_summary(run)
 
 
 def test_the_log_of_what_failed_tells_more_than_serve() -> None:
@@ -379,7 +377,7 @@ def test_time_runs_out_for_one_and_the_others_are_not_held_up() -> None:
     run = deploy(cluster, "a", "b", timeout=0.3)
     assert results(run) == {"a": "STILL DEPLOYING", "b": "RUNNING"}
     assert code(run) == 4
-    lines = app.format_summary(app.Report(run.actions, 4, HTTP, "", 1.0))
+    lines = app.format_summary(run)
     assert "   Cause: time ran out while starting replicas 0/1" in lines
     assert any("It was submitted and goes on deploying" in line for line in lines)
 
@@ -499,11 +497,12 @@ def test_a_watcher_with_a_defect_does_not_leave_everybody_waiting(
         pytest.param(["INTERRUPTED"], 129, 129, id="SIGHUP"),
     ],
 )
-def test_exit_codes_when_mixed(found: list[str], stop: int, code: int) -> None:
+def test_exit_codes_when_mixed(found: list[Any], stop: int, code: int) -> None:
     actions = [create("a") for _ in found]
     for action, word in zip(actions, found, strict=True):
-        action.result = app.Result(word)
-    assert app.exit_code(actions, stop) == code
+        action.result = word
+    run = app.Run(app.Options("c"), ScriptedCluster({}), actions=actions, stop_code=stop)
+    assert app.exit_code(run) == code
 
 
 # -- what fits -----------------------------------------------------------------------------------
@@ -551,7 +550,7 @@ def test_what_starts_beside_the_old_replicas_needs_room_for_those_at_a_time_alon
         cluster = ScriptedCluster()
         cluster.demands = {"a": (app.Demand("a", "D", ({"CPU": 1.0},), "PACK", 3, 3),)}
         tight = app.Node("node", {"CPU": 4.0}, {"CPU": 1.0})
-        edit = app.Action(spec("a"), app.Change.RESTART, "2", before=before, surge=surge)
+        edit = app.Action(spec("a"), "RESTART", "2", before=before, surge=surge)
         with patch.object(cluster, "nodes", return_value=[tight]) as nodes:
             run = deploy(cluster, edit)
         nodes.assert_called_once_with(gives_way)
@@ -639,13 +638,13 @@ def test_an_engine_that_was_disturbed_is_tried_again_alone() -> None:
     assert results(run) == {"a": "RUNNING", "b": "RUNNING"}
     assert cluster.done[-1] == "submit a 1.2"
     assert (sorted(cluster.submitted), cluster.deleted) == (["a", "a", "b"], [])
-    lines = app.format_summary(app.Report(run.actions, 0, HTTP, "", 1.0))
+    lines = app.format_summary(run)
     assert "   Second attempt, alone: other engines on its GPU disturbed the first" in lines
     assert code(run) == 0
 
 
 RUNS_ALREADY = app.Action(
-    spec("b", SHARING), app.Change.UNCHANGED, "1", before=app.Running(state("b", "RUNNING"))
+    spec("b", SHARING), "unchanged", "1", before=app.Running(state("b", "RUNNING"))
 )
 
 
@@ -712,7 +711,7 @@ def test_what_came_up_just_in_time_is_asked_all_the_same() -> None:
     """Its replicas came up a moment before its time was over, and it answers in a second."""
     cluster = ScriptedCluster()
 
-    def fetch(url: str, body: app.Config | None, timeout_s: float) -> app.Response:
+    def fetch(url: str, body: app.Config | None = None, timeout_s: float = 0.0) -> app.Response:
         time.sleep(0.2)
         return ScriptedCluster.fetch(cluster, url, body, timeout_s)
 
@@ -724,7 +723,7 @@ def test_what_came_up_just_in_time_is_asked_all_the_same() -> None:
 def test_what_runs_and_is_slow_to_answer_runs_when_a_stop_comes() -> None:
     cluster, answered = ScriptedCluster(), threading.Event()
 
-    def fetch(url: str, body: app.Config | None, timeout_s: float) -> app.Response:
+    def fetch(url: str, body: app.Config | None = None, timeout_s: float = 0.0) -> app.Response:
         if url.endswith("/a/health"):
             run.stop(130, "SIGINT")
             answered.wait(60)
@@ -732,7 +731,7 @@ def test_what_runs_and_is_slow_to_answer_runs_when_a_stop_comes() -> None:
 
     run = app.Run(app.Options("config.yaml", max_workers=1), cluster)
     with patch.object(app, "fetch", fetch):
-        app.deploy([create("a"), create("queued")], run, lambda actions: None)
+        app.deploy([create("a"), create("queued")], run, lambda run: None)
     assert (results(run), code(run)) == ({"a": "RUNNING", "queued": "INTERRUPTED"}, 130)
     assert run.actions[0].proof
     assert run.actions[0].proof.unverified == "SIGINT"
@@ -745,7 +744,7 @@ def test_what_runs_unchanged_is_asked_all_the_same() -> None:
     cluster = ScriptedCluster()
     cluster.submitted.append("a")
     cluster.answers = {"/a/health": app.Response(500, "oh no", 0)}
-    run = deploy(cluster, app.Action(spec("a"), app.Change.UNCHANGED, "1", before=before))
+    run = deploy(cluster, app.Action(spec("a"), "unchanged", "1", before=before))
     assert (results(run), cluster.done) == ({"a": "FAILED"}, [])
 
 
@@ -774,7 +773,7 @@ def test_what_is_not_asked_is_said(
     asleep = deployment("Asleep", "HEALTHY", target_num_replicas=0)
     cluster = ScriptedCluster({"a": [state("a", "RUNNING", "", asleep)]})
     cluster.demands = {"a": demands}
-    run = deploy(cluster, app.Action(application, app.Change.CREATE, "1"), **options)
+    run = deploy(cluster, app.Action(application, "create", "1"), **options)
     assert run.actions[0].proof
     assert run.actions[0].proof.notes == (f"not asked over HTTP: {reason}",)
     assert code(run) == 0

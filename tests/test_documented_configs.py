@@ -10,7 +10,7 @@ import yaml
 
 import app_v5 as app
 from documented_configs import DOCUMENTED, LLMS, OPENAI, SERVE, go_where_they_are
-from test_config import problems
+from test_config import NO_CONFIG, problems
 
 BY_SERVE_DEPLOY = "is not taken for single applications: leave it out, or use `serve deploy`"
 REMOTE_ONLY = (
@@ -20,7 +20,6 @@ REMOTE_ONLY = (
 )
 IGNORED = "unknown key; Ray ignores it"
 NOT_OF_VLLM = "unknown key, which the installed Ray and vLLM do not take"
-OLD_FORM = ":1:1: this is the old form of a config: write it as the one item of `applications:`"
 LLM = "applications[0].args.llm_configs[0]"
 DEPLOYMENT = "applications[0].deployments[0]"
 
@@ -150,17 +149,17 @@ ON_PURPOSE = [
     ),
     pytest.param(
         "name: one\nimport_path: m:app\nhost: 0.0.0.0\nport: 8000\n",
-        [OLD_FORM],
+        [NO_CONFIG],
         id="the old form with all that belongs to it",
     ),
     pytest.param(
         "import_path: m:app\n\nruntime_env: {}\n\ndeployments:\n- name: D\n  num_replicas: 1\n",
-        [OLD_FORM],
+        [NO_CONFIG],
         id="the old form as `serve build` wrote it",
     ),
     pytest.param(
         "host: 0.0.0.0\nport: 8000\nimport_path: ray.serve.llm:build_openai_app\nargs: {}\n",
-        [OLD_FORM],
+        [NO_CONFIG],
         id="the old form of an LLM",
     ),
 ]
@@ -212,7 +211,7 @@ def test_a_whole_anyscale_service_is_taken() -> None:
 
 def test_an_anyscale_service_of_the_first_kind_has_no_applications() -> None:
     text = "name: s\ncluster_env: e:5\nray_serve_config:\n  applications: [{import_path: m:app}]\n"
-    assert problems(text) == [":1:1: expected a mapping with `applications`"]
+    assert problems(text) == [NO_CONFIG]
 
 
 def test_an_anyscale_service_with_a_slip_is_told_only_of_that() -> None:

@@ -24,8 +24,8 @@ NAMES = [
     *("Causes", "Ray", "Verify", "Deploy", "Report", "Command line"),
 ]
 
-CEILING = 4370  # to be 3300
-MOST_OF_A_SECTION = 667  # to be 520; neither may grow
+CEILING = 4033  # to be 3300
+MOST_OF_A_SECTION = 604  # to be 520; neither may grow
 MOST_OF_A_FUNCTION = 60
 
 
@@ -200,7 +200,7 @@ def test_there_is_much_that_may_move() -> None:
 CALLED = {
     call.args[0].value: len([arg for arg in call.args[1:] if not isinstance(arg, ast.Starred)])
     for call in walk(ast.Call)
-    if getattr(call.func, "attr", "") in ("ask_controller", "call_controller")
+    if getattr(call.func, "attr", "") == "call_controller"
     and isinstance(call.args[0], ast.Constant)
 }
 """The methods that are called by name on the actor of Serve's controller: their arguments."""

@@ -10,9 +10,11 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 import app_v5 as app
 
@@ -26,21 +28,30 @@ FALCON3 = app.Memory(
 )
 
 
+read_demand = TypeAdapter(app.Demand).validate_python
+"""As the program reads what a record and a builder's process have."""
+
+
 def demand(memory: app.Memory | None = FALCON3, gpu: float = 0.45, **more: Any) -> app.Demand:
     return app.Demand("a", "LLMServer:m", ({"CPU": 1.0, "GPU": gpu},), memory=memory, **more)
 
 
 def node(card: int, used: int = 0, users: str = "") -> app.Node:
     total = {"CPU": 16.0, "GPU": 1.0}
-    return app.Node("n", total, total, (1.0,), cards=(app.Card(card * GIB, used * GIB, users),))
+    return app.Node("n", total, total, cards=(app.Card(card * GIB, used * GIB, users),))
+
+
+def in_words(plan: app.Plan) -> list[str]:
+    """What the plan says of the memory of the one engine in it."""
+    [fit] = plan.fits
+    run: Any = SimpleNamespace(plan=plan)
+    return app.format_memory(fit.demand, app.room_in(run, fit.demand))
 
 
 def test_a_share_of_a_card_in_words() -> None:
-    [fit] = app.predict(
-        [demand(max_ongoing_requests=100, target_ongoing_requests=85)], [node(80)]
-    ).fits
-    assert fit.reason == ""
-    assert app.format_memory(fit.demand, fit.room) == [
+    plan = app.predict([demand(max_ongoing_requests=100, target_ongoing_requests=85)], [node(80)])
+    assert plan.misfits == []
+    assert in_words(plan) == [
         "memory: weights 3.11 GiB · a request of 4,096 tokens needs 0.28 GiB of KV cache",
         "  0.45 of 80 GiB, at gpu_memory_utilization 0.405: 32.4 GiB; 27.79 GiB for the KV cache"
         " (1.5 GiB kept for activations, a guess)",
@@ -160,7 +171,7 @@ def test_a_card_s_sum_stands_beside_it() -> None:
     ("used", "sums"), [(0, "64.8 GiB of 80 GiB"), (30, "30 GiB in use, 32.4 GiB of 80 GiB")]
 )
 def test_a_card_s_sum_has_the_engines_that_run(used: int, sums: str) -> None:
-    half = replace(node(80, used), free={"CPU": 8.0, "GPU": 0.55}, free_gpus=(0.55,))
+    half = replace(node(80, used), free={"CPU": 8.0, "GPU": 0.55})
     [line, *_] = app.format_node(app.predict([demand()], [half]), 0)
     assert line.endswith(f" + already running 0.45 · 0.10 free · memory: {sums} asked for")
 
@@ -191,8 +202,9 @@ def test_a_whole_card_has_what_vllm_takes_of_it() -> None:
 def test_cards_of_a_silent_node_are_not_guessed_from_another_s() -> None:
     silent = replace(node(24), name="silent", cards=())
     full = replace(node(24), free={})
-    [fit] = app.predict([demand(replace(FALCON3, fraction=0.1))], [silent, full]).fits
-    assert (fit.reason, fit.room) == ("", None)
+    plan = app.predict([demand(replace(FALCON3, fraction=0.1))], [silent, full])
+    assert plan.misfits == []
+    assert in_words(plan)[-1].endswith("--gpu-memory 80GiB would plan with one")
 
 
 def test_what_is_not_known_is_said() -> None:
@@ -226,23 +238,21 @@ def test_a_start_replaces_the_guess_on_the_same_kind_of_card() -> None:
     [other] = app.remembered([demand(replace(FALCON3, weights=1))], [demand(learnt)])
     assert other.memory is not None
     assert other.memory.measured == ()
-    [fit] = app.predict([again], [node(80)]).fits
-    assert "27.5 GiB for the KV cache (1.79 GiB kept for activations, measured)" in "".join(
-        app.format_memory(fit.demand, fit.room)
-    )
+    measured = "27.5 GiB for the KV cache (1.79 GiB kept for activations, measured)"
+    assert measured in "".join(in_words(app.predict([again], [node(80)])))
 
 
 def test_a_record_keeps_it() -> None:
     learnt = demand(app.learn(FALCON3, 80 * GIB, LOG))
     row = json.loads(json.dumps(asdict(learnt)))
-    found = app.read_demand(row).memory
+    found = read_demand(row).memory
     assert found is not None
     assert (found.measured, found.suggested) == (learnt.memory.measured, 29_370_000_000)  # type: ignore[union-attr]
     built = {
         **row,
         "memory": {**row["memory"], "measured": [], "suggested": 0},
     }  # as a builder does
-    [again] = app.remembered([app.read_demand(built)], [app.read_demand(row)])
+    [again] = app.remembered([read_demand(built)], [read_demand(row)])
     assert again.memory == found
 
 
@@ -306,7 +316,7 @@ REAL: dict[str, dict[str, Any]] = {
 SCRIPT = """
 import json, sys
 import app_v5
-builder = app_v5.Builder()
+builder = app_v5.Builder("json")
 print("ANSWERS" + json.dumps(builder.memory(json.loads(sys.argv[1]))))
 """
 
@@ -411,9 +421,7 @@ def test_what_a_started_engine_says_of_too_small_a_cache(
     options["kv_cache_memory_bytes"] = kilobytes * 1000
     done = in_a_process(TOO_SMALL, options)
     answer = json.loads(done.stdout.partition("ASKED ")[2])
-    found = app.read_demand(
-        {"application": "a", "deployment": "D", "bundles": [], "memory": answer}
-    )
+    found = read_demand({"application": "a", "deployment": "D", "bundles": [], "memory": answer})
     room = app.room_of(found.memory, 0)
     assert room
     said = app.memory_misfit(found, room)

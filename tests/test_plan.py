@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,13 +16,14 @@ from app_v5 import (
     STEPS,
     Demand,
     Node,
+    Options,
+    RayCluster,
     Resources,
     format_amount,
     format_prediction,
-    free_gpus,
+    free_devices,
     matches,
     new_nodes,
-    node_of,
     predict,
     take,
 )
@@ -29,7 +32,7 @@ from app_v5 import (
 def node(name: str, shares: tuple[float, ...] = (), **total: float) -> Node:
     """A node of which all is free, but of its GPUs these shares where they are given."""
     free = {**total, "GPU": sum(shares)} if shares else total
-    return Node(name, total, free, shares)
+    return Node(name, total, free)
 
 
 def demand(
@@ -77,7 +80,7 @@ def test_a_raylet_allocates_gpus_one_by_one(
 
 
 A, B = node("A", CPU=8, GPU=2), node("B", CPU=8, GPU=1)
-HALF_A = node("A", (0.55, 0.55), CPU=8, GPU=2)
+HALF_A = replace(node("A", (0.55, 0.55), CPU=8, GPU=2), holders=(("old/D", {"GPU": 0.45}),))
 TWINS = (node("A", CPU=4), node("B", CPU=4))
 G45 = demand("x", {"CPU": 1, "GPU": 0.45}, replicas=2)
 CPU = {"CPU": 1}
@@ -231,18 +234,33 @@ def test_label_selectors(wanted: str, label: str | None, expected: bool) -> None
 def test_free_gpus_are_guessed_with_care(
     total: float, running: list[float], free: float, expected: tuple[float, ...]
 ) -> None:
-    assert free_gpus(total, running, free) == pytest.approx(expected)
+    held = tuple((f"a{index}/D", {"GPU": share}) for index, share in enumerate(running))
+    guessed = free_devices(Node("n", {"GPU": total}, {"GPU": free}, holders=held), "GPU")
+    assert guessed == tuple(round(share * STEPS) for share in expected)
 
 
-def test_what_gives_way_counts_as_free() -> None:
-    row = {"Resources": {"CPU": 8.0, "GPU": 1.0}, "Labels": {"zone": "a"}}
+def test_what_gives_way_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {
+        "Resources": {"CPU": 8.0, "GPU": 1.0},
+        "Labels": {"zone": "a"},
+        "NodeID": "1",
+        "NodeManagerAddress": "n",
+        "Alive": True,
+    }
     held = [("x/old/D", {"CPU": 2.0, "GPU": 0.45}), ("other/D", {"CPU": 1.0, "GPU": 0.3})]
-    free = {"CPU": 5.0, "GPU": 0.25}
-    stays, goes = node_of("n", row, free, held, ()), node_of("n", row, free, held, {"x/old"})
-    assert [stays.free["CPU"], *stays.free_gpus] == pytest.approx([5.0, 0.25])
-    assert [goes.free["CPU"], *goes.free_gpus] == pytest.approx([7.0, 0.7])
+    cluster: Any = RayCluster(Options("c"))
+    cluster.ray = SimpleNamespace(nodes=lambda: [row])
+    cluster.holdings = lambda: [("1", *item) for item in held]
+    monkeypatch.setattr(
+        "ray._private.state.available_resources_per_node",
+        lambda: {"1": {"CPU": 5.0, "GPU": 0.25}},
+    )
+    monkeypatch.setattr("app_v5.ask_dashboard", lambda *_, **__: "not JSON")
+    [stays], [goes] = cluster.nodes(), cluster.nodes({"x/old"})
+    assert (stays.free["CPU"], free_devices(stays, "GPU")) == (5.0, (2_500,))
+    assert (goes.free["CPU"], free_devices(goes, "GPU")) == (7.0, (7_000,))
     assert (stays.holders, goes.holders) == (tuple(held), tuple(held[1:]))
-    assert goes.labels == {"zone": "a"}
+    assert (goes.name, goes.labels) == ("n", {"zone": "a"})
 
 
 V1 = """\
@@ -288,7 +306,6 @@ def test_the_text_of_a_tight_cluster() -> None:
         "10.0.0.2",
         {"CPU": 4, "GPU": 1},
         {"CPU": 3, "GPU": 0.5},
-        (0.5,),
         holders=(("old/D", {"CPU": 1, "GPU": 0.5}),),
     )
     plan = predict(demands, [node("10.0.0.1", CPU=16, GPU=1), old])
@@ -313,7 +330,7 @@ def test_the_text_of_a_tight_cluster() -> None:
     [
         pytest.param(
             [demand("x", {"GPU": 0.45})],
-            [Node("A", {"GPU": 1}, {"GPU": 0.4}, (0.4,), holders=(("old/D", {"GPU": 0.6}),))],
+            [Node("A", {"GPU": 1}, {"GPU": 0.4}, holders=(("old/D", {"GPU": 0.6}),))],
             "needs 0.45 GPU; the largest free share is 0.40 (node A, GPU 0, held by old/D 0.60)",
             id="a share that something running holds",
         ),

@@ -153,13 +153,13 @@ def actually(plan: Plan, demand: Demand, names: list[str]) -> None:
     index = {node.name: number for number, node in enumerate(plan.nodes)}
     for name, bundle in zip(names, bundles_of(demand), strict=True):
         free = plan.free[index[name]]
-        granted = plan.grant(demand.label, [bundle], [index[name]])
+        granted = plan.grant(demand, [bundle], [index[name]])
         assert granted, f"Ray gave {bundle} on {free}: the model is wrong"
 
 
 def disagreements(rng: random.Random, nodes: tuple[Node, ...], stats: Counter[str]) -> list[str]:
     """Play one case: the demands one after the other, what does not fit stays pending."""
-    plan, found = Plan(nodes, [stock(node, node.free) for node in nodes]), list[str]()
+    plan, found = Plan(nodes, [stock(node) for node in nodes]), list[str]()
     groups: list[PlacementGroup] = []
     pending: list[PlacementGroup] = []
     for index in range(rng.randint(3, 9)):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,9 +31,9 @@ def falcon(name: str, model: str, source: str, most: int) -> app.Action:
     share = {"CPU": 1.0, "GPU": 0.45}
     return app.Action(
         app.ApplicationSpec(0, name, route, {}, (app.ModelSpec(model, source, label, share),)),
-        app.Change.CREATE,
+        "create",
         "1",
-        result=app.Result.RUNNING,
+        result="RUNNING",
         words="RUNNING",
         started=0.0,
         ended=61.0,
@@ -102,7 +103,7 @@ def failed(**keys: Any) -> app.Action:
     dead = replica("r", "STOPPED", actor_id="abc", log_file_path="/serve/replica_r.log")
     rows = deployment("D", "DEPLOY_FAILED", recent_dead_replicas=[dead])
     given = {
-        "result": app.Result.FAILED,
+        "result": "FAILED",
         "ended": 12.4,
         "cause": app.Cause("ValueError: too long", "set max_model_len to 256 or less"),
         "details": state(FALCON3[0], "DEPLOY_FAILED", "", rows),
@@ -111,8 +112,11 @@ def failed(**keys: Any) -> app.Action:
     return replace(running(), **given)
 
 
-def report(*actions: app.Action, code: int = 0, **keys: Any) -> app.Report:
-    return app.Report(actions, code, keys.pop("base_url", HTTP), DASHBOARD, 75.0, **keys)
+def report(*actions: app.Action, options: app.Options | None = None, **keys: Any) -> app.Run:
+    """A run that has ended, 75 s after it began, so that nothing is asked of a cluster."""
+    cluster: Any = SimpleNamespace(endpoint=lambda: HTTP, dashboard_url=DASHBOARD)
+    options = options or app.Options("c")
+    return app.Run(options, cluster, lambda: 75.0, started=0.0, actions=[*actions], **keys)
 
 
 # -- the summary ---------------------------------------------------------------------------------
@@ -124,7 +128,7 @@ def test_the_summary_has_the_layout_that_v5_always_had() -> None:
 
 
 def test_a_failure_says_why_what_would_help_and_where_to_look() -> None:
-    lines = app.format_summary(report(running(), failed(), code=1))
+    lines = app.format_summary(report(running(), failed()))
     assert lines[1] == "⚠️  Deployment Summary"
     assert lines[3] == "Total applications deployed: 1/2 in 1 min 15 s"
     assert "🔥 All deployments completed!" not in lines
@@ -145,27 +149,27 @@ def test_a_failure_says_why_what_would_help_and_where_to_look() -> None:
     ("keys", "line"),
     [
         pytest.param(
-            {"result": app.Result.INTERRUPTED},
+            {"result": "INTERRUPTED"},
             "It was submitted and goes on deploying; this program no longer watches it",
             id="interrupted",
         ),
         pytest.param(
-            {"result": app.Result.INTERRUPTED, "sent": "perhaps"},
+            {"result": "INTERRUPTED", "sent": "perhaps"},
             "It was being handed over: whether Serve has it is not known",
             id="interrupted while it was handed over",
         ),
         pytest.param(
-            {"result": app.Result.INTERRUPTED, "sent": ""},
+            {"result": "INTERRUPTED", "sent": ""},
             "It was not submitted",
             id="interrupted before its turn",
         ),
         pytest.param(
-            {"result": app.Result.STILL_DEPLOYING},
+            {"result": "STILL DEPLOYING"},
             "It was submitted and goes on deploying; this program no longer watches it",
             id="time ran out",
         ),
         pytest.param(
-            {"result": app.Result.UNKNOWN},
+            {"result": "UNKNOWN"},
             "The cluster was lost: whether it runs, or ever will, is not known",
             id="lost",
         ),
@@ -212,7 +216,7 @@ def test_a_replica_that_never_began_has_no_log_of_its_own() -> None:
 
 def test_deletions_have_their_own_part() -> None:
     before = app.Running(state(FALCON3[0], "RUNNING"))
-    gone = replace(failed(), change=app.Change.DELETE, result=app.Result.DELETED, before=before)
+    gone = replace(failed(), change="delete", result="DELETED", before=before)
     absent = replace(gone, before=None)
     lines = app.format_summary(report(gone, absent))
     assert "Total applications deleted: 2/2 in 1 min 15 s" in lines
@@ -220,7 +224,7 @@ def test_deletions_have_their_own_part() -> None:
     assert "• falcon3-1b-instruct-app: it was not there" in lines
     assert "🔥 All deletions completed!" in lines
     assert not any("deployed" in line for line in lines)
-    left = replace(gone, result=app.Result.INTERRUPTED, cause=None)
+    left = replace(gone, result="INTERRUPTED", cause=None)
     assert app.format_unfinished(left)[1] == (
         "   It was submitted and goes on deleting; this program no longer watches it"
     )
@@ -231,7 +235,7 @@ def test_what_else_runs_and_a_lost_cluster_are_said() -> None:
     lines = app.format_summary(report(running(), others=others))
     said = "Not in the file, left alone: old (RUNNING), older (UNHEALTHY); --prune deletes them"
     assert f"💡 {said}" in lines
-    lost = app.format_summary(report(running(), base_url=None, code=3, others=others))
+    lost = app.format_summary(report(running(), stop_code=3, others=others))
     assert "   It ran when the cluster was last seen" in lost
     assert not any(said in line or "Base URL" in line for line in lost)
 
@@ -255,12 +259,12 @@ def test_other_applications_say_where_they_answer_and_what_they_hold() -> None:
     ("changes", "expected"),
     [
         pytest.param(
-            {"change": app.Change.RESTART, "reasons": ("args.x: 1 → 2", "args.y: 3 → 4")},
+            {"change": "RESTART", "reasons": ("args.x: 1 → 2", "args.y: 3 → 4")},
             ["   RESTART because args.x: 1 → 2", "      and args.y: 3 → 4"],
             id="a restart",
         ),
         pytest.param(
-            {"change": app.Change.UNCHANGED},
+            {"change": "unchanged"},
             ["   Unchanged: it runs already, and was left alone"],
             id="nothing",
         ),
@@ -309,14 +313,14 @@ def test_the_proof_reads_as_what_one_would_have_looked_up() -> None:
 # -- the plan, and JSON --------------------------------------------------------------------------
 
 
-def planned() -> app.Report:
+def planned() -> app.Run:
     """Two that would be created, of which one does not fit, and one that runs by other means."""
     share = app.ModelSpec("m", "/m", "m", {"GPU": 0.45}, measures_memory=True, notes=("so it is",))
     one, two = (replace(falcon(*row), result=None, sent="") for row in (FALCON3, FALCON_H1))
     two.application = replace(two.application, models=(share,))
-    node = app.Node("n", {"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 0.5}, (0.5,))
+    node = app.Node("n", {"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 0.5})
     plan = app.predict([one.demands[0], two.demands[0]], [node])
-    return report(one, two, code=1, others=[state("old", "RUNNING")], plan=plan)
+    return report(one, two, others=[state("old", "RUNNING")], plan=plan)
 
 
 def test_a_plan_says_what_would_go_where() -> None:
@@ -351,7 +355,7 @@ def test_a_plan_says_what_would_go_where() -> None:
 
 def test_json_has_the_same_facts() -> None:
     done = replace(running(), proof=PROOF)
-    document = json.loads(json.dumps(app.report_json(report(done, failed(), code=1))))
+    document = json.loads(json.dumps(app.report_json(report(done, failed()))))
     heads = ("version", "exit_code", "seconds", "dashboard", "packing", "misfits", "not_in_file")
     assert [document[key] for key in heads] == [3, 1, 75.0, DASHBOARD, None, None, []]
     good, bad = document["applications"]
@@ -370,13 +374,12 @@ def test_json_has_the_same_facts() -> None:
     )
     assert bad["logs"][0] == "ray logs actor --id abc --tail 400 --err"
     assert (bad["submitted"], bad["attempts"]) == (True, 1)
-    perhaps = app.action_json(failed(sent="perhaps"), replace(report(), base_url=None))
-    assert (perhaps["submitted"], perhaps["base_url"]) == (None, None)
+    assert app.action_json(failed(sent="perhaps"), report())["submitted"] is None
 
 
 @pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
 def test_the_readmes_jq_makes_a_gateways_list_of_what_runs() -> None:
-    document = json.dumps(app.report_json(report(running(), failed(), code=1)))
+    document = json.dumps(app.report_json(report(running(), failed())))
     [program] = re.findall(r"jq '(\{model_list.*?)'", (ROOT / "README.md").read_text(), re.DOTALL)
     made = subprocess.run(
         ["jq", program], input=document, capture_output=True, text=True, check=True
@@ -388,8 +391,10 @@ def test_the_readmes_jq_makes_a_gateways_list_of_what_runs() -> None:
 
 
 def test_json_of_a_plan_has_its_packing_and_what_does_not_fit() -> None:
-    document = app.report_json(planned())
-    assert document["packing"] == app.format_prediction(planned().plan)  # type: ignore[arg-type]
+    run = planned()
+    document = app.report_json(run)
+    assert run.plan
+    assert document["packing"] == app.format_prediction(run.plan)
     assert [text.partition(":")[0] for text in document["misfits"]] == [
         "falcon-h1-0.5b-instruct-app/LLMServer"
     ]
@@ -403,7 +408,7 @@ def test_json_of_a_plan_has_its_packing_and_what_does_not_fit() -> None:
 def terminal(*, live: bool = False) -> tuple[app.Terminal, io.StringIO, io.StringIO]:
     """A terminal of 80 columns, or none; its stderr and its stdout."""
     screen, out = io.StringIO(), io.StringIO()
-    made = app.Terminal(lambda: 10.0, out, screen)
+    made = app.Terminal(out, screen)
     how: dict[str, Any] = {"file": made, "force_terminal": live}
     made.console = Console(**how, width=80, height=30, soft_wrap=True, highlight=False)
     made.live = Live(console=made.console, auto_refresh=False)
@@ -418,19 +423,20 @@ def course(shown: app.Terminal) -> None:
     """Two applications from their turn to their end: one waits for the other, and then fails."""
     one, two = queued(FALCON3), queued(FALCON_H1)
     two.detail = "behind falcon3-1b-instruct-app"
-    shown.show([one, two])
+    run = replace(report(one, two), clock=lambda: 10.0)
+    shown.show(run)
     one.started, one.words = 5.0, "building"
-    shown.show([one, two])
-    shown.show([one, two])
+    shown.show(run)
+    shown.show(run)
     one.words, one.detail = "starting replicas 0/1", "loading weights"
-    shown.show([one, two])
-    one.words, one.detail, one.result, one.ended = "RUNNING", "", app.Result.RUNNING, 9.0
+    shown.show(run)
+    one.words, one.detail, one.result, one.ended = "RUNNING", "", "RUNNING", 9.0
     two.words, two.detail, two.started = "building", "", 9.0
-    shown.show([one, two])
+    shown.show(run)
     shown.say("⚠️  said in between: " + "a long line, " * 9)
-    two.words, two.result, two.cause = "FAILED", app.Result.FAILED, app.Cause("ValueError: no")
+    two.words, two.result, two.cause = "FAILED", "FAILED", app.Cause("ValueError: no")
     two.detail, two.ended = "ValueError: no " * 9, 10.0
-    shown.show([one, two])
+    shown.show(run)
     shown.live.stop()
 
 
@@ -519,9 +525,9 @@ def test_on_a_terminal_the_blocks_stand_whole_above_the_live_lines() -> None:
         pytest.param("create", "FAILED", "   ❌ Failed: a (why)", id="failed"),
     ],
 )
-def test_the_line_at_the_end(change: str, result: str, line: str) -> None:
-    action = app.Action(app.ApplicationSpec(0, "a", "/a", {}), app.Change(change))
-    action.result, action.words = app.Result(result), result
+def test_the_line_at_the_end(change: Any, result: Any, line: str) -> None:
+    action = app.Action(app.ApplicationSpec(0, "a", "/a", {}), change)
+    action.result, action.words = result, result
     action.cause = None if "✅" in line else app.Cause("why")
     assert app.format_end(action) == line
 
@@ -536,9 +542,10 @@ def test_no_secret_is_written_anywhere() -> None:
     for live, as_json, seen in ((False, False, None), (True, True, None), (False, False, plan)):
         made, screen, out = terminal(live=live)
         made.secrets = hidden
-        made.show([action])
+        made.show(report(action))
         made.say(f"said {secret}")
-        made.report(report(action, plan=seen), app.Options("c", json=as_json, logs=True))
+        options = app.Options("c", json=as_json, logs=True)
+        made.report(report(action, plan=seen, options=options))
         text = screen.getvalue() + out.getvalue()
         assert not re.search("hf_secret|word|me:pw|12345", text)
         assert text.count("***") > 3
@@ -551,7 +558,7 @@ def test_no_secret_that_a_worker_logs_is_shown_below_the_live_view(
     made.secrets = frozenset({"hf_secret"})
     for stream in ("stdout", "stderr"):
         monkeypatch.setattr(sys, stream, made)
-    made.show([replace(running(), result=None, words="building", ended=None)])
+    made.show(report(replace(running(), result=None, words="building", ended=None)))
     print("(worker) the token is hf_secret")
     made.live.stop()
     assert "(worker) the token is ***" in screen.getvalue()

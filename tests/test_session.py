@@ -61,7 +61,7 @@ def session(
     monkeypatch.setattr(app, "POLL_INTERVAL_S", 0.01)
     actions: list[app.Action] = []
 
-    def deploy(given: list[app.Action], run: app.Run, show: app.Show) -> None:
+    def deploy(given: list[app.Action], run: app.Run, show: Any) -> None:
         actions.extend(given)
 
     monkeypatch.setattr(app, "deploy", deploy)
@@ -116,7 +116,7 @@ def test_a_route_is_free_once_its_owner_is_pruned(
     assert (made.code, actions) == (2, [])
     assert "config.yaml:4:15: applications[1].route_prefix: /old is the route of old" in said
     made, actions, said = session(tmp_path, monkeypatch, Cluster(), "--prune")
-    assert [(action.name, action.change.value) for action in actions] == [
+    assert [(action.name, action.change) for action in actions] == [
         ("old", "delete"),
         ("mine", "create"),
         ("new", "create"),
@@ -124,9 +124,9 @@ def test_a_route_is_free_once_its_owner_is_pruned(
     assert actions[2].reasons == ("old has its route and goes first: 404 until this one runs",)
     kept, actions, _ = session(tmp_path, monkeypatch, Cluster(), "--only", "mine")
     assert [action.name for action in actions] == ["mine"]
-    assert [details.name for details in kept.others] == ["old"]
+    assert [details.name for details in kept.run.others] == ["old"]
     _, actions, _ = session(tmp_path, monkeypatch, Cluster(), "--delete")
-    assert [(action.name, action.change.value) for action in actions] == [
+    assert [(action.name, action.change) for action in actions] == [
         ("mine", "delete"),
         ("new", "delete"),
     ]
@@ -200,8 +200,9 @@ def test_a_plan_tells_whether_a_run_would_change_something(
         io.StringIO(),
         io.StringIO(),
     )
-    change = app.Change.UNCHANGED if running else app.Change.CREATE
+    change: app.Change = "unchanged" if running else "create"
     spec = app.ApplicationSpec(0, "a", "/a", {})
     absent = app.deletion(spec, None, "--delete")  # to delete what is not there changes nothing
     plan.run.actions = [app.Action(spec, change), absent]
-    assert plan.report(app.predict([], [])) == code
+    plan.run.plan = app.predict([], [])
+    assert plan.report() == code

@@ -6,9 +6,10 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -80,7 +81,7 @@ class Server:
         self.answers = answers
         self.asked: list[str] = []
 
-    def __call__(self, url: str, body: app.Config | None) -> app.Response:
+    def __call__(self, url: str, body: app.Config | None = None) -> app.Response:
         path = url.removeprefix(HTTP)
         self.asked.append(path)
         assert body is None or body.get("model") == "m"
@@ -96,8 +97,15 @@ TOKEN = response(200, {"model": "m"})
 CANNOT = response(400, {"error": {"message": "The model does not support this"}})
 
 
+def smoke_test(
+    server: Server, spec: app.ApplicationSpec = SPEC, asleep: Sequence[str] = ()
+) -> tuple[list[app.Answer], list[str]]:
+    with patch.object(app, "fetch", server):
+        return app.smoke_test(spec, asleep, HTTP)
+
+
 def smoke(answers: Mapping[str, app.Response]) -> list[app.Answer]:
-    found, notes = app.smoke_test(SPEC, (), HTTP, Server(answers))
+    found, notes = smoke_test(Server(answers))
     assert notes == []
     return found
 
@@ -132,7 +140,7 @@ def test_a_model_that_only_embeds_or_scores_is_asked_for_that(path: str) -> None
 
 def test_a_model_that_does_none_of_what_is_asked_is_no_failure() -> None:
     server = Server({"/a/v1/models": LIST})  # it transcribes, say
-    answers, notes = app.smoke_test(SPEC, (), HTTP, server)
+    answers, notes = smoke_test(server)
     assert [answer.request for answer in answers] == ["GET /v1/models"]
     assert notes == ["m neither chats, completes, embeds nor scores: not asked"]
     assert server.asked == ["/a/v1/models", *(f"/a{path}" for path, _ in app.QUESTIONS)]
@@ -173,7 +181,7 @@ def test_a_model_that_is_not_listed_has_failed(listed: app.Response, message: st
 
 def test_a_model_that_sleeps_is_not_woken_up() -> None:
     server = Server({"/a/v1/models": LIST})
-    _, notes = app.smoke_test(SPEC, ["LLMServer:m"], HTTP, server)
+    _, notes = smoke_test(server, asleep=["LLMServer:m"])
     assert server.asked == ["/a/v1/models"]
     assert notes == ["m is scaled to zero: not woken up"]
 
@@ -186,12 +194,12 @@ def test_an_application_of_ones_own_has_to_answer_below_500(
     plain = app.ApplicationSpec(0, "a", "/a b/", {"import_path": "m:a"}, models)
     for status in (405, 404, 307):
         there = {f"/a%20b/{path}": response(status, "") for path in ("", "v1/models")}
-        answers, _ = app.smoke_test(plain, (), HTTP, Server(there))
+        answers, _ = smoke_test(Server(there), plain)
         assert [answer.request for answer in answers] == ["GET /"]
     healthy = Server({"/a%20b/health": response(200, "")})
-    assert app.smoke_test(plain, (), HTTP, healthy)[0][0].request == "GET /health"
+    assert smoke_test(healthy, plain)[0][0].request == "GET /health"
     with pytest.raises(app.ApplicationError, match=r"GET http://h:8000/a%20b/: 500 oh no"):
-        app.smoke_test(plain, (), HTTP, Server({"/a%20b/": response(500, "oh no")}))
+        smoke_test(Server({"/a%20b/": response(500, "oh no")}), plain)
 
 
 # -- whose route it is ---------------------------------------------------------------------------
@@ -205,18 +213,17 @@ def wait_for_route(monkeypatch: pytest.MonkeyPatch, *answers: app.Response | Exc
     monkeypatch.setattr(app, "PROXY_TIMEOUT_S", 0.5)
     left, pauses = list(answers), list[str]()
 
-    def ask(url: str, body: app.Config | None) -> app.Response:
-        assert (url, body) == ("http://h:8000/-/routes", None)
+    def ask(url: str) -> app.Response:
+        assert url == "http://h:8000/-/routes"
         answer = left.pop(0) if len(left) > 1 else left[0]
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    def pause(said: str) -> None:
+    monkeypatch.setattr(app, "fetch", ask)
+    for said in app.wait_for_route(SPEC, HTTP, app.ROUTE_QUESTIONS):
         pauses.append(said)
         time.sleep(0.01)
-
-    app.wait_for_route(SPEC, HTTP, ask, pause, app.ROUTE_QUESTIONS)
     return pauses
 
 
