@@ -477,7 +477,7 @@ class Document:
         self.secrets: frozenset[str] = frozenset()
         self.written: dict[KeyPath, tuple[Any, str]] = {}
         self.problems: Problems = []
-        self.values, self.at = 0, (file, 0, 0)
+        self.values = 0
         self.data: Config = self.load(file, ())
         if "applications" not in as_dict(self.data):
             what = (
@@ -489,7 +489,8 @@ class Document:
 
     def load(self, file: str, path: KeyPath) -> Any:
         """A file's data, None when there is none. Raises ConfigError when all of it is unusable."""
-        self.source, self.places[path], place = file, (file, 1, 1), (file, 0, 0)
+        self.source, self.places[path] = file, (file, 1, 1)
+        self.at = place = (file, 0, 0)
         try:
             size = Path(file).stat().st_size
             if size > MAX_FILE_BYTES:
@@ -517,7 +518,7 @@ class Document:
         except RecursionError:
             most = f"more than {MAX_DEPTH} levels, or {MAX_VALUES} values"
             raise unusable(f"excessive nesting or aliasing: {most}", place) from None
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, OverflowError) as error:
             raise unusable(f"a value can't be read: {error}", self.at) from None
 
     def config_text(self, content: bytes) -> bytes | str:
@@ -2578,7 +2579,9 @@ class RayCluster:
                 with contextlib.suppress(ApplicationError):  # it may have gone meanwhile
                     answer = self.answer_of(call)
                     versions.add(DeploymentRoute.FromString(answer).deployment_info.version)
-            record = kept.validate_python(json.loads(text)) if text else None
+            record = None  # as where another version of this program has left another form
+            with contextlib.suppress(ValueError):
+                record = kept.validate_python(json.loads(text)) if text else None
             known[details.name] = Running(details, frozenset(versions), record)
         return known
 
@@ -2789,11 +2792,11 @@ class RayCluster:
 
     # -- logs ------------------------------------------------------------------------------------
 
-    def replica_log(self, actor_id: str, state: str = "ALIVE") -> str:
-        """The ends of a replica's logs, into which its engine's processes write, too, and how it
-        ended; then the same of its engine's workers, which are actors of another job in its
-        placement group. Raises Unreachable and ClusterError."""
-        actors = self.actors(state)
+    def replica_log(self, actor_id: str, state: str = "") -> str:
+        """The ends of a replica's logs, into which its engine's processes write, too; with the
+        `state` that it is in also those of its engine's workers, which are actors of another job in
+        its placement group, and how each ended. Raises Unreachable and ClusterError."""
+        actors = self.actors(state) if state else []
         found = [actor for actor in actors if actor.actor_id.hex() == actor_id]
         groups = {actor.placement_group_id for actor in found} - {b""}
         workers = [a for a in actors if a.class_name == WORKER and a.placement_group_id in groups]
@@ -2986,7 +2989,7 @@ class Cluster(Protocol):
     def holdings(self) -> list[tuple[str, str, Resources]]: ...
     def reservations(self, details: ApplicationDetails) -> list[Reservation]: ...
     def endpoint(self) -> str: ...
-    def replica_log(self, actor_id: str, state: str = "ALIVE") -> str: ...
+    def replica_log(self, actor_id: str, state: str = "") -> str: ...
 
 
 @dataclass
@@ -3057,6 +3060,8 @@ def deploy(actions: list[Action], run: Run, show: Callable[[Run], None]) -> None
         in_workers([a for a in left if a.change != "delete"], run, show)
         again = [a for a in sharing if a.disturbed and len(sharing) > 1 and not run.stop_code]
         for action in again:
+            if run.stop_code:
+                break
             action.attempt, action.version, action.words = 2, f"{action.version}.2", "queued"
             action.result = action.ended = None
             in_workers([action], run, show)
@@ -3085,7 +3090,8 @@ def in_workers(actions: Sequence[Action], run: Run, show: Callable[[Run], None])
     changing = [a for a in actions if a.change != "unchanged" and not a.surge]
     nodes = run.cluster.nodes({action.name for action in changing})
     cores = int(sum(node.total.get("CPU", 0.0) for node in nodes))
-    workers = run.options.max_workers or min(len(actions), max(2, cores))
+    most = len(actions) if run.options.plan else run.options.max_workers
+    workers = most or min(len(actions), max(2, cores))
     for action in actions[workers:]:
         action.detail = f"behind {', '.join(a.name for a in actions[:workers][:MOST_LOGS])}"
     run.nodes, run.admitted = [*nodes, *run.growth], []
@@ -3313,7 +3319,7 @@ def learn_memory(action: Action, details: ApplicationDetails, run: Run) -> None:
         memory, replicas = demand.memory, running.get(demand.deployment)
         if memory and memory.block and replicas and gpu_shares(demand) and action.submits:
             with contextlib.suppress(Unreachable, ClusterError):
-                log = run.cluster.replica_log(replicas[0].actor_id or "")
+                log = run.cluster.replica_log(replicas[0].actor_id or "", "ALIVE")
                 memory = learn(memory, card, log)
         demands.append(replace(demand, memory=memory))
     if tuple(demands) != action.demands:
@@ -3592,7 +3598,8 @@ def report_json(run: Run) -> Config:
 
 
 def action_json(action: Action, run: Run) -> Config:
-    address, paths = endpoints(action.application, run.cluster.endpoint())
+    base_url = "" if run.stop_code == EXIT_CLUSTER else run.cluster.endpoint()
+    address, paths = endpoints(action.application, base_url)
     demands = []
     for demand in action.demands:
         room = room_in(run, demand)
@@ -3948,7 +3955,7 @@ class Session:
         if options.delete:
             return [deletion(item, running.get(item.name), "--delete") for item in chosen]
         staying = {name: d for name, d in states.items() if name not in pruned}
-        if problems := taken_routes(chosen, staying):
+        if not options.export and (problems := taken_routes(chosen, staying)):
             raise ConfigError(located(self.document, problems))
         specs = [ApplicationSpec(-1, name, d.route_prefix, {}) for name, d in pruned.items()]
         actions = [deletion(spec, running[spec.name], "--prune") for spec in specs]

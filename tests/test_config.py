@@ -1031,6 +1031,9 @@ def test_llm_configs_may_be_paths_and_problems_point_into_them() -> None:
             "a: 1\n---\nb: 1\n", f"llm.yaml:2:1: {PATH}: not YAML: expected a single", id="two"
         ),
         pytest.param("a: \xe9 é\n", f"llm.yaml: {PATH}: not YAML in UTF-8: byte 3", id="latin-1"),
+        pytest.param(
+            '\n"\\U00110000"', f"llm.yaml: {PATH}: a value can't be read", id="no character"
+        ),
         pytest.param("#" * (app.MAX_FILE_BYTES + 1), "are more than the limit of", id="huge"),
     ],
 )

@@ -164,7 +164,7 @@ class ScriptedCluster:
     def endpoint(self) -> str:
         return HTTP
 
-    def replica_log(self, actor_id: str, state: str = "ALIVE") -> str:
+    def replica_log(self, actor_id: str, state: str = "") -> str:
         if isinstance(self.log, Exception):
             raise self.log
         return self.log
@@ -322,11 +322,13 @@ def test_what_can_not_be_built_fails_the_plan_alone(error: Exception) -> None:
     run = app.Run(app.Options("config.yaml", timeout=0.3, plan=True), cluster)
     run.actions = [create("a"), create("b"), create("hangs")]
     cluster.gates["hangs"] = threading.Event()
+    cluster.live = [app.Node("node", {"CPU": 1.0}, {"CPU": 1.0})]
     app.in_workers(run.actions, run, lambda run: None)
     assert results(run) == {"a": "FAILED", "hangs": "STILL DEPLOYING"}
     assert cluster.submitted == []
     assert run.actions[1].demands == (demand("b"),)
     assert causes(run)[-1] == "time ran out while building"
+    assert not any(action.detail.startswith("behind") for action in run.actions)
     assert code(run) == 1
 
 
@@ -665,6 +667,20 @@ def test_it_is_tried_again_once_and_only_when_another_engine_started_with_it(
     run = deploy(cluster, create("a", SHARING), *others, no_smoke_test=True)
     assert results(run)["a"] == "FAILED"
     assert cluster.submitted.count("a") == submissions
+
+
+def test_a_stop_in_a_second_attempt_leaves_the_other_failures_as_they_are() -> None:
+    failed, stuck = (state(n, "DEPLOY_FAILED", DISTURBED) for n in "ab"), state("a", "DEPLOYING")
+    script = dict(zip("ab", ([row] for row in failed), strict=True))
+    cluster = ScriptedCluster({**script, "a #2": [stuck]})
+
+    def stop(run: app.Run) -> None:
+        if run.actions[0].attempt == 2 and run.actions[0].sent == "yes" and run.actions[0].details:
+            run.stop(130, "SIGINT")
+
+    run = deploy(cluster, create("a", SHARING), create("b", SHARING), show=stop)
+    assert results(run) == {"a": "INTERRUPTED", "b": "FAILED"}
+    assert causes(run)[-1].startswith("AssertionError: Error in memory profiling")
 
 
 def test_a_second_attempt_may_run_out_of_time() -> None:

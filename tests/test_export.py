@@ -140,12 +140,13 @@ def test_a_manifest_holds_the_same_config(config: Path, monkeypatch: pytest.Monk
 
 
 class Gateway(app.RayCluster):
-    """A cluster on which one of three applications runs."""
+    """A cluster on which some others run, one of them at a route of the file."""
 
     def connect(self, address: str, claims: Collection[str] = ()) -> None: ...
 
     def states(self, timeout_s: float = 0.0) -> dict[str, Any]:
-        return {"a": state("a", "RUNNING"), "b": state("b", "DEPLOYING")}
+        holder = state("two", "RUNNING").model_copy(update={"name": "of others"})
+        return {"a": state("a", "RUNNING"), "b": state("b", "DEPLOYING"), "of others": holder}
 
     def endpoint(self, timeout_s: float = 0.0) -> str:
         return "http://localhost:8000"

@@ -238,6 +238,8 @@ def test_what_else_runs_and_a_lost_cluster_are_said() -> None:
     lost = app.format_summary(report(running(), stop_code=3, others=others))
     assert "   It ran when the cluster was last seen" in lost
     assert not any(said in line or "Base URL" in line for line in lost)
+    [row] = app.report_json(report(running(), stop_code=3))["applications"]
+    assert (row["base_url"], row["endpoints"]) == (None, [])
 
 
 def test_other_applications_say_where_they_answer_and_what_they_hold() -> None:
