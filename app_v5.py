@@ -480,9 +480,7 @@ class Document:
         self.values = 0
         self.data: Config = self.load(file, ())
         if "applications" not in as_dict(self.data):
-            what = (
-                "`applications` (what has the old form is one item of it), or a RayService with it"
-            )
+            what = "`applications` (the old form is one item of it), or a RayService with that"
             raise unusable(f"expected a mapping with {what} in `serveConfigV2: |`", (file, 1, 1))
         self.inline_files()
         self.secrets |= secrets_in(self.data)
@@ -2226,10 +2224,13 @@ class Builder:
     `RequestRouterConfig` needs (it edits a process-global pickling table, measured on Ray 2.60).
     """
 
-    def __init__(self, module: str) -> None:
-        """Import the builders' module ahead of its first use; errors are the build's to report."""
+    def __init__(self) -> None:
         self.answers: dict[str, Config] = {}
-        with contextlib.suppress(Exception, SystemExit):
+
+    def warm_up(self, module: str) -> None:
+        """Import a builder's module ahead of its first use; errors are the build's to report. Not
+        in the constructor: of one that dies there Ray says only that the actor never ran."""
+        with contextlib.suppress(Exception):
             importlib.import_module(module)
 
     def build(self, config: Config, version: str, surge: int) -> list[tuple[Config, bytes]]:
@@ -2313,6 +2314,7 @@ class BuildProcess:
     """An actor that builds one application at a time; `began` is when the one at its turn did."""
 
     actor: Any
+    imports: Any
     turn: threading.Lock = field(default_factory=threading.Lock)
     began: float = math.inf
 
@@ -2629,8 +2631,8 @@ class RayCluster:
             gpus = [row["NodeID"] for row in alive if row["Resources"].get("GPU")]
             where = NodeAffinitySchedulingStrategy(gpus[0], soft=True) if gpus else "DEFAULT"
             how = {"runtime_env": runtime_env or None, "scheduling_strategy": where}
-            actor = self.ray.remote(num_cpus=0, **how)(Builder).remote(module)
-            self.builders[key] = BuildProcess(actor)
+            actor = self.ray.remote(num_cpus=0, **how)(Builder).remote()
+            self.builders[key] = BuildProcess(actor, actor.warm_up.remote(module))
         return self.builders[key]
 
     def wait_for(self, call: Any, check: Callable[[], None], most_s: float = math.inf) -> Any:
@@ -2659,7 +2661,7 @@ class RayCluster:
             if time.monotonic() - process.began > BUILD_PATIENCE_S:
                 process, alone = self.process_of(application, alone=True), True
         try:
-            self.wait_for(process.actor.__ray_ready__.remote(), check)
+            self.wait_for(process.imports, check)
             process.began = time.monotonic()
             rows = self.wait_for(process.actor.build.remote(application.config, *how), check)
             process.began = math.inf

@@ -38,8 +38,8 @@ ALIAS_BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 )
 
 NO_CONFIG = (
-    ":1:1: expected a mapping with `applications` (what has the old form is one item of it), or a "
-    "RayService with it in `serveConfigV2: |`"
+    ":1:1: expected a mapping with `applications` (the old form is one item of it), or a "
+    "RayService with that in `serveConfigV2: |`"
 )
 BROKEN = [
     pytest.param(

@@ -316,7 +316,7 @@ REAL: dict[str, dict[str, Any]] = {
 SCRIPT = """
 import json, sys
 import app_v5
-builder = app_v5.Builder("json")
+builder = app_v5.Builder()
 print("ANSWERS" + json.dumps(builder.memory(json.loads(sys.argv[1]))))
 """
 
