@@ -355,6 +355,23 @@ def plot(title: str, sides: dict[str, dict[str, float]]) -> str:
     return "\n".join([*lines, "</svg>", ""])
 
 
+def growth(figures: dict[str, Any], count: int) -> list[str]:
+    """What each further application cost since the smaller number of them that was measured."""
+    counts = sorted(int(part.removeprefix("light")) for part in figures if part[:5] == "light")
+    if not (less := max((other for other in counts if other < count), default=0)):
+        return []
+
+    def medians(number: int) -> dict[str, float]:
+        sides = figures[f"light{number}"]["sides"].items()
+        return {name.removeprefix(f"{number} "): side["median"] for name, side in sides}
+
+    before, after = medians(less), medians(count)
+    costs = {name: (after[name] - before[name]) / (count - less) for name in after}
+    del costs["one application alone"]
+    each = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in costs.items())
+    return [f"\nEach application from the {less}th to the {count}th: {each}."]
+
+
 def write_page(figures: dict[str, Any]) -> None:
     """The tables of docs/BENCHMARKS.md behind its head, which people write, and the plots."""
     page = DOCS / "BENCHMARKS.md"
@@ -369,6 +386,8 @@ def write_page(figures: dict[str, Any]) -> None:
         for name, side in sides.items():
             spread = f"{side['least']:g}–{side['most']:g}"
             lines.append(f"| {name} | {side['median']:g} | {spread} | {side['rounds']} |")
+        if part.startswith("light"):
+            lines += growth(figures, int(part.removeprefix("light")))
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
