@@ -3060,7 +3060,7 @@ def deploy(actions: list[Action], run: Run, show: Callable[[Run], None]) -> None
     try:
         in_workers([a for a in left if a.change == "delete"], run, show)
         in_workers([a for a in left if a.change != "delete"], run, show)
-        again = [a for a in sharing if a.disturbed and len(sharing) > 1 and not run.stop_code]
+        again = [a for a in sharing if a.disturbed and len(sharing) > 1]
         for action in again:
             if run.stop_code:
                 break

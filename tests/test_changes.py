@@ -126,10 +126,7 @@ def test_an_edit_of_one_deployments_resources_restarts_that_one_alone(
 )
 def test_what_serve_does_not_compare_itself_gets_another_version(option: Config) -> None:
     action = decide(overriding({**ONE, **option}), running(overriding(ONE), 1, 2))
-    assert (action.change, action.restarting) == (
-        "RESTART",
-        frozenset({"D0", "D1"}),
-    )
+    assert (action.change, action.restarting) == ("RESTART", frozenset({"D0", "D1"}))
     assert action.version != VERSION
 
 

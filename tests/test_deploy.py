@@ -322,14 +322,23 @@ def test_what_can_not_be_built_fails_the_plan_alone(error: Exception) -> None:
     run = app.Run(app.Options("config.yaml", timeout=0.3, plan=True), cluster)
     run.actions = [create("a"), create("b"), create("hangs")]
     cluster.gates["hangs"] = threading.Event()
-    cluster.live = [app.Node("node", {"CPU": 1.0}, {"CPU": 1.0})]
     app.in_workers(run.actions, run, lambda run: None)
     assert results(run) == {"a": "FAILED", "hangs": "STILL DEPLOYING"}
     assert cluster.submitted == []
     assert run.actions[1].demands == (demand("b"),)
     assert causes(run)[-1] == "time ran out while building"
-    assert not any(action.detail.startswith("behind") for action in run.actions)
     assert code(run) == 1
+
+
+def test_a_plan_builds_all_at_once_however_few_cpus_there_are() -> None:
+    cluster = ScriptedCluster()
+    cluster.live = [app.Node("node", {"CPU": 1.0}, {"CPU": 1.0})]
+    cluster.gates = {name: threading.Event() for name in "ab"}
+    run = app.Run(app.Options("config.yaml", timeout=0.3, plan=True), cluster)
+    run.actions = [create("a"), create("b"), create("c")]
+    app.in_workers(run.actions, run, lambda run: None)
+    assert results(run) == {"a": "STILL DEPLOYING", "b": "STILL DEPLOYING"}
+    assert cluster.most_building == 3
 
 
 def test_a_log_that_can_not_be_read_is_no_failure_and_is_said() -> None:
@@ -670,9 +679,8 @@ def test_it_is_tried_again_once_and_only_when_another_engine_started_with_it(
 
 
 def test_a_stop_in_a_second_attempt_leaves_the_other_failures_as_they_are() -> None:
-    failed, stuck = (state(n, "DEPLOY_FAILED", DISTURBED) for n in "ab"), state("a", "DEPLOYING")
-    script = dict(zip("ab", ([row] for row in failed), strict=True))
-    cluster = ScriptedCluster({**script, "a #2": [stuck]})
+    script = {name: [state(name, "DEPLOY_FAILED", DISTURBED)] for name in "ab"}
+    cluster = ScriptedCluster({**script, "a #2": [state("a", "DEPLOYING")]})
 
     def stop(run: app.Run) -> None:
         if run.actions[0].attempt == 2 and run.actions[0].sent == "yes" and run.actions[0].details:
