@@ -142,9 +142,50 @@ ray.get([actor.ready.remote() for actor in actors])
 
 
 def floor(bench: Bench, count: int) -> float:
+    return timed(bench, FLOOR, str(count))
+
+
+def timed(bench: Bench, script: str, argument: str) -> float:
+    """Seconds that a script takes on the cluster."""
     started = time.monotonic()
-    bench.head.run("-c", FLOOR, str(count), timeout_s=600)
+    bench.head.run("-c", script, argument, timeout_s=600)
     return time.monotonic() - started
+
+
+ENGINES_ALONE = "the engines and ingresses in plain Ray actors"
+ENGINES_FLOOR = """
+import sys, ray, yaml
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+ray.init(log_to_driver=False)
+@ray.remote(num_cpus=0)
+class Server:  # what an LLM's replica does, without Serve: its engine, and an answer of that
+    async def __init__(self, config):
+        from ray.llm._internal.serve.core.server.llm_server import LLMServer
+        from ray.serve.llm import LLMConfig
+        self.server = LLMServer.sync_init(LLMConfig(**config))
+        await self.server.start()
+    async def answer(self, model):
+        from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionRequest
+        messages = [{"role": "user", "content": "Hello"}]
+        request = ChatCompletionRequest(model=model, max_tokens=8, messages=messages)
+        async for part in await self.server.chat(request):
+            return part.choices[0].message.content
+@ray.remote(num_cpus=0)
+class Ingress:
+    def __init__(self): import ray.serve.llm
+    def ready(self): return True
+rows = yaml.safe_load(open(sys.argv[1]))["applications"]
+waiting = []
+for config in (row["args"]["llm_configs"][0] for row in rows):
+    group = PlacementGroupSchedulingStrategy(
+        placement_group([{"CPU": 1}]), placement_group_capture_child_tasks=True
+    )
+    server = Server.options(scheduling_strategy=group).remote(config)
+    waiting += [server.answer.remote(config["model_loading_config"]["model_id"])]
+    waiting += [Ingress.remote().ready.remote()]
+assert all(ray.get(waiting))
+"""
 
 
 def llm(name: str, model: Path, **deployment: Any) -> dict[str, Any]:
@@ -177,7 +218,14 @@ def engines(count: int, rounds: int) -> Callable[[Bench], Measured]:
                 chat(f"{bench.user.base_url}/{row['name']}", row["name"])
             return time.monotonic() - started
 
-        return bench.sides(rounds, {OURS: lambda: bench.ours(config), DEPLOY: deploy_and_ask})
+        return bench.sides(
+            rounds,
+            {
+                OURS: lambda: bench.ours(config),
+                DEPLOY: deploy_and_ask,
+                ENGINES_ALONE: lambda: timed(bench, ENGINES_FLOOR, str(plain)),
+            },
+        )
 
     measure.__doc__ = f"{count} tiny models on the real engine, until each has answered: seconds"
     return measure
@@ -263,15 +311,15 @@ def start(bench: Bench) -> Measured:
         *(llm(f"m{n}", model) for n, model in enumerate(models(bench.user.path)))
     )
 
-    def timed(*command: str) -> float:
+    def run(*command: str) -> float:
         started = time.monotonic()
         subprocess.run([PYTHON, *command], env=bench.head.env, capture_output=True, check=True)
         return time.monotonic() - started
 
     sides: dict[str, Side] = {
-        "--help": lambda: timed(str(APP_V5), "--help"),
-        "--plan": lambda: timed(str(APP_V5), "--plan", str(config)),
-        "the import of Ray's LLM builder": lambda: timed("-c", "import ray.serve.llm"),
+        "--help": lambda: run(str(APP_V5), "--help"),
+        "--plan": lambda: run(str(APP_V5), "--plan", str(config)),
+        "the import of Ray's LLM builder": lambda: run("-c", "import ray.serve.llm"),
     }
     return {name: [side() for _ in range(3)] for name, side in sides.items()}
 
@@ -306,8 +354,8 @@ PARTS: dict[str, Callable[[Bench], Measured]] = {
     "light10": light(10, 2),
     "light30": light(30, 1),
     "light100": light(100, 1),
-    "engines2": engines(2, 2),
-    "engines4": engines(4, 1),
+    "engines2": engines(2, 3),
+    "engines4": engines(4, 3),
     "edit": edit,
     "rerun10": rerun(10),
     "rerun100": rerun(100),
