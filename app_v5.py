@@ -126,17 +126,11 @@ stops, max(20%, 1) (ray/serve/_private/deployment_state.py)."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXIT_OK, EXIT_FAILED, EXIT_CONFIG, EXIT_CLUSTER, EXIT_TIMEOUT, EXIT_CHANGES = 0, 1, 2, 3, 4, 5
 
-Config = dict[str, Any]
-"""One mapping as YAML gives it: keys are strings, values are plain data."""
-
-KeyPath = tuple[str | int, ...]
-"""Where a value stands in the document: ("applications", 0, "args", "llm_configs", 0)."""
-
-Place = tuple[str, int, int]
-"""A file, and a line and a column in it, which start at 1."""
-
-Resources = Mapping[str, float]
-"""Ray resources by name: {"CPU": 1.0, "GPU": 0.45, "memory": 2e9} (memory in bytes)."""
+Config = dict[str, Any]  # one mapping as YAML gives it: keys are strings, values are plain data
+KeyPath = tuple[str | int, ...]  # where a value stands: ("applications", 0, "args", "llm_configs")
+Place = tuple[str, int, int]  # a file, and a line and a column in it, which start at 1
+Resources = Mapping[str, float]  # Ray's, by name: {"CPU": 1.0, "GPU": 0.45, "memory": 2e9} (bytes)
+Response = tuple[int, str, float]  # over HTTP: status, text, and the seconds since it was asked for
 
 
 @dataclass(frozen=True)
@@ -153,11 +147,9 @@ class Problem:
 Problems = list[Problem]
 
 
-@dataclass(eq=False)
 class ConfigError(Exception):
-    """The config or the command line is wrong and nothing was touched (exit code 2)."""
-
-    problems: Problems
+    """The config or the command line is wrong and nothing was touched (exit code 2); the arguments
+    are the problems."""
 
 
 @dataclass(frozen=True)
@@ -257,12 +249,6 @@ class Demand:
 
 
 @dataclass(frozen=True)
-class Cause:
-    text: str
-    hint: str = ""
-
-
-@dataclass(frozen=True)
 class Record:
     """What a run leaves in the cluster about an application: enough to tell what a later one would
     change. Secrets stand in `config` as keyed fingerprints."""
@@ -272,14 +258,9 @@ class Record:
     demands: tuple[Demand, ...]
 
 
-@dataclass(frozen=True)
-class Running:
-    """An application that is on the cluster already; `versions` are its deployments', `record` is
-    None where it was no run of this program that gave them."""
-
-    details: ApplicationDetails
-    versions: frozenset[str] = frozenset()
-    record: Record | None = None
+Running = tuple["ApplicationDetails", str, Record | None]
+"""An application that is on the cluster already, its deployments' version, and what the run left
+that gave them that; None where it was no run of this program."""
 
 
 @dataclass(frozen=True)
@@ -291,15 +272,6 @@ class Reservation:
     reserved: Resources
     nodes: tuple[str, ...]
     gpus: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Response:
-    """What came back over HTTP, `total_s` seconds after the request was sent."""
-
-    status: int
-    text: str
-    total_s: float
 
 
 @dataclass(frozen=True)
@@ -324,10 +296,8 @@ class Proof:
 
 
 Change = Literal["create", "unchanged", "in place", "RESTART", "delete"]
-"""What a run does to what runs under an application's name."""
-
 Result = Literal["RUNNING", "DELETED", "FAILED", "STILL DEPLOYING", "UNKNOWN", "INTERRUPTED"]
-"""How that ended."""
+"""What a run does to what runs under an application's name, and how that ended."""
 
 
 @dataclass
@@ -335,7 +305,8 @@ class Action:
     """What a run does with one application, and what comes of it; only its worker changes that.
 
     Serve compares `version` for itself. `restarting` names the deployments that get new replicas;
-    `surge` starts those before the old ones stop. `kept` is what will be remembered of its config.
+    `surge` starts those before the old ones stop. `record` is of the run that deployed what runs
+    `before`; `kept` is what will be remembered of the config.
 
     Times are the run's clock, in seconds. `words` and `detail` say what the application does now.
     `sent` is "yes" once Serve has it, "perhaps" while it is being handed over. `disturbed`: by
@@ -348,7 +319,8 @@ class Action:
     reasons: tuple[str, ...] = ()
     restarting: frozenset[str] = frozenset()
     surge: bool = False
-    before: Running | None = None
+    before: ApplicationDetails | None = None
+    record: Record | None = None
     kept: Config = field(default_factory=dict)
 
     attempt: int = 1
@@ -364,7 +336,8 @@ class Action:
     sent: str = ""
     details: ApplicationDetails | None = None
     proof: Proof | None = None
-    cause: Cause | None = None
+    cause: str = ""
+    hint: str = ""
     no_log: str = ""
     trace: str = ""
     disturbed: bool = False
@@ -387,12 +360,9 @@ class ApplicationError(Exception):
     """One application failed; the others go on."""
 
 
-class Unreachable(Exception):
-    """Something could not be asked, which says nothing about the application."""
-
-
 class ClusterError(Exception):
-    """No cluster, or it was lost (exit code 3); a hint stands in a second line."""
+    """The cluster, or a part of it, could not be asked, which says nothing about an application; a
+    run that can not do without ends with exit code 3. A hint stands in a second line."""
 
 
 class Stopped(Exception):
@@ -458,19 +428,14 @@ LLM_ARGS = ("llm_config", "prefill_config", "decode_config")
 """Builder arguments that hold one LLM each; `llm_configs` holds a list of them."""
 
 
-def unusable(message: str, place: Place) -> ConfigError:
-    return ConfigError([Problem((), message, place=place)])
-
-
 class Document:
-    """A YAML file as plain data, with the place of every key and list item, the texts that no
-    output may show, values with variables and how they are `written`, and what is wrong in it.
-    PyYAML alone takes the last of two equal keys, and has no limits."""
+    """A config file as plain data: environment variables are filled in, and `llm_configs` entries
+    that are paths are replaced by what those files hold. Beside it the place of every key and list
+    item, the texts that no output may show, values with variables and how they are `written`, and
+    what is wrong. PyYAML alone takes the last of two equal keys, and has no limits. Raises
+    ConfigError for what makes all of the file unusable."""
 
     def __init__(self, file: str, environ: Mapping[str, str]) -> None:
-        """Read a config file. Environment variables are filled in, and `llm_configs` entries that
-        are paths are replaced by what those files hold. Raises ConfigError for what makes all of
-        the file unusable."""
         self.file, self.environ = file, environ
         self.yaml = yaml.SafeLoader("")
         self.places: dict[KeyPath, Place] = {}
@@ -481,9 +446,19 @@ class Document:
         self.data: Config = self.load(file, ())
         if "applications" not in as_dict(self.data):
             what = "`applications` (the old form is one item of it), or a RayService with that"
-            raise unusable(f"expected a mapping with {what} in `serveConfigV2: |`", (file, 1, 1))
-        self.inline_files()
-        self.secrets |= secrets_in(self.data)
+            said = f"expected a mapping with {what} in `serveConfigV2: |`"
+            raise ConfigError(Problem((), said, place=(file, 1, 1)))
+        folders = list(dict.fromkeys([Path(file).absolute().parent, Path.cwd()]))
+        for path, llm, holder in llm_places(self.data):
+            files = [f"{folder / llm}" for folder in folders if isinstance(llm, str)]
+            if found := next(filter(os.path.exists, files), ""):
+                try:
+                    holder[path[-1]] = self.load(found, path)
+                except ConfigError as error:
+                    self.problems += error.args
+            elif files:
+                hint = f"looked in {' and in '.join(map(str, folders))}"
+                self.problems.append(Problem(path, f"there is no file {llm!r}", hint))
 
     def load(self, file: str, path: KeyPath) -> Any:
         """A file's data, None when there is none. Raises ConfigError when all of it is unusable."""
@@ -492,46 +467,45 @@ class Document:
         try:
             size = Path(file).stat().st_size
             if size > MAX_FILE_BYTES:
-                raise unusable(f"{size} bytes are more than the limit of {MAX_FILE_BYTES}", place)
+                raise OSError(f"{size} bytes are more than the limit of {MAX_FILE_BYTES}")
             if not Path(file).is_file():
-                raise unusable("this is no regular file", place)
+                raise OSError("this is no regular file")
             node = yaml.compose(self.config_text(Path(file).read_bytes()), Loader=yaml.SafeLoader)
             if node is None:
                 return None
             self.walk(node, path)
             return copied(self.yaml.construct_document(node))
         except OSError as error:
-            raise unusable(f"can't be read: {error.strerror or error}", place) from None
+            said = f"can't be read: {error.strerror or error}"
         except yaml.MarkedYAMLError as error:
             # Without the line itself, since a secret may stand in it.
-            mark = error.context_mark
+            mark, place = error.context_mark, self.place(error.problem_mark)
             context = f"{error.context} from line {mark.line + 1}, " if mark else ""
             tabs = " (indent with spaces, not tabs)" if "\\t" in str(error.problem) else ""
-            said = re.sub("(alias|tag) '(?!tag:).*", r"\1", str(error.problem))
-            message = f"not YAML: {context}{said}{tabs}"
-            raise unusable(message, self.place(error.problem_mark)) from None
+            problem = re.sub("(alias|tag) '(?!tag:).*", r"\1", str(error.problem))
+            said = f"not YAML: {context}{problem}{tabs}"
         except yaml.reader.ReaderError as error:
-            message = f"not YAML in UTF-8: byte {error.position}: {first_line(str(error))}"
-            raise unusable(message, place) from None
+            said = f"not YAML in UTF-8: byte {error.position}: {first_line(str(error))}"
         except RecursionError:
             most = f"more than {MAX_DEPTH} levels, or {MAX_VALUES} values"
-            raise unusable(f"excessive nesting or aliasing: {most}", place) from None
+            said = f"excessive nesting or aliasing: {most}"
         except (ValueError, KeyError, AttributeError, OverflowError) as error:
-            raise unusable(f"a value can't be read: {error}", self.at) from None
+            said, place = f"a value can't be read: {error}", self.at
+        raise ConfigError(Problem(path, said, place=place))
 
     def config_text(self, content: bytes) -> bytes | str:
-        """A file's content, or where there is a RayService in it the config of that, which keeps
-        its lines and columns. Raises ConfigError for several of them."""
+        """A file's content, or where there is a RayService in it the config of the first, which
+        keeps its lines and columns."""
         text = content.decode("utf-8-sig", errors="surrogateescape")
         found = list(SERVE_CONFIG.finditer(text))
         if not found:
             return content
         line = text.count("\n", 0, found[0].start()) + 1
         place = (self.source, line, len(found[0][1]) + 1)
-        if len(found) > 1:
-            raise unusable("there are several RayServices: keep one of them", place)
         said = "of this manifest serveConfigV2 counts here, and nothing of its cluster"
-        self.problems.append(Problem((), said, warning=True, place=place))
+        if len(found) > 1:
+            said = "there are several RayServices: keep one of them"
+        self.problems.append(Problem((), said, warning=len(found) == 1, place=place))
         return "\n" * line + found[0][2]
 
     def place(self, mark: yaml.Mark | None) -> Place:
@@ -548,14 +522,12 @@ class Document:
         if isinstance(node, yaml.ScalarNode):
             is_new, written = node not in self.yaml.constructed_objects, node.value
             if is_new and "${" in written and node.tag == TEXT_TAG:
-                text_of = partial(self.variable, path=path)
-                node.value = VARIABLE.sub(text_of, written)
+                node.value = VARIABLE.sub(partial(self.variable, path=path), written)
                 node.tag = tag_of(node.value) if node.style is None else node.tag
-                # A config for others keeps what the environment has; no tool fills in defaults.
-                names = {name: f"${{{name}}}" for name in self.environ}
-                stays = VARIABLE.sub(lambda m: names.get(m["name"]) or text_of(m), written)
+                stays = VARIABLE.sub(partial(self.variable, path=path, stays=True), written)
                 self.written[path] = self.yaml.construct_object(node), stays
-            self.yaml.construct_object(node)
+            if is_secret(value := self.yaml.construct_object(node), path):
+                self.secrets |= {value}
         elif isinstance(node, yaml.SequenceNode):
             for index, item in enumerate(node.value):
                 self.places[(*path, index)] = self.place(item.start_mark)
@@ -575,10 +547,11 @@ class Document:
             given[key], self.places[here] = place[1], place
             self.walk(value, here)
 
-    def variable(self, match: re.Match[str], path: KeyPath) -> str:
+    def variable(self, match: re.Match[str], path: KeyPath, stays: bool = False) -> str:
+        """A variable's value; where it `stays`, only its default, which no tool fills in."""
         name = match["name"]
-        if name is None:
-            return "${"
+        if name is None or (stays and name in self.environ):
+            return f"${{{name}}}" if name else "${"
         text = self.environ.get(name, match["default"])
         if text is None or "\\udc" in ascii(text):
             message = f"environment variable {name} is not {'set' if text is None else 'UTF-8'}"
@@ -588,20 +561,6 @@ class Document:
             # Not a number, nor a `true`: those would be hidden wherever else they stand.
             self.secrets |= {text}
         return text or ""
-
-    def inline_files(self) -> None:
-        """Replace the paths among the LLMs of Ray's builders by what the files hold."""
-        folders = list(dict.fromkeys([Path(self.file).absolute().parent, Path.cwd()]))
-        for path, llm, holder in llm_places(self.data):
-            files = [f"{folder / llm}" for folder in folders if isinstance(llm, str)]
-            if found := next(filter(os.path.exists, files), ""):
-                try:
-                    holder[path[-1]] = self.load(found, path)
-                except ConfigError as error:
-                    self.problems += [replace(problem, path=path) for problem in error.problems]
-            elif files:
-                hint = f"looked in {' and in '.join(map(str, folders))}"
-                self.problems.append(Problem(path, f"there is no file {llm!r}", hint))
 
 
 def tag_of(text: str) -> str:
@@ -668,16 +627,13 @@ URL_SECRETS = re.compile(r"(?<=://)[^/?#\s'\"]+(?=@)|(?<=[?&;])([\w.~-]+=)[^&;#\
 """User info, and the values of a query, or of a connection string."""
 
 
-def secrets_in(value: Any, key: str = "") -> set[str]:
-    """The texts under keys that name secrets: HF_TOKEN, api_keys, dbPass; not tokenizer."""
-    if isinstance(value, dict | list):
-        pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        return set().union(*(secrets_in(item, f"{key}.{name}") for name, item in pairs))
+def is_secret(value: Any, path: KeyPath) -> bool:
+    """Whether a value is a text under a key that names secrets, as HF_TOKEN, api_keys and dbPass
+    do, and tokenizer does not."""
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", ".".join(map(str, path)))
     # DISABLE_TOKEN: "1" is none, and would be hidden wherever else a 1 stands.
     is_text = isinstance(value, str) and (tag_of(value) == TEXT_TAG or len(value) > SHORTEST_NUMBER)
-    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", key)
-    named = any(SECRET_WORD.fullmatch(word.lower()) for word in words)
-    return {value} if is_text and named else set()
+    return is_text and any(SECRET_WORD.fullmatch(word.lower()) for word in words)
 
 
 @cache
@@ -1888,7 +1844,7 @@ def decide(
     version is a fingerprint, so that the file of before brings back what still runs of it; with the
     time behind it where what runs has it, too, and has to restart.
     """
-    record = running.record if running else None
+    before, seen, record = running or (None, "", None)
     hidden_before = json.dumps(record.config) if record else ""
 
     def hide(text: str) -> str:
@@ -1903,19 +1859,18 @@ def decide(
     kept["deployments"] = {name: row for name, row in rows if row.pop("name")}
     # Without `deployments`: Serve compares those itself.
     version = fingerprint(json.dumps(heavy_part(kept | {"deployments": {}}), sort_keys=True), key)
-    action = Action(application, "create", version, before=running, kept=kept)
-    if running is None:
+    action = Action(application, "create", version, before=before, record=record, kept=kept)
+    if before is None:
         return action
-    if any(old.partition(".")[0] == version for old in running.versions):
+    if seen.partition(".")[0] == version:
         action.version = f"{version}.{time.time_ns():x}"
     action.change, action.surge = "RESTART", options.no_downtime
-    action.restarting = frozenset(running.details.deployments)
-    status, declared = running.details.status.value, running.details.source == "declarative"
-    known = record is not None and running.versions <= {record.version}
+    action.restarting = frozenset(before.deployments)
+    status, declared = before.status.value, before.source == "declarative"
     found = {
         "--force": options.force,
         BY_SERVE_DEPLOY: declared,
-        "it was deployed by other means: nothing to compare with": not (known or declared),
+        "it was deployed by other means: nothing to compare with": not (record or declared),
         f"it is {status}": status in ("DEPLOY_FAILED", "UNHEALTHY"),
     }
     action.reasons = tuple(text for text, is_so in found.items() if is_so)
@@ -1956,11 +1911,12 @@ def differences(before: Any, after: Any, path: KeyPath = ()) -> Iterator[tuple[K
         yield path, f"{format_key(path)}: {' → '.join(texts)}"
 
 
-def deletion(application: ApplicationSpec, before: Running | None, reason: str) -> Action:
+def deletion(application: ApplicationSpec, running: Running | None, reason: str) -> Action:
     """Delete an application, if it is there."""
-    declared = before is not None and before.details.source == "declarative"
+    before, _, record = running or (None, "", None)
+    declared = before and before.source == "declarative"
     reasons = (reason, BY_SERVE_DEPLOY) if declared else (reason,)
-    return Action(application, "delete", reasons=reasons, before=before)
+    return Action(application, "delete", reasons=reasons, before=before, record=record)
 
 
 def running_replicas(deployment: DeploymentDetails) -> list[ReplicaDetails]:
@@ -1969,7 +1925,7 @@ def running_replicas(deployment: DeploymentDetails) -> list[ReplicaDetails]:
 
 def gap(action: Action) -> str:
     """What a restart means for those who send requests; empty when nothing restarts."""
-    deployments = action.before.details.deployments.values() if action.before else ()
+    deployments = action.before.deployments.values() if action.before else ()
     restarted = [d for d in deployments if d.name in action.restarting and running_replicas(d)]
     if not restarted:
         return ""
@@ -1988,7 +1944,7 @@ def demands_at_once(action: Action) -> list[Demand]:
     deployment that restarts, since an old one stops when that runs."""
     if not action.surge or action.before is None:
         return list(action.demands)
-    before = action.before.details.deployments
+    before = action.before.deployments
     new = [demand for demand in action.demands if demand.deployment not in before]
     again = [d for d in action.demands if d.deployment in action.restarting]
     return new + [replace(demand, min_replicas=min(1, demand.min_replicas)) for demand in again]
@@ -2116,8 +2072,8 @@ ray::Builder\.build\(\)
 tests/test_causes.py tells the files of vLLM, Ray and others in which these texts are made."""
 
 
-def root_cause(message: str, logs: Sequence[str] = ()) -> Cause:
-    """The first real exception in what Serve says, or in what dead replicas left, latest first.
+def root_cause(message: str, logs: Sequence[str] = ()) -> tuple[str, str]:
+    """The first real exception in what Serve says, or dead replicas left, latest first; and a hint.
 
     Serve's message often only points at a log; then the logs are asked. Of several exceptions that
     which has a hint counts, from the last in Serve's message, as Python prints the outermost last,
@@ -2133,7 +2089,7 @@ def root_cause(message: str, logs: Sequence[str] = ()) -> Cause:
     hint = hint_for(text) or hint_for(message.partition('\n  File "')[0])
     for pattern, words in SHORTER:
         text = re.sub(pattern, words, text)
-    return Cause(shortened(text, MOST_CAUSE_CHARACTERS), hint)
+    return shortened(text, MOST_CAUSE_CHARACTERS), hint
 
 
 def real_exceptions(text: str) -> list[str]:
@@ -2192,7 +2148,7 @@ def serve_failure(message: str, port: int) -> ClusterError:
     import psutil
 
     if "Failed to bind" not in message:
-        return ClusterError(f"Ray Serve did not start: {root_cause(message).text}")
+        return ClusterError(f"Ray Serve did not start: {root_cause(message)[0]}")
     who = "another process"
     with contextlib.suppress(psutil.Error, OSError):
         for found in psutil.net_connections("tcp"):
@@ -2326,7 +2282,7 @@ def check_reachable(address: str, timeout_s: float) -> None:
 
 
 def ask_dashboard(path: str, **query: Any) -> str:
-    """An answer of the dashboard. Raises Unreachable for whatever goes wrong: what it tells is a
+    """An answer of the dashboard. Raises ClusterError for whatever goes wrong: what it tells is a
     help, and never a condition. Ray's own `get_log` tells its timeout only to the server, and waits
     for ever for a dashboard that hangs (ray/util/state/api.py)."""
     import ray
@@ -2339,9 +2295,9 @@ def ask_dashboard(path: str, **query: Any) -> str:
         headers = http_token_authentication.get_auth_headers_if_auth_enabled({})
         answer = requests.get(url, query, headers=headers, timeout=LOG_TIMEOUT_S)
     except Exception as error:
-        raise Unreachable(first_line(str(error)) or repr(error)) from error
+        raise ClusterError(first_line(str(error)) or repr(error)) from error
     if not answer.ok:
-        raise Unreachable(first_line(answer.text))
+        raise ClusterError(first_line(answer.text))
     return answer.content.decode(errors="replace")
 
 
@@ -2537,16 +2493,15 @@ class RayCluster:
         name, rows = action.name, self.built[action.name]
         external = bool(action.application.config.get("external_scaler_enabled"))
         scaler = ApplicationArgs(external_scaler_enabled=external).SerializeToString()
-        before = action.before.record if action.before else None
         record = Record(action.version, action.kept, action.demands)
-        if before is None or before.version != action.version:
+        if action.record is None or action.record.version != action.version:
             # Before, too, so that it is there even if this run ends while Serve takes it over.
             self.remember(name, record)
         call = self.call_controller("deploy_applications", {name: rows}, {name: scaler})
         try:
             self.answer_of(call, CONTROLLER_LOST_AFTER_S)
         except ApplicationError:
-            self.remember(name, before)
+            self.remember(name, action.record)
             action.sent = ""
             raise
         self.remember(name, record)
@@ -2583,8 +2538,9 @@ class RayCluster:
                     versions.add(DeploymentRoute.FromString(answer).deployment_info.version)
             record = None  # as where another version of this program has left another form
             with contextlib.suppress(ValueError):
-                record = kept.validate_python(json.loads(text)) if text else None
-            known[details.name] = Running(details, frozenset(versions), record)
+                left = kept.validate_python(json.loads(text or "null"))
+                record = left if versions <= {left.version} else None
+            known[details.name] = details, max(versions, default=""), record
         return known
 
     def remember(self, name: str, record: Record | None) -> None:
@@ -2702,7 +2658,7 @@ class RayCluster:
 
         available, holdings, cards = available_resources_per_node(), self.holdings(), {}
         # As far as the dashboard tells: another Ray's may have another form.
-        with contextlib.suppress(Unreachable, KeyError, TypeError, ValueError, AttributeError):
+        with contextlib.suppress(ClusterError, KeyError, TypeError, ValueError, AttributeError):
             cards = read_cards(read_json(ask_dashboard("nodes", view="summary")))
         alive = [row for row in self.ray.nodes() if row["Alive"]]
         addresses = Counter(row["NodeManagerAddress"] for row in alive)
@@ -2776,7 +2732,7 @@ class RayCluster:
         heads = [row["NodeID"] for row in rows if "node:__internal_head__" in row["Resources"]]
         try:
             return new_nodes(ask_dashboard(LOG, filename="monitor.log", node_id=heads[0], lines=-1))
-        except (Unreachable, yaml.YAMLError, IndexError):
+        except (ClusterError, yaml.YAMLError, IndexError):
             grouped = any("ray.io/node-group" in (row.get("Labels") or {}) for row in rows)
             return None if grouped else []
 
@@ -2797,7 +2753,7 @@ class RayCluster:
     def replica_log(self, actor_id: str, state: str = "") -> str:
         """The ends of a replica's logs, into which its engine's processes write, too; with the
         `state` that it is in also those of its engine's workers, which are actors of another job in
-        its placement group, and how each ended. Raises Unreachable and ClusterError."""
+        its placement group, and how each ended. Raises ClusterError."""
         actors = self.actors(state) if state else []
         found = [actor for actor in actors if actor.actor_id.hex() == actor_id]
         groups = {actor.placement_group_id for actor in found} - {b""}
@@ -2835,7 +2791,7 @@ def fetch(url: str, body: Config | None = None, timeout_s: float = SMOKE_TIMEOUT
     """GET `url`, or POST `body` to it as JSON, never through a proxy of the environment. An answer
     without an end is cut off; a certificate is not checked: it is that of the user's own cluster.
 
-    Raises Unreachable, and ApplicationError where somebody listens and does not answer.
+    Raises ClusterError, and ApplicationError where somebody listens and does not answer.
     """
     import urllib3
 
@@ -2847,13 +2803,13 @@ def fetch(url: str, body: Config | None = None, timeout_s: float = SMOKE_TIMEOUT
     except urllib3.exceptions.ReadTimeoutError as error:
         raise ApplicationError(f"no answer within {timeout_s:.0f} s from {url}") from error
     except urllib3.exceptions.HTTPError as error:
-        raise Unreachable(f"{url}: {error.__context__ or error}") from error
+        raise ClusterError(f"{url}: {error.__context__ or error}") from error
     with answer, contextlib.suppress(urllib3.exceptions.HTTPError):
         for part in iter(partial(answer.read1, MOST_BODY_BYTES, decode_content=True), b""):
             content += part
             if time.monotonic() - started > timeout_s or len(content) > MOST_BODY_BYTES:
                 break
-    return Response(answer.status, content.decode(errors="replace"), time.monotonic() - started)
+    return answer.status, content.decode(errors="replace"), time.monotonic() - started
 
 
 def mismatches(
@@ -2882,22 +2838,22 @@ def mismatches(
 def wait_for_route(application: ApplicationSpec, base_url: str, questions: int) -> Iterator[str]:
     """Wait until Serve's proxy knows the application's route, of which it hears a moment after the
     controller (ray/serve/_private/proxy.py): yields what is waited for, and its caller pauses.
-    Raises Unreachable when that never comes, or when of several `questions` another server, which
+    Raises ClusterError when that never comes, or when of several `questions` another server, which
     shares the port, gets a part (SO_REUSEPORT)."""
     deadline, good = time.monotonic() + PROXY_TIMEOUT_S, 0
     while good < questions:
         try:
-            response = fetch(f"{base_url}/-/routes")
-            said = f"{base_url}/-/routes says: {format_refusal(response)}"
-            if read_json(response.text).get(application.route_prefix or "") == application.name:
+            status, text, _ = fetch(f"{base_url}/-/routes")
+            said = f"{base_url}/-/routes says: {format_refusal(status, text)}"
+            if read_json(text).get(application.route_prefix or "") == application.name:
                 good += 1
                 continue
-        except (Unreachable, ApplicationError) as error:
+        except (ClusterError, ApplicationError) as error:
             said, good = str(error), 0
         if good:
-            raise Unreachable(f"another server answers at the same address: {said}")
+            raise ClusterError(f"another server answers at the same address: {said}")
         if time.monotonic() > deadline:
-            raise Unreachable(said)
+            raise ClusterError(said)
         yield said
 
 
@@ -2907,14 +2863,15 @@ def smoke_test(
     """Ask an application over its public address: its answers, and notes on models that were not
     asked, as those whose deployments are `asleep`. Raises ApplicationError for a bad answer."""
     url = base_url + quote((application.route_prefix or "").rstrip("/"))
-    listed = fetch(f"{url}/v1/models") if application.models else None
-    foreign = not is_rays_builder(application.config)
-    if listed is None or (foreign and OK < listed.status < SERVER_ERROR):
+    if not application.models:
         return [ask_ingress(url)], []
-    if listed.status != OK:
-        raise ApplicationError(f"GET {url}/v1/models: {format_refusal(listed)}")
-    ids = [str(row.get("id")) for row in read_json(listed.text).get("data") or []]
-    answers, notes = [Answer("GET /v1/models", listed.total_s)], []
+    status, text, total_s = fetch(f"{url}/v1/models")
+    if OK < status < SERVER_ERROR and not is_rays_builder(application.config):
+        return [ask_ingress(url)], []
+    if status != OK:
+        raise ApplicationError(f"GET {url}/v1/models: {format_refusal(status, text)}")
+    ids = [str(row.get("id")) for row in read_json(text).get("data") or []]
+    answers, notes = [Answer("GET /v1/models", total_s)], []
     for model in application.models:
         model_id = model.model_id
         if model_id not in ids:
@@ -2932,35 +2889,35 @@ def smoke_test(
 def ask_ingress(url: str) -> Answer:
     """One request to an application that is none of models: any answer below 500 is good."""
     for path in ("/health", "/"):
-        response = fetch(url + path)
-        if response.status != NOT_FOUND:
+        status, text, total_s = fetch(url + path)
+        if status != NOT_FOUND:
             break
-    if response.status >= SERVER_ERROR:
-        raise ApplicationError(f"GET {url}{path}: {format_refusal(response)}")
-    return Answer(f"GET {path}", response.total_s)
+    if status >= SERVER_ERROR:
+        raise ApplicationError(f"GET {url}{path}: {format_refusal(status, text)}")
+    return Answer(f"GET {path}", total_s)
 
 
 def ask_model(model_id: str, url: str) -> Answer | None:
     """One token from a model, over the first interface that it has; None when it says itself that
     it has none of them, as a model does that transcribes."""
     for path, question in QUESTIONS:
-        response = fetch(url + path, {**question, "model": model_id})
-        said = read_json(response.text).get("model") or "nobody"
-        if response.status == OK and said == model_id:
-            return Answer(f"POST {path}", response.total_s, model_id)
-        if response.status == OK:
+        status, text, total_s = fetch(url + path, {**question, "model": model_id})
+        said = read_json(text).get("model") or "nobody"
+        if status == OK and said == model_id:
+            return Answer(f"POST {path}", total_s, model_id)
+        if status == OK:
             raise ApplicationError(f"POST {url}{path}: {model_id} was asked, and {said} answered")
-        if not CANNOT.search(response.text):
-            raise ApplicationError(f"POST {url}{path}: {format_refusal(response)}")
+        if not CANNOT.search(text):
+            raise ApplicationError(f"POST {url}{path}: {format_refusal(status, text)}")
     return None
 
 
-def format_refusal(response: Response) -> str:
+def format_refusal(status: int, text: str) -> str:
     """An answer that is none: its status, and the message in its body."""
-    body = read_json(response.text)
-    error = body.get("error") or body.get("detail") or response.text
-    text = " ".join(str(as_dict(error).get("message") or error).split()) or "no body"
-    return f"{response.status} {shortened(text, MOST_CAUSE_CHARACTERS)}"
+    body = read_json(text)
+    error = body.get("error") or body.get("detail") or text
+    said = " ".join(str(as_dict(error).get("message") or error).split()) or "no body"
+    return f"{status} {shortened(said, MOST_CAUSE_CHARACTERS)}"
 
 
 DISTURBED = re.compile(
@@ -3020,8 +2977,8 @@ class Run:
         """Note what an application does now."""
         action.words, action.detail = words, detail
 
-    def end(self, action: Action, result: Result, cause: Cause | None = None) -> None:
-        action.cause, action.detail = cause, cause.text if cause else ""
+    def end(self, action: Action, result: Result, cause: str = "", hint: str = "") -> None:
+        action.cause, action.hint, action.detail = cause, hint, cause
         action.ended, action.result, action.words = self.clock(), result, result
 
     def stop(self, code: int, reason: str) -> None:
@@ -3104,7 +3061,7 @@ def in_workers(actions: Sequence[Action], run: Run, show: Callable[[Run], None])
             carry_out(action, run)
         except Exception as error:  # noqa: BLE001
             action.trace = traceback.format_exc()
-            run.end(action, "FAILED", root_cause(repr(error)))
+            run.end(action, "FAILED", *root_cause(repr(error)))
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="worker")
     futures = [pool.submit(isolated, action) for action in actions]
@@ -3157,14 +3114,13 @@ def carry_out(action: Action, run: Run) -> None:
     action.started = run.clock()
     action.deadline = action.started + (run.options.timeout or math.inf)
     try:
-        before = action.before.record if action.before else None
         if action.submits:
             run.enter(action, "building")
             demands = run.cluster.build(action, partial(run.check, action))
-            action.demands = remembered(demands, before.demands if before else ())
+            action.demands = remembered(demands, action.record.demands if action.record else ())
             run.enter(action, "built")
-        elif before:
-            action.demands = before.demands
+        elif action.record:
+            action.demands = action.record.demands
         if run.options.plan:
             return
         if action.change == "delete":
@@ -3175,16 +3131,15 @@ def carry_out(action: Action, run: Run) -> None:
             run.end(action, "RUNNING")
     except ApplicationError as error:
         logs = failure_logs(action, run.cluster)
-        action.trace, cause = str(error), root_cause(str(error), logs)
-        action.disturbed = bool(DISTURBED.search("\n".join([action.trace, cause.text, *logs])))
-        run.end(action, "FAILED", cause)
+        action.trace, (cause, hint) = str(error), root_cause(str(error), logs)
+        action.disturbed = bool(DISTURBED.search("\n".join([action.trace, cause, *logs])))
+        run.end(action, "FAILED", cause, hint)
     except Stopped:
         if not run.stop_code:
             state = ": ".join(filter(None, [action.words, action.detail]))
-            cause = Cause(f"time ran out while {state}", hint_for(state))
-            run.end(action, "STILL DEPLOYING", cause)
+            run.end(action, "STILL DEPLOYING", f"time ran out while {state}", hint_for(state))
     except ClusterError as error:
-        run.end(action, "UNKNOWN", Cause(str(error)))
+        run.end(action, "UNKNOWN", str(error))
 
 
 def bring_up(action: Action, run: Run) -> None:
@@ -3198,7 +3153,7 @@ def bring_up(action: Action, run: Run) -> None:
         action.sent = "yes"
         settle(action, run)
     elif action.before:
-        action.details = action.before.details
+        action.details = action.before
     run.enter(action, "checking")
     action.deadline = math.inf  # it runs; what it is asked has limits of its own
     prove(action, run)
@@ -3252,7 +3207,7 @@ def describe_state(details: ApplicationDetails, waits_for: str, phase: str) -> t
     running = sum(replica.state == "RUNNING" for replica in replicas)
     target = sum(d.target_num_replicas for d in details.deployments.values())
     exceptions = real_exceptions(failure_message(details))
-    failed = f"a replica failed: {root_cause(exceptions[-1]).text}" if exceptions else ""
+    failed = f"a replica failed: {root_cause(exceptions[-1])[0]}" if exceptions else ""
     return f"starting replicas {running}/{target}", failed or phase
 
 
@@ -3273,7 +3228,7 @@ def failure_logs(action: Action, cluster: Cluster) -> list[str]:
     for replica in failed_replicas(action)[:MOST_LOGS]:
         try:
             logs.append(cluster.replica_log(replica.actor_id or "", "DEAD"))
-        except (Unreachable, ClusterError) as error:
+        except ClusterError as error:
             action.no_log = str(error)
     return logs
 
@@ -3306,7 +3261,7 @@ def prove(action: Action, run: Run) -> None:
         run.questions = 1  # one server has the port
         answers, notes = smoke_test(application, asleep, base_url)
         action.proof = replace(proof, answers=tuple(answers), notes=tuple(notes))
-    except (Unreachable, ClusterError) as error:
+    except ClusterError as error:
         action.proof = replace(action.proof or Proof(), unverified=str(error))
 
 
@@ -3320,7 +3275,7 @@ def learn_memory(action: Action, details: ApplicationDetails, run: Run) -> None:
     for demand in action.demands:
         memory, replicas = demand.memory, running.get(demand.deployment)
         if memory and memory.block and replicas and gpu_shares(demand) and action.submits:
-            with contextlib.suppress(Unreachable, ClusterError):
+            with contextlib.suppress(ClusterError):
                 log = run.cluster.replica_log(replicas[0].actor_id or "", "ALIVE")
                 memory = learn(memory, card, log)
         demands.append(replace(demand, memory=memory))
@@ -3419,7 +3374,7 @@ def format_end(action: Action) -> str:
     if action.result == "RUNNING":
         unchanged = action.change == "unchanged"
         words = "Running, unchanged" if unchanged else "Deployed successfully"
-    cause = f" ({action.cause.text})" if action.cause else ""
+    cause = f" ({action.cause})" if action.cause else ""
     return f"   {ICONS.get(action.words, '⚠️ ')} {words}: {action.name}{cause}"
 
 
@@ -3477,18 +3432,18 @@ def format_proof(proof: Proof) -> list[str]:
     return [f"   {line}" for line in lines]
 
 
-def format_cause(cause: Cause | None) -> list[str]:
-    if cause is None:
+def format_cause(action: Action) -> list[str]:
+    if not action.cause:
         return []
-    lines = [f"   Cause: {cause.text}".replace("\n", "\n          ")]
-    return [*lines, f"   Hint: {cause.hint}"] if cause.hint else lines
+    lines = [f"   Cause: {action.cause}".replace("\n", "\n          ")]
+    return [*lines, f"   Hint: {action.hint}"] if action.hint else lines
 
 
 def format_unfinished(action: Action) -> list[str]:
     """The summary of one application that does not run: what happened, why, where to look."""
     result, details = action.result or "UNKNOWN", action.details
     lines = [f"• {action.name}: {result} after {format_seconds(action.seconds())}"]
-    lines += format_cause(action.cause)
+    lines += format_cause(action)
     if result == "UNKNOWN":
         return [*lines, "   The cluster was lost: whether it runs, or ever will, is not known"]
     if result != "FAILED":
@@ -3500,7 +3455,7 @@ def format_unfinished(action: Action) -> list[str]:
         }
         lines.append(f"   {submitted[action.sent]}")
     if action.before and action.change != "delete" and (details or not action.sent):
-        old = {replica.replica_id for replica in replicas_of(action.before.details)}
+        old = {replica.replica_id for replica in replicas_of(action.before)}
         left = [r for r in replicas_of(details) if r.replica_id in old and r.state == "RUNNING"]
         serving = f"Still serving from before the edit: {len(left)} of {len(old)} replicas"
         lines.append(f"   {serving if action.sent else 'What ran before was not touched'}")
@@ -3567,7 +3522,7 @@ def format_plan(run: Run) -> list[str]:
     for action in run.actions:
         route = action.application.route_prefix or "(no HTTP route)"
         lines += ["", f"• {action.name}  {route}", *format_action(action)]
-        lines += format_cause(action.cause)
+        lines += format_cause(action)
         for demand in action.demands:
             memory = format_memory(demand, room_in(run, demand))
             lines += [format_demand(demand), *(f"      {line}" for line in memory)]
@@ -3622,8 +3577,8 @@ def action_json(action: Action, run: Run) -> Config:
         "no_log": action.no_log or None,
         "proof": dataclasses.asdict(action.proof) if action.proof else None,
         "status": action.details.status.value if action.details else None,
-        "cause": action.cause.text if action.cause else None,
-        "hint": action.cause.hint if action.cause else None,
+        "cause": action.cause or None,
+        "hint": action.hint if action.cause else None,
         "waits_for": action.waits_for or None,
         "logs": log_commands(action),
         "base_url": address or None,
@@ -3662,13 +3617,13 @@ def for_others(value: Any, document: Document, path: KeyPath = ()) -> Any:
         return value
     key = next((key for key in reversed(path) if isinstance(key, str)), "")
     name = re.sub(r"\W", "_", key).upper()
-    return f"${{{name}}}" if secrets_in(value, format_key(path)) else redact(value, frozenset())
+    return f"${{{name}}}" if is_secret(value, path) else redact(value, frozenset())
 
 
 def pin_caches(action: Action) -> None:
     """Write the cache sizes that engines have suggested into what runs and was not edited."""
-    record = action.before.record if action.before else None
-    demands = record.demands if record and action.change != "RESTART" else ()
+    record = action.record if action.change != "RESTART" else None
+    demands = record.demands if record else ()
     llms = llm_places({"applications": [action.application.config]})
     for model, (_, llm, _) in zip(action.application.models, llms, strict=False):
         memories = (d.memory for d in demands if d.memory and serves(d.deployment, model))
@@ -3839,7 +3794,7 @@ class Session:
         try:
             self.code = self.deploy()
         except ConfigError as error:
-            self.say_problems(error.problems)
+            self.say_problems(error.args)
             self.code = EXIT_CONFIG
         except (ClusterError, ApplicationError) as error:
             self.say(f"❌ {error}")
@@ -3857,7 +3812,7 @@ class Session:
                 self.say(traceback.format_exc())
             self.code = EXIT_FAILED
 
-    def say_problems(self, problems: Problems) -> None:
+    def say_problems(self, problems: Iterable[Problem]) -> None:
         for problem in problems:
             self.say(f"{'⚠️ ' if problem.warning else '❌'} {format_problem(problem)}")
 
@@ -3908,13 +3863,13 @@ class Session:
         self.terminal.secrets = self.document.secrets
         applications, problems = check_config(self.document, self.cluster.check_values)
         if not all(problem.warning for problem in problems):
-            raise ConfigError(problems)
+            raise ConfigError(*problems)
         self.say_problems(problems)
         names = [item.name for item in applications]
         for pattern in self.options.only or ():
             if not self.options.prune and not fnmatch.filter(names, pattern):
                 text = f"{pattern}: no application has that name; there are {', '.join(names)}"
-                raise unusable(f"--only {text}", ("command line", 0, 0))
+                raise ConfigError(Problem((), f"--only {text}", place=("command line", 0, 0)))
         return applications
 
     def export(self, applications: Sequence[ApplicationSpec]) -> int:
@@ -3958,7 +3913,7 @@ class Session:
             return [deletion(item, running.get(item.name), "--delete") for item in chosen]
         staying = {name: d for name, d in states.items() if name not in pruned}
         if not options.export and (problems := taken_routes(chosen, staying)):
-            raise ConfigError(located(self.document, problems))
+            raise ConfigError(*located(self.document, problems))
         specs = [ApplicationSpec(-1, name, d.route_prefix, {}) for name, d in pruned.items()]
         actions = [deletion(spec, running[spec.name], "--prune") for spec in specs]
         key = cluster.fingerprint_key(make=not (options.plan or options.export))
@@ -3977,7 +3932,7 @@ class Session:
             if action.name in claims and action.change != "unchanged":
                 text = f"another run of this program works on it: {claims[action.name]}"
                 hint = "wait until it has ended (--wait does), or stop it, and run this again"
-                self.run.end(action, "FAILED", Cause(text, hint))
+                self.run.end(action, "FAILED", text, hint)
 
     def plan(self, actions: list[Action]) -> int:
         """Build, predict, print. Returns the exit code: 1 when something does not fit."""

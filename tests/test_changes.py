@@ -32,7 +32,7 @@ def running(
     ]
     state = details(spec.name, keys.pop("status", "RUNNING"), *deployments, **keys)
     record = app.Record(VERSION, decide(spec, None).kept, (DEMAND,))
-    return app.Running(state, frozenset({seen or VERSION}), record)
+    return state, seen or VERSION, None if seen else record
 
 
 def decide(spec: app.ApplicationSpec, before: app.Running | None, **options: Any) -> app.Action:
@@ -216,7 +216,7 @@ def test_an_edit_of_a_builders_arguments(
     )
     kept = json.loads(json.dumps(decide(old, None).kept))
     record = app.Record(VERSION, kept, (DEMAND,))
-    action = decide(new, app.Running(details("a"), frozenset({VERSION}), record))
+    action = decide(new, (details("a"), VERSION, record))
     assert action.change == ("RESTART" if reasons else "unchanged")
     assert action.reasons == reasons
 
@@ -229,7 +229,7 @@ def test_no_secret_is_kept_and_an_edit_of_one_is_seen() -> None:
     old = decide(with_token("hf_12345"), None, secrets=secrets)
     assert "hf_12345" not in str(old.kept)
     record = app.Record(old.version, old.kept, (DEMAND,))
-    before = app.Running(details("a"), frozenset({old.version}), record)
+    before = (details("a"), old.version, record)
     again = decide(with_token("hf_12345"), before, secrets=secrets)
     assert again.change == "unchanged"
     new = decide(with_token("hf_67890"), before, secrets=secrets)
@@ -245,7 +245,7 @@ def test_a_text_that_becomes_or_was_a_secret_is_no_edit() -> None:
     for earlier, now in ((shown, hidden), (hidden, shown)):
         kept = decide(spec, None, secrets=earlier).kept
         record = app.Record(VERSION, kept, (DEMAND,))
-        before = app.Running(details("a"), frozenset({VERSION}), record)
+        before = (details("a"), VERSION, record)
         assert decide(spec, before, secrets=now).change == "unchanged"
 
 

@@ -615,6 +615,11 @@ def load(text: str | bytes, environ: dict[str, str] | None = None) -> app.Docume
     return document
 
 
+def secrets_of(found: app.Config) -> set[str]:
+    """What no output may show of a config that has these keys besides."""
+    return set(load(json.dumps({"applications": [], **found})).secrets)
+
+
 CHECK_VALUES = app.RayCluster(app.Options("")).check_values
 
 
@@ -625,7 +630,7 @@ def problems(text: str | bytes, environ: dict[str, str] | None = None) -> list[s
         document = app.Document("config.yaml", environ or {})
         _, found = app.check_config(document, CHECK_VALUES)
     except app.ConfigError as error:
-        found = error.problems
+        found = [*error.args]
     return [app.format_problem(problem).removeprefix("config.yaml") for problem in found]
 
 
@@ -664,13 +669,13 @@ def test_what_is_wrong_is_said_with_its_place_and_exit_code_2(
         pytest.param(
             ["gone.yaml"], "gone.yaml: can't be read: No such file or directory", id="gone"
         ),
-        pytest.param(["."], ".: this is no regular file", id="a directory"),
+        pytest.param(["."], ".: can't be read: this is no regular file", id="a directory"),
     ],
 )
 def test_a_file_that_is_none(arguments: list[str], message: str) -> None:
     with pytest.raises(app.ConfigError) as error:
         app.Document(arguments[0], {})
-    assert [app.format_problem(problem) for problem in error.value.problems] == [message]
+    assert [app.format_problem(problem) for problem in error.value.args] == [message]
 
 
 def test_a_huge_file_is_not_read() -> None:
@@ -980,7 +985,7 @@ def test_a_switch_is_no_secret_and_a_header_is_one() -> None:
         "AUTHORIZATION": "Bearer xyz",
         "PIN_KEY": "123456",
     }
-    assert app.secrets_in(found) == {"Bearer xyz", "123456"}
+    assert secrets_of(found) == {"Bearer xyz", "123456"}
 
 
 def test_keys_are_what_serve_deploy_sends() -> None:
@@ -1096,13 +1101,13 @@ def test_variables_are_filled_in(written: str, value: Any, monkeypatch: pytest.M
     ],
 )
 def test_keys_that_name_a_secret(key: str) -> None:
-    assert app.secrets_in({key: ["abc"]}) == {"abc"}
-    assert app.secrets_in({key: {"openai": "abc", "more": [{"value": "def"}]}}) == {"abc", "def"}
+    assert secrets_of({key: ["abc"]}) == {"abc"}
+    assert secrets_of({key: {"openai": "abc", "more": [{"value": "def"}]}}) == {"abc", "def"}
 
 
 @pytest.mark.parametrize("key", ["tokenizer", "ssl_keyfile", "monkey", "keyword", "passive"])
 def test_keys_that_do_not(key: str) -> None:
-    assert app.secrets_in({key: "abc"}) == set()
+    assert secrets_of({key: "abc"}) == set()
 
 
 LONG = "long-" + "x1" * 300
@@ -1189,7 +1194,8 @@ def test_a_fifo_is_refused_at_once(tmp_path: Path, config: str, key: str) -> Non
     Path("config.yaml").write_text(naming("fifo"))
     finished = run_app_v5(str(tmp_path / config), timeout_s=30.0)
     assert finished.returncode == 2
-    assert finished.stderr.splitlines()[2:] == [f"❌ {tmp_path}/fifo: {key}this is no regular file"]
+    said = "can't be read: this is no regular file"
+    assert finished.stderr.splitlines()[2:] == [f"❌ {tmp_path}/fifo: {key}{said}"]
 
 
 def test_a_variable_that_is_not_utf_8_is_named_beside_json_too(tmp_path: Path) -> None:
@@ -1495,29 +1501,19 @@ def test_a_manifest_after_others_is_the_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said", "line"),
+    ("text", "said"),
     [
         pytest.param(
             f"{SERVICE}---\n{SERVICE.replace('llms', 'more')}",
-            "there are several RayServices: keep one of them",
-            6,
+            ":6:3: there are several RayServices: keep one of them",
             id="several",
         ),
-        pytest.param(MAP, "expected a mapping with `applications`", 1, id="none"),
-        pytest.param(
-            SERVICE.replace("- name", "- name: ["), ":8:", 8, id="a slip inside, at its place"
-        ),
+        pytest.param(MAP, ":1:1: expected a mapping with `applications`", id="none"),
+        pytest.param(SERVICE.replace("- name", "- name: ["), ":8:", id="a slip, at its place"),
     ],
 )
-def test_manifests_that_are_no_config(text: str, said: str, line: int, tmp_path: Path) -> None:
-    file = tmp_path / "service.yaml"
-    file.write_text(text)
-    with pytest.raises(app.ConfigError) as error:
-        app.Document(str(file), {})
-    [problem] = error.value.problems
-    assert said in app.format_problem(problem)
-    assert problem.place
-    assert problem.place[1] == line
+def test_manifests_that_are_no_config(text: str, said: str) -> None:
+    assert problems(text)[0].startswith(said)
 
 
 # -- what Ray would refuse later -------------------------------------------------------------------

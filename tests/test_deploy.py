@@ -173,8 +173,8 @@ class ScriptedCluster:
         self, url: str, body: app.Config | None = None, timeout_s: float = 0.0
     ) -> app.Response:
         """Stands for `app.fetch`."""
-        routes = app.Response(200, json.dumps({f"/{n}": n for n in self.submitted}), 0)
-        default = routes if url.endswith("/-/routes") else app.Response(200, "{}", 0.2)
+        routes = (200, json.dumps({f"/{n}": n for n in self.submitted}), 0)
+        default = routes if url.endswith("/-/routes") else (200, "{}", 0.2)
         answer = self.answers.get(url.removeprefix(HTTP), default)
         if isinstance(answer, Exception):
             raise answer
@@ -213,7 +213,7 @@ def code(run: app.Run) -> int:
 
 
 def causes(run: app.Run) -> list[str]:
-    return [action.cause.text for action in run.actions if action.cause]
+    return [action.cause for action in run.actions if action.cause]
 
 
 # -- who deploys when ----------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def test_deletions_come_first_and_wait_until_nothing_is_held() -> None:
     cluster.submitted.append("old")
     held: list[tuple[str, str, app.Resources]] = [("n", "old/D", {"CPU": 1.0})]
     cluster.holds = [("n", "other/D", {"CPU": 9.0}), *held * 20]
-    old = app.deletion(spec("old"), app.Running(state("old", "RUNNING")), "--prune")
+    old = app.deletion(spec("old"), (state("old", "RUNNING"), "", None), "--prune")
     absent = app.deletion(spec("absent"), None, "--prune")
     seen: set[str] = set()
 
@@ -344,7 +344,7 @@ def test_a_plan_builds_all_at_once_however_few_cpus_there_are() -> None:
 def test_a_log_that_can_not_be_read_is_no_failure_and_is_said() -> None:
     message = "The deployment failed to start 3 times in a row.\nValueError: too long"
     cluster = ScriptedCluster({"a": [state("a", "DEPLOY_FAILED", message, FAILING)]})
-    cluster.log = app.Unreachable("the dashboard does not answer")
+    cluster.log = app.ClusterError("the dashboard does not answer")
     run = deploy(cluster, "a")
     assert (results(run), causes(run)) == ({"a": "FAILED"}, ["ValueError: too long"])
     assert "   No log: the dashboard does not answer" in app.format_summary(run)
@@ -477,7 +477,7 @@ def test_a_controller_is_waited_for_and_one_that_never_comes_back_is_lost(
 def test_a_cluster_that_is_lost_between_two_stages_keeps_what_the_first_has_reached() -> None:
     cluster = ScriptedCluster({"old": [None]})
     cluster.submitted.append("old")
-    old = app.deletion(spec("old"), app.Running(state("old", "RUNNING")), "--prune")
+    old = app.deletion(spec("old"), (state("old", "RUNNING"), "", None), "--prune")
     lost = app.ClusterError("the head has gone")
     with patch.object(cluster, "nodes", side_effect=[[CPU_NODE], lost]):
         run = deploy(cluster, old, create("new"))
@@ -556,7 +556,7 @@ def test_a_cluster_that_grows_gets_what_no_node_can_hold_yet() -> None:
 
 def test_what_starts_beside_the_old_replicas_needs_room_for_those_at_a_time_alone() -> None:
     rows = deployment("D", "HEALTHY", *map(replica, "pqr"))
-    before = app.Running(state("a", "RUNNING", "", rows))
+    before = state("a", "RUNNING", "", rows)
     for surge, gives_way in ((True, frozenset[str]()), (False, frozenset({"a"}))):
         cluster = ScriptedCluster()
         cluster.demands = {"a": (app.Demand("a", "D", ({"CPU": 1.0},), "PACK", 3, 3),)}
@@ -655,7 +655,7 @@ def test_an_engine_that_was_disturbed_is_tried_again_alone() -> None:
 
 
 RUNS_ALREADY = app.Action(
-    spec("b", SHARING), "unchanged", "1", before=app.Running(state("b", "RUNNING"))
+    spec("b", SHARING), "unchanged", "1", before=state("b", "RUNNING")
 )
 
 
@@ -715,7 +715,7 @@ def test_a_broken_promise_makes_the_exit_code_1_and_leaves_it_running() -> None:
 
 def test_a_bad_answer_is_a_failure() -> None:
     cluster = ScriptedCluster()
-    cluster.answers = {"/a/health": app.Response(500, "oh no", 0)}
+    cluster.answers = {"/a/health": (500, "oh no", 0)}
     run = deploy(cluster, "a", "b")
     assert results(run) == {"a": "FAILED", "b": "RUNNING"}
     assert causes(run) == ["GET http://localhost:8000/a/health: 500 oh no"]
@@ -724,7 +724,7 @@ def test_a_bad_answer_is_a_failure() -> None:
 @pytest.mark.parametrize("path", ["/-/routes", "/a/health"])
 def test_what_could_not_be_reached_has_not_failed(path: str) -> None:
     cluster = ScriptedCluster()
-    cluster.answers = {path: app.Unreachable("connection refused")}
+    cluster.answers = {path: app.ClusterError("connection refused")}
     run = deploy(cluster, "a")
     assert (results(run), code(run), cluster.deleted) == ({"a": "RUNNING"}, 1, [])
     assert run.actions[0].proof
@@ -764,11 +764,10 @@ def test_what_runs_and_is_slow_to_answer_runs_when_a_stop_comes() -> None:
 
 def test_what_runs_unchanged_is_asked_all_the_same() -> None:
     details, kept = state("a", "RUNNING"), app.Record("1", {}, (demand("a"),))
-    before = app.Running(details, frozenset({"1"}), kept)
     cluster = ScriptedCluster()
     cluster.submitted.append("a")
-    cluster.answers = {"/a/health": app.Response(500, "oh no", 0)}
-    run = deploy(cluster, app.Action(spec("a"), "unchanged", "1", before=before))
+    cluster.answers = {"/a/health": (500, "oh no", 0)}
+    run = deploy(cluster, app.Action(spec("a"), "unchanged", "1", before=details, record=kept))
     assert (results(run), cluster.done) == ({"a": "FAILED"}, [])
 
 

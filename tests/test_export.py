@@ -170,7 +170,7 @@ def test_what_engines_have_suggested_is_written(config: Path, edited: bool) -> N
     class Remembering(Gateway):
         def running(self, found: Iterable[Any]) -> dict[str, app.Running]:
             record = app.Record(version, kept, tuple(demands))
-            return {"one": app.Running(state("one", "RUNNING"), frozenset({version}), record)}
+            return {"one": (state("one", "RUNNING"), version, record)}
 
         def fingerprint_key(self, *, make: bool) -> bytes:
             return b"key"

@@ -84,7 +84,7 @@ def test_a_share_without_room_for_one_request_does_not_fit() -> None:
         " (0.18 GiB). Based on the available memory, the estimated maximum model length is 2560"
     )
     hint = "set engine_kwargs.max_model_len to 2560 or less (it is 4096), or raise num_gpus"
-    assert app.root_cause(app.format_misfit(fit)).hint == hint
+    assert app.root_cause(app.format_misfit(fit))[1] == hint
 
 
 @pytest.mark.parametrize("usable", range(10, 72))
@@ -107,7 +107,7 @@ def test_without_any_room_it_is_what_an_engine_says_then() -> None:
     [fit] = app.predict([demand(replace(FALCON3, fraction=0.16), 0.18)], [node(24)]).misfits
     text = "num_gpus that would do: 0.23; No available memory for the cache blocks"
     assert fit.reason == text
-    assert app.root_cause(app.format_misfit(fit)).hint
+    assert app.root_cause(app.format_misfit(fit))[1]
 
 
 def test_only_what_is_sure_is_refused_by_a_deployment() -> None:

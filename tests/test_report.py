@@ -105,7 +105,8 @@ def failed(**keys: Any) -> app.Action:
     given = {
         "result": "FAILED",
         "ended": 12.4,
-        "cause": app.Cause("ValueError: too long", "set max_model_len to 256 or less"),
+        "cause": "ValueError: too long",
+        "hint": "set max_model_len to 256 or less",
         "details": state(FALCON3[0], "DEPLOY_FAILED", "", rows),
         **keys,
     }
@@ -195,12 +196,12 @@ def test_what_became_of_the_others(keys: dict[str, Any], line: str) -> None:
 def test_a_failed_edit_says_what_is_left(keys: dict[str, Any], line: str) -> None:
     old = state("a", "RUNNING", "", deployment("D", "HEALTHY", replica("r1"), replica("r2")))
     now = deployment("D", "DEPLOY_FAILED", replica("r1"), replica("new", "STARTING"))
-    given = {"details": state("a", "DEPLOY_FAILED", "", now), "before": app.Running(old), **keys}
+    given = {"details": state("a", "DEPLOY_FAILED", "", now), "before": old, **keys}
     assert f"   {line}" in app.format_unfinished(failed(**given))
 
 
 def test_nothing_is_claimed_of_what_served_before_where_nobody_has_looked() -> None:
-    before = app.Running(state("a", "RUNNING", "", deployment("D", "HEALTHY", replica("r1"))))
+    before = state("a", "RUNNING", "", deployment("D", "HEALTHY", replica("r1")))
     lines = app.format_unfinished(failed(details=None, before=before, sent="perhaps"))
     assert not [line for line in lines if "before" in line]
 
@@ -215,7 +216,7 @@ def test_a_replica_that_never_began_has_no_log_of_its_own() -> None:
 
 
 def test_deletions_have_their_own_part() -> None:
-    before = app.Running(state(FALCON3[0], "RUNNING"))
+    before = state(FALCON3[0], "RUNNING")
     gone = replace(failed(), change="delete", result="DELETED", before=before)
     absent = replace(gone, before=None)
     lines = app.format_summary(report(gone, absent))
@@ -224,7 +225,7 @@ def test_deletions_have_their_own_part() -> None:
     assert "• falcon3-1b-instruct-app: it was not there" in lines
     assert "🔥 All deletions completed!" in lines
     assert not any("deployed" in line for line in lines)
-    left = replace(gone, result="INTERRUPTED", cause=None)
+    left = replace(gone, result="INTERRUPTED", cause="")
     assert app.format_unfinished(left)[1] == (
         "   It was submitted and goes on deleting; this program no longer watches it"
     )
@@ -436,7 +437,7 @@ def course(shown: app.Terminal) -> None:
     two.words, two.detail, two.started = "building", "", 9.0
     shown.show(run)
     shown.say("⚠️  said in between: " + "a long line, " * 9)
-    two.words, two.result, two.cause = "FAILED", "FAILED", app.Cause("ValueError: no")
+    two.words, two.result, two.cause = "FAILED", "FAILED", "ValueError: no"
     two.detail, two.ended = "ValueError: no " * 9, 10.0
     shown.show(run)
     shown.live.stop()
@@ -530,14 +531,14 @@ def test_on_a_terminal_the_blocks_stand_whole_above_the_live_lines() -> None:
 def test_the_line_at_the_end(change: Any, result: Any, line: str) -> None:
     action = app.Action(app.ApplicationSpec(0, "a", "/a", {}), change)
     action.result, action.words = result, result
-    action.cause = None if "✅" in line else app.Cause("why")
+    action.cause = "" if "✅" in line else "why"
     assert app.format_end(action) == line
 
 
 def test_no_secret_is_written_anywhere() -> None:
     secret = 'hf_secret"word'
     hidden = frozenset({secret})
-    action = failed(cause=app.Cause(f"wrong token {secret}"), trace=f"Traceback: {secret}")
+    action = failed(cause=f"wrong token {secret}", trace=f"Traceback: {secret}")
     action.words, action.detail, action.started = "FAILED", f"wrong token {secret}", 5.0
     action.reasons = (f"HF_TOKEN: {secret} → http://me:pw@h/?key=12345",)
     plan = app.predict(action.demands, [])

@@ -48,7 +48,7 @@ class Cluster:
         return {details.name: details for details in states}
 
     def running(self, found: Any) -> dict[str, app.Running]:
-        return {details.name: app.Running(details) for details in found}
+        return {details.name: (details, "", None) for details in found}
 
     def fingerprint_key(self, *, make: bool) -> bytes:
         return b"key"
@@ -79,9 +79,9 @@ def test_what_another_run_works_on_is_refused_alone(
     cluster = Cluster({"mine", "old"})
     _, actions, said = session(tmp_path, monkeypatch, cluster, "--prune")
     assert cluster.connected_for == ["mine", "new"]
-    refused = {action.name: action.cause and action.cause.text for action in actions}
+    refused = {action.name: action.cause for action in actions}
     text = f"another run of this program works on it: {HOLDER}"
-    assert refused == {"old": text, "mine": text, "new": None}
+    assert refused == {"old": text, "mine": text, "new": ""}
     assert "Waiting" not in said
 
 

@@ -166,7 +166,7 @@ def our_verdict(text: str) -> tuple[list[str], list[Any]]:
         document = app.Document("config.yaml", {})
         applications, found = app.check_config(document, CHECK_VALUES)
     except app.ConfigError as error:
-        found = error.problems
+        found = [*error.args]
     errors = [app.format_problem(problem) for problem in found if not problem.warning]
     return errors, [application.config for application in applications]
 
