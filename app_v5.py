@@ -74,6 +74,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TextIO
 from urllib.parse import quote, quote_plus
 
 import yaml
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from ray.serve.schema import ApplicationDetails, DeploymentDetails, ReplicaDetails
@@ -1182,31 +1186,28 @@ def gib(amount: float) -> str:
     return f"{amount / 2**20:.3g} MiB" if small else f"{short(round(amount / GIB, 2))} GiB"
 
 
-def kept(memory: Memory, card: int) -> int:
-    """What an engine keeps for activations: measured on this kind of card, or a guess."""
-    size, activations = memory.measured or (0, 0)
-    return activations if size == card else ACTIVATIONS_BYTES
-
-
 def room_of(memory: Memory | None, card: int, activations: int | None = None) -> Room | None:
-    """What an engine has room for; None where nobody knows, as without the size of a card. The
-    figures are those that the engine logs at its start (vllm/v1/core/kv_cache_utils.py)."""
+    """What an engine has room for; None where nobody knows, as without the size of a card.
+    For activations it keeps what was measured on this kind of card, or a guess. The figures are
+    those that the engine logs at its start (vllm/v1/core/kv_cache_utils.py)."""
     if memory is None or not memory.block or not (memory.pinned or card):
         return None
+    if activations is None:
+        size, measured = memory.measured or (0, 0)
+        activations = measured if size == card else ACTIVATIONS_BYTES
     budget = int(card * memory.fraction)
-    activations = kept(memory, card) if activations is None else activations
     cache = memory.pinned or max(0, budget - memory.weights - activations)
     length, blocks = memory.requests[0]
     requests = cache // memory.block / blocks
     return Room(card, budget, activations, cache, int(requests * length), requests)
 
 
-def least_gpus(demand: Demand, card: int, requests: float) -> str:
+def least_gpus(demand: Demand, room: Room, requests: float) -> str:
     """The smallest num_gpus with room for so many full requests, in words."""
-    memory, workers = demand.memory or Memory(), max(1, len(gpu_shares(demand)))
+    memory, workers = demand.memory or Memory(), len(gpu_shares(demand))
     cache = (math.ceil(requests * memory.requests[0][1]) + 1) * memory.block
     fraction = max(WHOLE_GPU_MEMORY_FRACTION, memory.fraction)
-    needed = (memory.weights + kept(memory, card) + cache) / (card * fraction)
+    needed = (memory.weights + room.activations + cache) / (room.card * fraction)
     least = math.ceil(needed * 100) / 100
     return short(least * workers) if least <= 1 else "more than a card a worker"
 
@@ -1233,8 +1234,8 @@ def memory_misfit(demand: Demand, room: Room) -> str:
             text += f" Based on the available memory, the estimated maximum model length is {fits}"
         text = text if left > 0 else "No available memory for the cache blocks"
         share = WHOLE_GPU_MEMORY_FRACTION * min([1.0, *gpu_shares(demand)])
-        if room.card and not memory.pinned and memory.fraction > share - 0.01:
-            text = f"num_gpus that would do: {least_gpus(demand, room.card, 1)}; {text}"
+        if not memory.pinned and memory.fraction > share - 0.01:
+            text = f"num_gpus that would do: {least_gpus(demand, room, 1)}; {text}"
         return text
     if memory.sequences > blocks:
         text = f"max_num_seqs is {memory.sequences}, and its share holds {blocks} Mamba blocks"
@@ -1255,27 +1256,25 @@ def longest_request(memory: Memory, blocks: int) -> int:
 
 def format_memory(demand: Demand, room: Room | None) -> list[str]:
     """What an engine's share of a card buys."""
-    memory = demand.memory
-    if memory is None:
-        return []
-    if memory.unknown:
-        return [f"memory: not known: {memory.unknown}"]
+    memory, shares = demand.memory, gpu_shares(demand)
+    if memory is None or memory.unknown:
+        return [f"memory: not known: {memory.unknown}"] if memory else []
     lines = [f"memory: weights {gib(memory.weights)}"]
     if not memory.block:
         return lines
     length, blocks = memory.requests[0]
     lines[0] += f" · a request of {length:,} tokens needs {gib(blocks * memory.block)} of KV cache"
-    if memory.platform == "cpu" and gpu_shares(demand):
+    if memory.platform == "cpu" and shares:
         lines[0] += " (as a CPU build has it: blocks are smaller on a GPU)"
     if room is None:  # of main memory the engine itself takes what is free
         hint = "  no card's size is known here: --gpu-memory 80GiB would plan with one"
-        return [*lines, hint] if gpu_shares(demand) else lines
+        return [*lines, hint] if shares else lines
     cache = f"{gib(room.cache)} for the KV cache"
     if memory.pinned:
         lines.append(f"  {cache}: kv_cache_memory_bytes")
     else:
         how = "measured" if memory.measured[:1] == (room.card,) else "a guess"
-        share = f"{short(gpu_shares(demand)[0])} of {gib(room.card)}, at gpu_memory_utilization "
+        share = f"{short(shares[0])} of {gib(room.card)}, at gpu_memory_utilization "
         share += f"{short(memory.fraction)}: {gib(room.budget)}; {cache}"
         lines.append(f"  {share} ({gib(room.activations)} kept for activations, {how})")
     most, full = demand.max_ongoing_requests, math.floor(room.requests)
@@ -1283,38 +1282,31 @@ def format_memory(demand: Demand, room: Room | None) -> list[str]:
     lines.append(f"  room for {room.tokens:,} tokens, {full:,} full requests at once")
     lines[-1] += queue if full < most < MANY_REQUESTS else ""
     target = demand.target_ongoing_requests
-    if room.card and 0 < target < MANY_REQUESTS and not memory.pinned:
-        least = least_gpus(demand, room.card, target)
-        wanted = f"target_ongoing_requests {short(target)}"
-        lines.append(f"  the smallest num_gpus that serves {wanted} in full: {least}")
+    if 0 < target < MANY_REQUESTS and not memory.pinned:
+        what = "the smallest num_gpus that serves target_ongoing_requests"
+        lines.append(f"  {what} {short(target)} in full: {least_gpus(demand, room, target)}")
     return lines
 
 
-MEASURED = re.compile(r"Available KV cache memory: ([\d.]+) GiB")
-SUGGESTED = re.compile(r"--kv-cache-memory=(\d+)` \([\d.]+ GiB\) to fit into requested")
-"""What an engine says at its start on a GPU (vllm/v1/worker/gpu_worker.py)."""
-
-
 def learn(memory: Memory, card: int, log: str) -> Memory:
-    """What an engine's log of its start adds to what was known of its memory before."""
-    cache, suggested = MEASURED.search(log), SUGGESTED.search(log)
-    activations = card * memory.fraction - memory.weights - float(cache[1] if cache else 0) * GIB
-    if cache and activations > 0:
-        memory = replace(memory, measured=(card, int(activations)))
-    return replace(memory, suggested=int(suggested[1])) if suggested else memory
+    """What an engine's log of its start on a GPU (vllm/v1/worker/gpu_worker.py) adds to what was
+    known of its memory before."""
+    if cache := re.search(r"Available KV cache memory: ([\d.]+) GiB", log):
+        activations = int(card * memory.fraction - memory.weights - float(cache[1]) * GIB)
+        memory = replace(memory, measured=(card, activations)) if activations > 0 else memory
+    if pin := re.search(r"--kv-cache-memory=(\d+)` \([\d.]+ GiB\) to fit into requested", log):
+        memory = replace(memory, suggested=int(pin[1]))
+    return memory
 
 
-def remembered(demands: Sequence[Demand], before: Sequence[Demand]) -> tuple[Demand, ...]:
-    """Demands with what an earlier start of the same models measured."""
-    found = []
-    for demand in demands:
-        old = next((d.memory for d in before if d.deployment == demand.deployment), None)
-        memory = demand.memory
+def remembered(demand: Demand, before: Sequence[Demand]) -> Demand:
+    """A demand with what an earlier start of the same model measured."""
+    memory = demand.memory
+    for old in (item.memory for item in before if item.deployment == demand.deployment):
         if memory and old and (old.weights, old.platform) == (memory.weights, memory.platform):
             same = replace(old, measured=(), suggested=0) == memory
             memory = replace(memory, measured=old.measured, suggested=old.suggested * same)
-        found.append(replace(demand, memory=memory))
-    return tuple(found)
+    return replace(demand, memory=memory)
 
 
 def measure_memory(options: Callable[[], Config], variables: Mapping[str, str]) -> Config:
@@ -1370,30 +1362,28 @@ def ask_vllm(options: Config) -> Config:
 
 def cache_of(config: Any) -> Config:
     """The part of `ask_vllm` about the KV cache, of a config for which the model has been made."""
-    from vllm.config import get_layers_from_vllm_config
-    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
     from vllm.v1.attention.backends import utils as backends
     from vllm.v1.core import kv_cache_utils as caches
+    from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
 
-    layers = get_layers_from_vllm_config(config, AttentionLayerBase)
-    specs = {n: spec for n, layer in layers.items() if (spec := layer.get_kv_cache_spec(config))}
-    if not specs:
+    if not (specs := get_kv_cache_spec(config)):
         return {}
-    kinds = {layer.get_attn_backend() for layer in layers.values()}
-    layouts = [layout.name for layout in backends.get_supported_kv_cache_layouts(kinds)]
-    backends.resolve_kv_cache_layout(config, [layouts], list(specs.values()))
+    layouts = backends.get_supported_kv_cache_layouts(get_current_attn_backends(config))
+    names = [layout.name for layout in layouts]
+    backends.resolve_kv_cache_layout(config, [names], list(specs.values()))
     groups = caches.get_kv_cache_groups(config, specs)
     block = caches._pool_bytes_per_block(groups)
     cache = caches.get_kv_cache_config_from_groups(config, groups, block)
     most = caches._max_memory_usage_bytes_from_groups(config, groups) // block
     counts = sorted({int(most / 2 ** (step / 8)) for step in range(57)}, reverse=True)
     longest = partial(caches._estimate_max_model_len_from_groups, config, groups)
-    requests = [(longest(count * block), count) for count in counts]
+    requests = [(tokens, count) for count in counts if (tokens := longest(count * block))]
     # A CPU engine has no graphs, and starts with more (vllm/config/compilation.py).
     graphs = config.compilation_config.cudagraph_mode.has_full_cudagraphs()
     return {
         "block": block,
-        "requests": [pair for pair in requests if pair[0]],
+        "requests": requests,
         "sequences": config.scheduler_config.max_num_seqs * (cache.has_mamba_layers and graphs),
         "fraction": config.cache_config.gpu_memory_utilization,
         "pinned": config.cache_config.kv_cache_memory_bytes or 0,
@@ -1852,11 +1842,10 @@ def decide(
         hidden = FINGERPRINT + fingerprint(text, key)
         return hidden if redact(text, secrets) != text or hidden in hidden_before else text
 
-    # As JSON gives it back: a key that is a number is a text then.
-    kept = json.loads(json.dumps(copied(application.config, hide), default=str))
-    names = [entry["name"] for entry in as_list(application.config.get("deployments"))]
-    rows = zip(names, as_list(kept.get("deployments")), strict=True)  # a name may look secret
-    kept["deployments"] = {name: row for name, row in rows if row.pop("name")}
+    # By their names, in which a secret may stand, since their order means nothing.
+    rows = {row.pop("name"): row for row in copied(as_list(application.config.get("deployments")))}
+    kept = copied(application.config | {"deployments": rows}, hide)
+    kept = json.loads(json.dumps(kept, default=str))  # as it will be read back: a date is a text
     # Without `deployments`: Serve compares those itself.
     version = fingerprint(json.dumps(heavy_part(kept | {"deployments": {}}), sort_keys=True), key)
     action = Action(application, "create", version, before=before, record=record, kept=kept)
@@ -1931,11 +1920,9 @@ def gap(action: Action) -> str:
         return ""
     if action.surge:
         return "no gap, where there is room: new replicas start before the old ones stop"
-    if alone := [d.name for d in restarted if d.target_num_replicas <= 1]:
-        return (
-            f"with a gap: Serve stops the one replica of {' and of '.join(alone)} before it starts "
-            "the new one (--no-downtime starts the new one first, where there is room)"
-        )
+    if alone := " and of ".join(d.name for d in restarted if d.target_num_replicas <= 1):
+        text = f"with a gap: Serve stops the one replica of {alone} before it starts the new one "
+        return f"{text}(--no-downtime starts the new one first, where there is room)"
     return "rolling: Serve stops a fifth of the replicas at a time, and at least one"
 
 
@@ -1952,10 +1939,9 @@ def demands_at_once(action: Action) -> list[Demand]:
 
 def taken_routes(
     applications: Sequence[ApplicationSpec], others: Mapping[str, ApplicationDetails]
-) -> Problems:
+) -> Iterator[Problem]:
     """The routes that other running applications hold: Serve would refuse the second one."""
     holders = {d.route_prefix: d for d in others.values() if d.route_prefix}
-    problems = []
     for application in applications:
         holder = holders.get(application.route_prefix or "")
         if holder and holder.name != application.name:
@@ -1964,8 +1950,7 @@ def taken_routes(
             message = f"{holder.route_prefix} is the route of {name}, which is running{origin}"
             hint = f"choose another route, or delete {name} first; to swap them, give {name} a free"
             hint += " route in one run, and both their new ones in a second"
-            problems.append(Problem(path, message, hint))
-    return problems
+            yield Problem(path, message, hint)
 
 
 # ======================================================================================
@@ -1974,13 +1959,11 @@ def taken_routes(
 
 ANSI = re.compile(r"\x1b\[[\d;]*m")
 LOG_PREFIX = re.compile(
-    r"^(?:\([^()]*pid=\d+[^()]*\) ?)*"  # (EngineCore pid=123) (RayWorkerProc pid=124)
-    r"(?:[A-Z]+ +[\d-]+ [\d:,.]+ (?:\[[^]]*\]|\S+ \S+ --) ?)?"
+    r"^((?:\([^()]*pid=\d+[^()]*\) ?)*"  # (EngineCore pid=123) (RayWorkerProc pid=124)
+    r"(?:[A-Z]+ +[\d-]+ [\d:,.]+ (?:\[[^]]*\]|\S+ \S+ --) ?)?)"
 )
-FRAME = re.compile(r'^\s*File "(?P<file>[^"]*)", line (?P<line>\d+)(?P<function>, in)?')
+FRAME = re.compile(r'^\s*File (?:"[^"]*", line \d+, in|(?P<place>"[^"]*", line \d+))')
 RAISED = re.compile(r"^(?P<name>[A-Za-z_][\w.]*)(?:\([\w.]+\))?(?::|: .*)?$")
-"""An exception's line, if its name ends so or it stands below a stack's frames."""
-
 NEXT_MESSAGE = re.compile(
     r"Traceback|During handling|The above exception|ray::|:\w+:|\[|\S+:\d+: |"
     r"Failed to update|The deployment |Deployment '|A replica "
@@ -1996,19 +1979,16 @@ WRAPPERS = re.compile(
 )
 """Exceptions whose text only points elsewhere (vllm/v1/engine/utils.py, vllm/v1/executor)."""
 
-SHORTER: tuple[tuple[str, str], ...] = (
-    # ray/llm/_internal/serve/engines/vllm/vllm_engine.py, vllm/v1/executor/multiproc_executor.py
-    (r"^RuntimeError: Failed to create vLLM engine config: ", ""),
-    (r"^(?:RuntimeError: )?Worker failed with error '(.*)', please check the stack trace.*", r"\1"),
-    (r"^pydantic_core\._pydantic_core\.", ""),
-    (r"^\d+ validation errors? for \w+ Value error, ", ""),
-    # ray/_private/runtime_env/utils.py: the last line of what pip or another program printed
-    (r"^\S+CalledProcessError: Run cmd\[\d+\] failed.* ((?:ERROR|error): )", r"\1"),
-    # The raylet about a process that ended (ray/exceptions.py ActorDiedError)
-    (r"^(?:\S*ActorDiedError: )?The actor (?:died|is dead).* exit detail: ", "the process died: "),
-    (r" (?:\[type=\w+, input_value=|Some common causes include:|Supported architectures:).*", ""),
+DIED = r"^(?:\S*ActorDiedError: )?The actor (?:died|is dead).* exit detail: "
+NEEDLESS = re.compile(
+    r"^(?:RuntimeError: Failed to create vLLM engine config: |pydantic_core\._pydantic_core\.|"
+    r"(?:RuntimeError: )?Worker failed with error '|\d+ validation errors? for \w+ Value error, |"
+    # What pip or another program printed, up to its last line.
+    r"\S+CalledProcessError: Run cmd\[\d+\] failed.* (?=(?:ERROR|error): ))+|"
+    r"(?:', please check the stack trace| \[type=\w+, input_value=|"
+    r" Some common causes include:| Supported architectures:).*"
 )
-"""What of an exception nobody needs to read -> what stays of it."""
+"""What nobody needs to read before an exception's own words, and behind them."""
 
 HINTS = r"""
 max seq len\s*\((?P<asked>\d+)\).* estimated maximum model length is (?P<fits>\d+)
@@ -2016,16 +1996,13 @@ max seq len\s*\((?P<asked>\d+)\).* estimated maximum model length is (?P<fits>\d
 max seq len\s*\((?P<asked>\d+)\).* larger than the available KV cache
     lower engine_kwargs.max_model_len (it is {asked}), or raise num_gpus
 No available memory for the cache blocks
-    the weights leave no room in the share: raise num_gpus or gpu_memory_utilization; if the
-    engines started together, set engine_kwargs.kv_cache_memory_bytes
+    raise num_gpus or gpu_memory_utilization; if engines started together, set kv_cache_memory_bytes
 Error in memory profiling
-    another engine took or freed memory of this GPU during the measurement: set
-    engine_kwargs.kv_cache_memory_bytes, or deploy again with --max-workers 1
+    another engine disturbed it: set engine_kwargs.kv_cache_memory_bytes, or use --max-workers 1
 Free memory on device
     lower num_gpus or gpu_memory_utilization, or stop what else runs on that GPU (see nvidia-smi)
 Available memory on node \d+
-    the CPU engine wants more main memory than is free: lower VLLM_CPU_KVCACHE_SPACE, or in
-    engine_kwargs kv_cache_memory_bytes or gpu_memory_utilization (it means main memory there)
+    lacks main memory: lower VLLM_CPU_KVCACHE_SPACE, kv_cache_memory_bytes or gpu_memory_utilization
 CUDA out of memory
     the GPU's memory is full: raise num_gpus, lower max_model_len, or use a smaller model
 max_model_len \(\d+\) is greater than the derived max_model_len \(\w+=(?P<most>\d+)
@@ -2035,8 +2012,7 @@ Repository Not Found for url
 401 Client Error|40[13] (?:Forbidden|Unauthorized)|gated repo|is restricted
     the model is gated: accept its licence, and set HF_TOKEN in runtime_env.env_vars
 local_files_only|couldn't connect to
-    the model is not on the node, and the node does not reach Hugging Face (or HF_HUB_OFFLINE
-    is set): check model_source
+    not on the node, which can't reach Hugging Face (or HF_HUB_OFFLINE is set): check model_source
 Repo id must be in the form|is not a local folder|Can't load the config|Invalid repository ID
     there is no such model: check model_source; a path has to exist on every node
 SafetensorError
@@ -2049,16 +2025,12 @@ Cannot schedule .* cannot fit .*'GPU': (?P<held>[\d.]+)
     a bundle holds {held} GPU: set VLLM_RAY_PER_WORKER_GPUS: "{held}" in runtime_env.env_vars
 does not support ray|Failed to infer device type|No CUDA GPUs|NVIDIA driver|libcuda\.so|CUDA driver
     the node has no GPU that vLLM can use: see nvidia-smi, or set num_gpus: 0 for the CPU engine
-Unknown engine argument|unexpected keyword argument|validation errors? for \w+Config .*Input should
-    check that key, and its value, in the config
 ModuleNotFoundError|No module named
     install it on the nodes, or name it in runtime_env
 module '[^']*' has no attribute
     check the part of import_path behind the colon
 runtime_env could not be set up|Failed to set up runtime env|Runtime env setup for
     check runtime_env
-Failed to bind to address|[Aa]ddress already in use
-    another process on the node has that port
 running low on memory
     the node ran out of main memory: fewer replicas on it, or a ray_actor_options.memory
 Worker exit type: SYSTEM_ERROR
@@ -2069,26 +2041,23 @@ ray::Builder\.build\(\)
     it runs, and this is its answer: see its logs; --force restarts it, --no-smoke-test won't ask
 """
 """What a cause's text matches, and below what would help, indented; {name}s come from the match.
-tests/test_causes.py tells the files of vLLM, Ray and others in which these texts are made."""
+tests/test_causes.py tells the files of vLLM, Ray and others in which all such texts are made."""
+
+DISTURBED = re.compile("No available memory|Error in memory profiling|Free memory on .* less than")
+"""How an engine fails that measured its memory while another one took or freed some."""
 
 
 def root_cause(message: str, logs: Sequence[str] = ()) -> tuple[str, str]:
-    """The first real exception in what Serve says, or dead replicas left, latest first; and a hint.
-
-    Serve's message often only points at a log; then the logs are asked. Of several exceptions that
-    which has a hint counts, from the last in Serve's message, as Python prints the outermost last,
-    and from the first in a log, as the engine's processes pass it on.
-    """
-    logged = next(filter(None, map(real_exceptions, logs)), [])
-    found = real_exceptions(message)[::-1] or logged
-    if not found:  # the last line that says something
-        lines = [line.strip() for line in ANSI.sub("", message).splitlines() if line.strip()]
-        telling = [line for line in lines if not re.match("This may be caused by|ActorDied", line)]
-        found = (telling or lines or ["(no message)"])[-1:]
+    """The first real exception in what Serve says or, where that only points at a log, in what dead
+    replicas left, the latest first; and a hint. Of several that which has a hint counts, from the
+    last in Serve's message, as Python prints the outermost last, and from the first in a log, as
+    the engine's processes pass it on."""
+    telling = r"(?m)^\s*(?!This may be caused by|ActorDied)(\S.*)"
+    last = re.findall(telling, ANSI.sub("", message))[-1:] or [message.strip() or "(no message)"]
+    found = next(filter(None, [real_exceptions(message)[::-1], *map(real_exceptions, logs), last]))
     text = next(filter(hint_for, found), found[0])
     hint = hint_for(text) or hint_for(message.partition('\n  File "')[0])
-    for pattern, words in SHORTER:
-        text = re.sub(pattern, words, text)
+    text = NEEDLESS.sub("", re.sub(DIED, "the process died: ", text))
     return shortened(text, MOST_CAUSE_CHARACTERS), hint
 
 
@@ -2097,14 +2066,12 @@ def real_exceptions(text: str) -> list[str]:
     found: list[list[str]] = []
     frame, speaker = None, None
     for whole in ANSI.sub("", text).splitlines():
-        line = LOG_PREFIX.sub("", whole.rstrip())
-        prefix = whole.rstrip().removesuffix(line)
+        _, prefix, line = LOG_PREFIX.split(whole.rstrip(), 1)
         raised = RAISED.match(line)
         if raised and (frame or raised["name"].endswith(("Error", "Exception"))):
-            found.append([line])
+            # Of a file that can't be parsed, the place, which is no frame of a stack.
+            found.append([line, f"({frame['place']})" if frame and frame["place"] else ""])
             speaker = prefix
-            if frame and not frame["function"]:  # a SyntaxError's place is no frame of a stack
-                found[-1].append(f"({frame['file']}, line {frame['line']})")
         elif prefix != speaker or NEXT_MESSAGE.match(line):
             speaker = None
         else:
@@ -2116,20 +2083,17 @@ def real_exceptions(text: str) -> list[str]:
 
 def hint_for(text: str) -> str:
     """What would help against a known cause, in its own numbers; empty for an unknown one."""
-    for pattern, hint in re.findall(r"^(\S.*)\n((?: {4}.*\n)+)", HINTS, re.MULTILINE):
+    for pattern, hint in re.findall(r"^(\S.*)\n {4}(.*)", HINTS, re.MULTILINE):
         if match := re.search(pattern, text, re.DOTALL):
-            return " ".join(hint.split()).format(**match.groupdict())
+            return str(hint.format(**match.groupdict()))
     return ""
 
 
 PHASES: tuple[tuple[str, str], ...] = (
     (r"Downloading|Fetching \d+ files", "downloading"),
-    # vllm/v1/worker/gpu_model_runner.py, cpu_model_runner.py
     (r"Starting to load model|Loading safetensors|Loading weights took", "loading weights"),
     (r"Model loading took|Memory profiling takes", "profiling memory"),
-    # vllm/compilation/backends.py, monitor.py
     (r"Dynamo bytecode|Compiling a graph|torch\.compile (?:took|and)", "compiling"),
-    # vllm/v1/core/kv_cache_utils.py, vllm/v1/worker/gpu_worker.py
     (r"Available KV cache memory|GPU KV cache size|GiB for KV cache", "making the KV cache"),
     (r"Capturing .*graph|Graph capturing|Warming up model", "warming up"),
     (r"init engine \(profile, create kv cache|Started vLLM engine", "starting the server"),
@@ -2138,8 +2102,7 @@ PHASES: tuple[tuple[str, str], ...] = (
 
 
 def engine_phase(log: str) -> str:
-    """The phase of an engine's start that its log shows, or "": the furthest, not that of the
-    latest line, since the log is that of several processes."""
+    """The furthest phase of an engine's start in a log of several processes, or "" for none."""
     return next((phase for pattern, phase in reversed(PHASES) if re.search(pattern, log)), "")
 
 
@@ -2772,7 +2735,7 @@ class RayCluster:
 # 11. Verify: an application that runs → the proof that it is what was promised, and answers
 # ======================================================================================
 
-OK, NOT_FOUND, SERVER_ERROR = 200, 404, 500
+OK, REDIRECT, SERVER_ERROR = 200, 300, 500
 ROUTE_QUESTIONS = 8
 ONE_TOKEN: Config = {"max_tokens": 1, "temperature": 0}
 QUESTIONS: tuple[tuple[str, Config], ...] = (
@@ -2784,15 +2747,11 @@ QUESTIONS: tuple[tuple[str, Config], ...] = (
 """What a model is asked, the next where it has not learnt the one before. The likeliest token: for
 a drawn one vLLM's CPU engine compiles its sampler first, 2 to 5 s (measured on vLLM 0.29)."""
 
-CANNOT = re.compile(r"chat template|does not support|not support(?:ed)? by|Not Found", re.I)
-
 
 def fetch(url: str, body: Config | None = None, timeout_s: float = SMOKE_TIMEOUT_S) -> Response:
     """GET `url`, or POST `body` to it as JSON, never through a proxy of the environment. An answer
     without an end is cut off; a certificate is not checked: it is that of the user's own cluster.
-
-    Raises ClusterError, and ApplicationError where somebody listens and does not answer.
-    """
+    Raises ClusterError, and ApplicationError where somebody listens and does not answer."""
     import urllib3
 
     urllib3.disable_warnings()
@@ -2805,41 +2764,33 @@ def fetch(url: str, body: Config | None = None, timeout_s: float = SMOKE_TIMEOUT
     except urllib3.exceptions.HTTPError as error:
         raise ClusterError(f"{url}: {error.__context__ or error}") from error
     with answer, contextlib.suppress(urllib3.exceptions.HTTPError):
-        for part in iter(partial(answer.read1, MOST_BODY_BYTES, decode_content=True), b""):
+        for part in iter(partial(answer.read1, MOST_BODY_BYTES), b""):
             content += part
             if time.monotonic() - started > timeout_s or len(content) > MOST_BODY_BYTES:
                 break
     return answer.status, content.decode(errors="replace"), time.monotonic() - started
 
 
-def mismatches(
-    application: ApplicationSpec, demands: Sequence[Demand], reservations: Sequence[Reservation]
-) -> tuple[str, ...]:
+def mismatches(action: Action, reservations: Sequence[Reservation]) -> tuple[str, ...]:
     """The promises about resources that running replicas do not keep, in words."""
     rows = []
-    for held in reservations:
-        asked = next((d.reserved for d in demands if d.deployment == held.deployment), {})
-        promised = dict(asked)
-        for model in application.models:
-            promised |= model.promised if serves(held.deployment, model) else {}
-        for resource in sorted({*promised, *held.reserved}):
-            wanted, found = promised.get(resource, 0.0), held.reserved.get(resource, 0.0)
-            if abs(wanted - found) <= 1 / STEPS or resource.startswith("node:"):
-                continue  # "node:..." only says where something is to run
-            who = "a replica of it holds more or less than its deployment asks for"
-            if abs(asked.get(resource, 0.0) - found) < 1 / STEPS:
-                who = "its builder asks Ray for that, not for what the config says"
-            amounts = format_amount(resource, wanted), format_amount(resource, found)
-            text = f"promised {amounts[0]} {resource}, reserved {amounts[1]} ({who})"
-            rows.append(f"{held.deployment}: {text}")
+    for name, held in ((each.deployment, each.reserved) for each in reservations):
+        asked = next((d.reserved for d in action.demands if d.deployment == name), {})
+        own = next((m.promised for m in action.application.models if serves(name, m)), {})
+        for resource in sorted({*asked, *own, *held}):
+            amounts = [side.get(resource, 0.0) for side in ({**asked, **own}, held, asked)]
+            # "node:..." only says where something is to run.
+            if abs(amounts[0] - amounts[1]) > 1 / STEPS and not resource.startswith("node:"):
+                wanted, found, built = (format_amount(resource, amount) for amount in amounts)
+                text = f"promised {wanted} {resource}, reserved {found}"
+                rows.append(f"{name}: {text} (its builder asks Ray for {built})")
     return tuple(dict.fromkeys(rows))
 
 
 def wait_for_route(application: ApplicationSpec, base_url: str, questions: int) -> Iterator[str]:
-    """Wait until Serve's proxy knows the application's route, of which it hears a moment after the
-    controller (ray/serve/_private/proxy.py): yields what is waited for, and its caller pauses.
-    Raises ClusterError when that never comes, or when of several `questions` another server, which
-    shares the port, gets a part (SO_REUSEPORT)."""
+    """Wait until Serve's proxy knows the application's route, a moment after the controller: yields
+    what is waited for, and its caller pauses. Raises ClusterError when that never comes, or when of
+    several `questions` another server, which shares the port (SO_REUSEPORT), gets a part."""
     deadline, good = time.monotonic() + PROXY_TIMEOUT_S, 0
     while good < questions:
         try:
@@ -2857,49 +2808,39 @@ def wait_for_route(application: ApplicationSpec, base_url: str, questions: int) 
         yield said
 
 
-def smoke_test(
-    application: ApplicationSpec, asleep: Collection[str], base_url: str
-) -> tuple[list[Answer], list[str]]:
+def smoke_test(application: ApplicationSpec, asleep: Collection[str], base_url: str) -> Proof:
     """Ask an application over its public address: its answers, and notes on models that were not
-    asked, as those whose deployments are `asleep`. Raises ApplicationError for a bad answer."""
+    asked, as those whose deployments are `asleep`. Raises ApplicationError for a bad answer; of
+    what is none of models, on /health where it has that, any below 500 is good."""
     url = base_url + quote((application.route_prefix or "").rstrip("/"))
-    if not application.models:
-        return [ask_ingress(url)], []
-    status, text, total_s = fetch(f"{url}/v1/models")
-    if OK < status < SERVER_ERROR and not is_rays_builder(application.config):
-        return [ask_ingress(url)], []
-    if status != OK:
-        raise ApplicationError(f"GET {url}/v1/models: {format_refusal(status, text)}")
-    ids = [str(row.get("id")) for row in read_json(text).get("data") or []]
-    answers, notes = [Answer("GET /v1/models", total_s)], []
-    for model in application.models:
-        model_id = model.model_id
-        if model_id not in ids:
+    listing = ["/v1/models"] if application.models else []
+    rays = application.models and is_rays_builder(application.config)
+    for path in (*listing, "/health", "/"):
+        status, text, total_s = fetch(url + path)
+        if rays or not REDIRECT <= status < SERVER_ERROR:
+            break
+    models = application.models if path == "/v1/models" else ()
+    if status >= SERVER_ERROR or (models and status != OK):
+        raise ApplicationError(f"GET {url}{path}: {format_refusal(status, text)}")
+    ids = [str(as_dict(row).get("id")) for row in as_list(read_json(text).get("data"))]
+    answers, notes = [Answer(f"GET {path}", total_s)], []
+    for model in models:
+        if model.model_id not in ids:
             there = ", ".join(ids) or "nothing"
-            raise ApplicationError(f"GET {url}/v1/models lists {there}, not {model_id}")
+            raise ApplicationError(f"GET {url}{path} lists {there}, not {model.model_id}")
         if any(serves(deployment, model) for deployment in asleep):
-            notes.append(f"{model_id} is scaled to zero: not woken up")
-        elif answer := ask_model(model_id, url):
+            notes.append(f"{model.model_id} is scaled to zero: not woken up")
+        elif answer := ask_model(model.model_id, url):
             answers.append(answer)
         else:
-            notes.append(f"{model_id} neither chats, completes, embeds nor scores: not asked")
-    return answers, notes
-
-
-def ask_ingress(url: str) -> Answer:
-    """One request to an application that is none of models: any answer below 500 is good."""
-    for path in ("/health", "/"):
-        status, text, total_s = fetch(url + path)
-        if status != NOT_FOUND:
-            break
-    if status >= SERVER_ERROR:
-        raise ApplicationError(f"GET {url}{path}: {format_refusal(status, text)}")
-    return Answer(f"GET {path}", total_s)
+            notes.append(f"{model.model_id} neither chats, completes, embeds nor scores: not asked")
+    return Proof(answers=tuple(answers), notes=tuple(notes))
 
 
 def ask_model(model_id: str, url: str) -> Answer | None:
     """One token from a model, over the first interface that it has; None when it says itself that
     it has none of them, as a model does that transcribes."""
+    cannot = "chat template|does not support|not support(?:ed)? by|not found"
     for path, question in QUESTIONS:
         status, text, total_s = fetch(url + path, {**question, "model": model_id})
         said = read_json(text).get("model") or "nobody"
@@ -2907,7 +2848,7 @@ def ask_model(model_id: str, url: str) -> Answer | None:
             return Answer(f"POST {path}", total_s, model_id)
         if status == OK:
             raise ApplicationError(f"POST {url}{path}: {model_id} was asked, and {said} answered")
-        if not CANNOT.search(text):
+        if not re.search(cannot, text, re.IGNORECASE):
             raise ApplicationError(f"POST {url}{path}: {format_refusal(status, text)}")
     return None
 
@@ -2918,14 +2859,6 @@ def format_refusal(status: int, text: str) -> str:
     error = body.get("error") or body.get("detail") or text
     said = " ".join(str(as_dict(error).get("message") or error).split()) or "no body"
     return f"{status} {shortened(said, MOST_CAUSE_CHARACTERS)}"
-
-
-DISTURBED = re.compile(
-    "No available memory for the cache blocks|Error in memory profiling|"
-    r"Free memory on device .* is less than desired"
-)
-"""How an engine fails that measured its memory while another one took or freed some
-(vllm/v1/worker/gpu_worker.py, vllm/v1/core/kv_cache_utils.py)."""
 
 
 # ======================================================================================
@@ -3114,13 +3047,14 @@ def carry_out(action: Action, run: Run) -> None:
     action.started = run.clock()
     action.deadline = action.started + (run.options.timeout or math.inf)
     try:
+        known = action.record.demands if action.record else ()
         if action.submits:
             run.enter(action, "building")
             demands = run.cluster.build(action, partial(run.check, action))
-            action.demands = remembered(demands, action.record.demands if action.record else ())
+            action.demands = tuple(remembered(demand, known) for demand in demands)
             run.enter(action, "built")
-        elif action.record:
-            action.demands = action.record.demands
+        else:
+            action.demands = known
         if run.options.plan:
             return
         if action.change == "delete":
@@ -3241,7 +3175,7 @@ def prove(action: Action, run: Run) -> None:
     try:
         learn_memory(action, details, run)
         held = run.cluster.reservations(details)
-        action.proof = proof = Proof(tuple(held), mismatches(application, action.demands, held))
+        action.proof = proof = Proof(tuple(held), mismatches(action, held))
         asleep = {d.name for d in details.deployments.values() if not d.target_num_replicas}
         ingresses = {d.deployment for d in action.demands if d.ingress}
         base_url = run.cluster.endpoint()
@@ -3259,8 +3193,8 @@ def prove(action: Action, run: Run) -> None:
             run.check(action)
             time.sleep(POLL_INTERVAL_S)
         run.questions = 1  # one server has the port
-        answers, notes = smoke_test(application, asleep, base_url)
-        action.proof = replace(proof, answers=tuple(answers), notes=tuple(notes))
+        asked = smoke_test(application, asleep, base_url)
+        action.proof = replace(proof, answers=asked.answers, notes=asked.notes)
     except ClusterError as error:
         action.proof = replace(action.proof or Proof(), unverified=str(error))
 
@@ -3319,6 +3253,8 @@ def exit_code(run: Run) -> int:
 
 RULE, THIN_RULE = "=" * 80, "-" * 80
 LLM_ENDPOINTS = ("POST /v1/chat/completions", "POST /v1/completions", "GET /v1/models")
+OF_A_DEPLOYMENT = "   {name}: {amounts} per replica, replicas {count}"
+OF_A_MODEL = "   Resources per replica: {amounts}\n   Replicas: {count}"
 ICONS = {"queued": "⏳", "RUNNING": "✅", "DELETED": "✅", "FAILED": "❌"}
 
 
@@ -3328,27 +3264,22 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def describe_demand(demand: Demand) -> tuple[str, str]:
+def format_demand(demand: Demand, layout: str = OF_A_DEPLOYMENT) -> str:
     """What a replica reserves, and how many there are: "1 → 3 (autoscaling)" or "2"."""
+    name = f"{demand.deployment} (ingress)" if demand.ingress else demand.deployment
     amounts, count = format_resources(demand.reserved), str(demand.max_replicas)
     if len(demand.bundles) > 1:
         bundles = " + ".join(f"[{format_resources(bundle)}]" for bundle in demand.bundles)
         amounts += f" in all: {bundles}, {demand.strategy}"
     if demand.autoscaling:
         count = f"{demand.min_replicas} → {count} (autoscaling)"
-    return amounts, count
+    return layout.format(name=name, amounts=amounts, count=count)
 
 
-def format_demand(demand: Demand) -> str:
-    amounts, count = describe_demand(demand)
-    ingress = " (ingress)" if demand.ingress else ""
-    return f"   {demand.deployment}{ingress}: {amounts} per replica, replicas {count}"
-
-
-def endpoints(application: ApplicationSpec, base_url: str) -> tuple[str, list[str]]:
+def endpoints(application: ApplicationSpec, run: Run) -> tuple[str, list[str]]:
     """Where an application answers, and to what: "GET /route/v1/models"."""
-    route = application.route_prefix
-    if not base_url or route is None:
+    route, lost = application.route_prefix, run.stop_code == EXIT_CLUSTER
+    if route is None or lost or not (base_url := run.cluster.endpoint()):
         return "", []
     prefix = route.rstrip("/")
     paths = [endpoint.replace(" ", f" {prefix}") for endpoint in LLM_ENDPOINTS]
@@ -3370,19 +3301,16 @@ def format_start(action: Action) -> list[str]:
 
 def format_end(action: Action) -> str:
     """What is said when an application has its result."""
-    words = action.words.capitalize()
-    if action.result == "RUNNING":
-        unchanged = action.change == "unchanged"
-        words = "Running, unchanged" if unchanged else "Deployed successfully"
+    deployed = "Running, unchanged" if action.change == "unchanged" else "Deployed successfully"
+    words = deployed if action.result == "RUNNING" else action.words.capitalize()
     cause = f" ({action.cause})" if action.cause else ""
     return f"   {ICONS.get(action.words, '⚠️ ')} {words}: {action.name}{cause}"
 
 
 def format_action(action: Action) -> list[str]:
     """ "RESTART because args...max_model_len: 2048 → 4096", one line a reason, and who notices."""
-    first, *more = action.reasons or ("",)
-    lines = [f"   {action.change}" + (f" because {first}" if first else "")]
-    lines += [f"      and {reason}" for reason in more]
+    lines = [" because ".join([f"   {action.change}", *action.reasons[:1]])]
+    lines += [f"      and {reason}" for reason in action.reasons[1:]]
     return [*lines, f"      {gap(action)}"] if gap(action) else lines
 
 
@@ -3401,15 +3329,13 @@ def format_running(action: Action, run: Run) -> list[str]:
         lines += [f"   Model: {model.source}", f"   Model ID: {model.model_id}"]
         for demand in [d for d in others if serves(d.deployment, model)]:
             others.remove(demand)
-            amounts, count = describe_demand(demand)
-            lines += [f"   Resources per replica: {amounts}", f"   Replicas: {count}"]
+            lines.append(format_demand(demand, OF_A_MODEL))
         lines += [f"   Note: {note}" for note in model.notes]
     pins = [d.memory.suggested for d in action.demands if d.memory and d.memory.suggested]
     lines += [f"   Note: engine_kwargs.kv_cache_memory_bytes: {n} keeps what it has" for n in pins]
     lines += [*map(format_demand, others), *format_proof(action.proof or Proof())]
-    if run.stop_code == EXIT_CLUSTER:
-        return [*lines, "   It ran when the cluster was last seen"]
-    address, paths = endpoints(application, run.cluster.endpoint())
+    lines += ["   It ran when the cluster was last seen"] if run.stop_code == EXIT_CLUSTER else []
+    address, paths = endpoints(application, run)
     lines += [f"   Base URL: {address}", "   Endpoints:"] if address else []
     return lines + ["     • {:<4} {}".format(*path.split(maxsplit=1)) for path in paths]
 
@@ -3433,10 +3359,8 @@ def format_proof(proof: Proof) -> list[str]:
 
 
 def format_cause(action: Action) -> list[str]:
-    if not action.cause:
-        return []
-    lines = [f"   Cause: {action.cause}".replace("\n", "\n          ")]
-    return [*lines, f"   Hint: {action.hint}"] if action.hint else lines
+    said = {"Cause": action.cause, "Hint": action.hint} if action.cause else {}
+    return [f"   {key}: {text}".replace("\n", "\n          ") for key, text in said.items() if text]
 
 
 def format_unfinished(action: Action) -> list[str]:
@@ -3509,14 +3433,13 @@ def format_summary(run: Run) -> list[str]:
     return [*lines, RULE]
 
 
-def room_in(run: Run, demand: Demand) -> Room | None:
+def room_in(plan: Plan, demand: Demand) -> Room | None:
     """What an engine has room for, in a plan on the card that it would get, or has."""
-    plan = run.plan or Plan((), [])
     slots = [slot for slot in plan.slots if slot.demand.label == demand.label]
     return room_of(demand.memory, card_of(plan, demand, slots))
 
 
-def format_plan(run: Run) -> list[str]:
+def format_plan(run: Run, plan: Plan) -> list[str]:
     """What `--plan` prints: what each replica would reserve, and where all of it would go."""
     lines = [RULE, "📋 Plan (nothing was changed)", RULE]
     for action in run.actions:
@@ -3524,7 +3447,7 @@ def format_plan(run: Run) -> list[str]:
         lines += ["", f"• {action.name}  {route}", *format_action(action)]
         lines += format_cause(action)
         for demand in action.demands:
-            memory = format_memory(demand, room_in(run, demand))
+            memory = format_memory(demand, room_in(plan, demand))
             lines += [format_demand(demand), *(f"      {line}" for line in memory)]
         for model in action.application.models:
             lines += [f"   Note: {note}" for note in model.notes]
@@ -3535,8 +3458,7 @@ def format_plan(run: Run) -> list[str]:
     for d in run.others:
         lines += ["", f"• {d.name}  {d.route_prefix or '(no HTTP route)'}"]
         lines += [f"   not in file: it is {d.status.value} and left alone (--prune deletes it)"]
-    packing = format_prediction(run.plan) if run.plan else []
-    return [*lines, "", THIN_RULE, *packing, RULE]
+    return [*lines, "", THIN_RULE, *format_prediction(plan), RULE]
 
 
 def report_json(run: Run) -> Config:
@@ -3555,22 +3477,17 @@ def report_json(run: Run) -> Config:
 
 
 def action_json(action: Action, run: Run) -> Config:
-    base_url = "" if run.stop_code == EXIT_CLUSTER else run.cluster.endpoint()
-    address, paths = endpoints(action.application, base_url)
+    address, paths = endpoints(action.application, run)
     demands = []
     for demand in action.demands:
-        room = room_in(run, demand)
+        room = room_in(run.plan or Plan((), []), demand)
         more = {"reserved_per_replica": demand.reserved, "room": room and dataclasses.asdict(room)}
         demands.append(dataclasses.asdict(demand) | more)
-    return {
-        "name": action.name,
-        "change": action.change,
-        "reasons": list(action.reasons),
+    return {key: getattr(action, key) for key in ("name", "change", "reasons", "result")} | {
         "gap": gap(action) or None,
         "route_prefix": action.application.route_prefix,
         "models": [dataclasses.asdict(model) for model in action.application.models],
         "deployments": demands,
-        "result": action.result,
         "seconds": round(action.seconds(), 1),
         "attempts": action.attempt,
         "submitted": {"yes": True, "": False}.get(action.sent),
@@ -3615,21 +3532,19 @@ def for_others(value: Any, document: Document, path: KeyPath = ()) -> Any:
             return text
     if not isinstance(value, str):
         return value
-    key = next((key for key in reversed(path) if isinstance(key, str)), "")
-    name = re.sub(r"\W", "_", key).upper()
+    name = re.sub(r"\W+", "_", format_key(path).rpartition(".")[2]).strip("_").upper()
     return f"${{{name}}}" if is_secret(value, path) else redact(value, frozenset())
 
 
 def pin_caches(action: Action) -> None:
     """Write the cache sizes that engines have suggested into what runs and was not edited."""
-    record = action.record if action.change != "RESTART" else None
-    demands = record.demands if record else ()
-    llms = llm_places({"applications": [action.application.config]})
-    for model, (_, llm, _) in zip(action.application.models, llms, strict=False):
-        memories = (d.memory for d in demands if d.memory and serves(d.deployment, model))
-        for size in filter(None, (memory.suggested for memory in memories)):
-            pin = {"kv_cache_memory_bytes": size}
-            llm["engine_kwargs"] = pin | as_dict(llm.get("engine_kwargs"))
+    record = action.record
+    llms = [llm for _, llm, _ in llm_places({"applications": [action.application.config]})]
+    for demand in record.demands if record and action.change != "RESTART" else ():
+        for model, llm in zip(action.application.models, llms, strict=False):
+            if demand.memory and demand.memory.suggested and serves(demand.deployment, model):
+                pin = {"kv_cache_memory_bytes": demand.memory.suggested}
+                llm["engine_kwargs"] = pin | as_dict(llm.get("engine_kwargs"))
 
 
 def export_config(document: Document, apps: Sequence[ApplicationSpec]) -> tuple[str, list[str]]:
@@ -3640,13 +3555,12 @@ def export_config(document: Document, apps: Sequence[ApplicationSpec]) -> tuple[
         "its GPUs are in the bundles of the engine's workers, which else get a whole one each, and",
         "engines that share a card get VLLM_RAY_PER_WORKER_GPUS and gpu_memory_utilization.",
     ]
-    rows = []
+    data = for_others(document.data, document)
+    before, data["applications"] = data["applications"], []
     for app in apps:
-        path, before = ("applications", app.index), document.data["applications"][app.index]
-        rows.append(for_others(app.config, document, path))
-        edits = differences(for_others(before, document, path), rows[-1])
-        lines += [f"  {app.name}: {text}" for _, text in edits]
-    data = for_others({**document.data, "applications": []}, document) | {"applications": rows}
+        row = for_others(app.config, document, ("applications", app.index))
+        lines += [f"  {app.name}: {text}" for _, text in differences(before[app.index], row)]
+        data["applications"].append(row)
     names = sorted(set(re.findall(r"\$\{(\w+)\}", json.dumps(data))))
     lines += [f"Fill in before, with `envsubst` for example: {', '.join(names)}"] if names else []
     comments = "".join(f"# {line}\n" for line in lines)
@@ -3658,13 +3572,10 @@ class Terminal(io.TextIOBase):
     print, Ray for one its workers' lines, they write to this: so nobody shows a secret."""
 
     def __init__(self, out: TextIO, err: TextIO) -> None:
-        from rich.console import Console
-        from rich.live import Live
-
         self.out, self.err, self.secrets = out, err, frozenset[str]()
         # What others print while the live view is there goes through the console, too.
         how: dict[str, Any] = {"file": self, "force_terminal": err.isatty()}
-        self.console = Console(**how, highlight=False, soft_wrap=True)
+        self.console = Console(**how, highlight=False, markup=False, emoji=False, soft_wrap=True)
         self.live = Live(console=self.console, auto_refresh=False)
         self.shown: dict[int, tuple[str, str]] = {}
 
@@ -3672,17 +3583,10 @@ class Terminal(io.TextIOBase):
         print(redact(text, self.secrets), end="", file=self.err, flush=True)
         return len(text)
 
-    def say(self, *lines: str) -> None:
-        """A message about the run as a whole, above the live view where there is one."""
-        self.console.print("\n".join(lines), markup=False, emoji=False)
-
     def output(self, text: str) -> None:
         if not self.out.isatty():
             print(text, file=self.out, flush=True)
             return
-        from rich.console import Console
-        from rich.text import Text
-
         shown = Text(text)
         for pattern, style in zip(BAR, ("cyan", "magenta", "yellow"), strict=True):
             shown.highlight_regex(f"{pattern}+", style)
@@ -3691,48 +3595,47 @@ class Terminal(io.TextIOBase):
     def show(self, run: Run) -> None:
         """The progress of all applications: a block when one's turn comes, a line when it ends, and
         in between a live view, or a line a change."""
-        from rich.table import Table
-        from rich.text import Text
-
+        table = Table.grid(padding=(0, 2))
         for action in run.actions:
             before = self.shown.get(id(action), ("queued", ""))
             now = self.shown[id(action)] = action.words, action.detail
+            took = format_seconds(action.seconds(run.clock()))
+            icon, name = ICONS.get(now[0], "🚀"), Text(action.name, style="bold")
+            detail = redact(now[1], self.secrets)  # which the ellipsis may cut short
+            line = Text(detail, style="dim", overflow="ellipsis", no_wrap=True)
+            table.add_row(icon, name, now[0], took, line)
             if now == before:
                 continue
             begins = action.started is not None and before[0] == "queued"
             if begins and action.submits and not run.options.plan:
-                self.say(*format_start(action))
+                self.console.print(*format_start(action), sep="\n")
             if action.result:
-                self.say(format_end(action))
+                self.console.print(format_end(action))
             elif not self.console.is_terminal:
-                took = format_seconds(action.seconds(run.clock()))
                 parts = time.strftime("%H:%M:%S"), action.name, now[0], took, now[1]
-                self.say("  ".join(filter(None, parts)))
-        if not self.console.is_terminal:
-            return
-        self.live.start()
-        self.console.show_cursor()  # which nobody would do where a signal ends the program
-        table = Table.grid(padding=(0, 2))
-        for action in run.actions:
-            icon, name = ICONS.get(action.words, "🚀"), Text(action.name, style="bold")
-            detail = redact(action.detail, self.secrets)  # which the ellipsis may cut short
-            line = Text(detail, style="dim", overflow="ellipsis", no_wrap=True)
-            took = format_seconds(action.seconds(run.clock()))
-            table.add_row(icon, name, action.words, took, line)
-        self.live.update(table, refresh=True)
+                self.console.print("  ".join(filter(None, parts)))
+        if self.console.is_terminal:
+            self.live.start()
+            self.console.show_cursor()  # which nobody would do where a signal ends the program
+            self.live.update(table, refresh=True)
 
-    def report(self, run: Run) -> None:
-        """The plan or the summary, or its JSON, to stdout; tracebacks where `--logs` asks."""
+    def report(self, run: Run) -> int:
+        """The plan or the summary, or its JSON, to stdout; tracebacks where `--logs` asks. Returns
+        the exit code."""
+        self.live.stop()  # its last picture stays on the screen
+        if run.stop_code:
+            self.console.print(f"🛑 Stopped: {run.stop_reason}")
         if run.options.json:
             hide = partial(redact, secrets=self.secrets)
             text = json.dumps(copied(report_json(run), hide), indent=2)
         else:
-            lines = format_plan(run) if run.plan else format_summary(run)
+            lines = format_plan(run, run.plan) if run.plan else format_summary(run)
             text = redact("\n".join(lines), self.secrets)
         self.output(text)
         for action in run.actions:
             if run.options.logs and action.trace:
-                self.say(f"--- {action.name}\n{action.trace}")
+                self.console.print(f"--- {action.name}\n{action.trace}")
+        return exit_code(run)
 
 
 # ======================================================================================
@@ -3785,7 +3688,7 @@ class Session:
     def __init__(self, options: Options, cluster: RayCluster, out: TextIO, err: TextIO) -> None:
         self.options, self.cluster, self.run = options, cluster, Run(options, cluster)
         self.terminal = Terminal(out, err)
-        self.say = self.terminal.say
+        self.say = self.terminal.console.print
         self.document: Document  # as soon as it is loaded
         self.code: int | None = None
 
@@ -3855,7 +3758,7 @@ class Session:
                 say(f"⚠️  Serve runs already and {options_kept}; `serve shutdown` ends it")
             say("🔄 Starting concurrent deployment...")
         deploy(actions, run, self.terminal.show)
-        return self.report()
+        return self.terminal.report(run)
 
     def load(self) -> tuple[ApplicationSpec, ...]:
         """The config's applications; warnings go to the terminal. Raises ConfigError."""
@@ -3912,7 +3815,7 @@ class Session:
         if options.delete:
             return [deletion(item, running.get(item.name), "--delete") for item in chosen]
         staying = {name: d for name, d in states.items() if name not in pruned}
-        if not options.export and (problems := taken_routes(chosen, staying)):
+        if not options.export and (problems := list(taken_routes(chosen, staying))):
             raise ConfigError(*located(self.document, problems))
         specs = [ApplicationSpec(-1, name, d.route_prefix, {}) for name, d in pruned.items()]
         actions = [deletion(spec, running[spec.name], "--prune") for spec in specs]
@@ -3943,16 +3846,7 @@ class Session:
             raise Stopped
         demands = [d for action in actions if action.submits for d in demands_at_once(action)]
         run.plan = predict(demands, run.nodes)
-        return self.report()
-
-    def report(self) -> int:
-        """Print how the run ended, and return the exit code."""
-        run = self.run
-        self.terminal.live.stop()  # its last picture stays on the screen
-        if run.stop_code:
-            self.say(f"🛑 Stopped: {run.stop_reason}")
-        self.terminal.report(run)
-        return exit_code(run)
+        return self.terminal.report(run)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -3986,7 +3880,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     thread.join(2 * STOP_GRACE_S + POLL_TIMEOUT_S if run.actions else STOP_GRACE_S)
     with contextlib.suppress(OSError):  # whoever read the output has gone, too
         if session.code is None and run.actions and not options.plan:
-            session.report()
+            session.terminal.report(run)
         elif session.code is None:
             session.say(f"🛑 {run.stop_reason}: nothing was deployed")
     return run.stop_code or (EXIT_FAILED if session.code is None else session.code)

@@ -327,7 +327,8 @@ def test_a_route_that_another_application_has_is_named_with_its_key() -> None:
     [finding] = app.taken_routes([spec], {"keep": keep})
     assert finding.path == ("applications", 3, "route_prefix")
     assert finding.message == "/keep is the route of keep, which is running"
-    assert app.taken_routes([app.ApplicationSpec(0, "keep", "/keep", {})], {"keep": keep}) == []
+    own = app.ApplicationSpec(0, "keep", "/keep", {})
+    assert not list(app.taken_routes([own], {"keep": keep}))
 
 
 def test_a_swap_of_routes_says_how() -> None:

@@ -654,9 +654,7 @@ def test_an_engine_that_was_disturbed_is_tried_again_alone() -> None:
     assert code(run) == 0
 
 
-RUNS_ALREADY = app.Action(
-    spec("b", SHARING), "unchanged", "1", before=state("b", "RUNNING")
-)
+RUNS_ALREADY = app.Action(spec("b", SHARING), "unchanged", "1", before=state("b", "RUNNING"))
 
 
 @pytest.mark.parametrize(

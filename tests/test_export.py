@@ -101,6 +101,12 @@ def test_secrets_are_not_written_and_variables_stay(config: Path) -> None:
         assert "ASKED, HF_TOKEN, MODELS" in text
 
 
+def test_each_secret_of_a_list_has_a_name_of_its_own(config: Path) -> None:
+    keys = {"api_keys": ["first-secret", "second-secret"]}
+    named = app.for_others(keys, app.Document(str(config), os.environ))
+    assert named == {"api_keys": ["${API_KEYS_0}", "${API_KEYS_1}"]}
+
+
 def test_what_comes_out_goes_in_and_needs_no_change(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,8 +43,7 @@ def node(card: int, used: int = 0, users: str = "") -> app.Node:
 def in_words(plan: app.Plan) -> list[str]:
     """What the plan says of the memory of the one engine in it."""
     [fit] = plan.fits
-    run: Any = SimpleNamespace(plan=plan)
-    return app.format_memory(fit.demand, app.room_in(run, fit.demand))
+    return app.format_memory(fit.demand, app.room_in(plan, fit.demand))
 
 
 def test_a_share_of_a_card_in_words() -> None:
@@ -69,7 +67,9 @@ def test_the_smallest_share_is_enough_and_a_smaller_one_is_not(requests: int) ->
         assert room is not None
         return room.requests
 
-    least = float(app.least_gpus(demand(), 80 * GIB, requests))
+    room = app.room_of(FALCON3, 80 * GIB)
+    assert room is not None
+    least = float(app.least_gpus(demand(), room, requests))
     assert full(least) >= requests
     assert full(least - 0.01) < requests + 1
 
@@ -196,7 +196,7 @@ def test_a_whole_card_has_what_vllm_takes_of_it() -> None:
     room = app.room_of(whole.memory, 24 * GIB)
     assert room is not None
     assert room.requests >= 2
-    assert app.least_gpus(whole, 24 * GIB, 1) == "0.99"
+    assert app.least_gpus(whole, room, 1) == "0.99"
 
 
 def test_cards_of_a_silent_node_are_not_guessed_from_another_s() -> None:
@@ -227,17 +227,19 @@ def test_a_start_replaces_the_guess_on_the_same_kind_of_card() -> None:
     card = 80 * GIB
     learnt = app.learn(FALCON3, card, LOG)
     assert learnt.suggested == 29_370_000_000
-    assert app.kept(learnt, card) == pytest.approx(1.79 * GIB, rel=0.01)
-    assert app.kept(learnt, 24 * GIB) == app.ACTIVATIONS_BYTES
+    same, other = (app.room_of(learnt, size) for size in (card, 24 * GIB))
+    assert same and other
+    assert same.activations == pytest.approx(1.79 * GIB, rel=0.01)
+    assert other.activations == app.ACTIVATIONS_BYTES
     assert app.learn(FALCON3, 24 * GIB, LOG).measured == ()  # another card's log
-    [again] = app.remembered([demand()], [demand(learnt)])
+    again = app.remembered(demand(), [demand(learnt)])
     assert again.memory == learnt
-    [edited] = app.remembered([demand(replace(FALCON3, fraction=0.3))], [demand(learnt)])
+    edited = app.remembered(demand(replace(FALCON3, fraction=0.3)), [demand(learnt)])
     assert edited.memory is not None
     assert (edited.memory.measured, edited.memory.suggested) == (learnt.measured, 0)
-    [other] = app.remembered([demand(replace(FALCON3, weights=1))], [demand(learnt)])
-    assert other.memory is not None
-    assert other.memory.measured == ()
+    changed = app.remembered(demand(replace(FALCON3, weights=1)), [demand(learnt)])
+    assert changed.memory is not None
+    assert changed.memory.measured == ()
     measured = "27.5 GiB for the KV cache (1.79 GiB kept for activations, measured)"
     assert measured in "".join(in_words(app.predict([again], [node(80)])))
 
@@ -252,7 +254,7 @@ def test_a_record_keeps_it() -> None:
         **row,
         "memory": {**row["memory"], "measured": [], "suggested": 0},
     }  # as a builder does
-    [again] = app.remembered([read_demand(built)], [read_demand(row)])
+    again = app.remembered(read_demand(built), [read_demand(row)])
     assert again.memory == found
 
 

@@ -316,18 +316,18 @@ def test_the_proof_reads_as_what_one_would_have_looked_up() -> None:
 # -- the plan, and JSON --------------------------------------------------------------------------
 
 
-def planned() -> app.Run:
+def planned() -> tuple[app.Run, app.Plan]:
     """Two that would be created, of which one does not fit, and one that runs by other means."""
     share = app.ModelSpec("m", "/m", "m", {"GPU": 0.45}, measures_memory=True, notes=("so it is",))
     one, two = (replace(falcon(*row), result=None, sent="") for row in (FALCON3, FALCON_H1))
     two.application = replace(two.application, models=(share,))
     node = app.Node("n", {"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 0.5})
     plan = app.predict([one.demands[0], two.demands[0]], [node])
-    return report(one, two, others=[state("old", "RUNNING")], plan=plan)
+    return report(one, two, others=[state("old", "RUNNING")], plan=plan), plan
 
 
 def test_a_plan_says_what_would_go_where() -> None:
-    lines = app.format_plan(planned())
+    lines = app.format_plan(*planned())
     assert lines[:8] == [
         "=" * 80,
         "📋 Plan (nothing was changed)",
@@ -394,10 +394,9 @@ def test_the_readmes_jq_makes_a_gateways_list_of_what_runs() -> None:
 
 
 def test_json_of_a_plan_has_its_packing_and_what_does_not_fit() -> None:
-    run = planned()
+    run, plan = planned()
     document = app.report_json(run)
-    assert run.plan
-    assert document["packing"] == app.format_prediction(run.plan)
+    assert document["packing"] == app.format_prediction(plan)
     assert [text.partition(":")[0] for text in document["misfits"]] == [
         "falcon-h1-0.5b-instruct-app/LLMServer"
     ]
@@ -412,8 +411,8 @@ def terminal(*, live: bool = False) -> tuple[app.Terminal, io.StringIO, io.Strin
     """A terminal of 80 columns, or none; its stderr and its stdout."""
     screen, out = io.StringIO(), io.StringIO()
     made = app.Terminal(out, screen)
-    how: dict[str, Any] = {"file": made, "force_terminal": live}
-    made.console = Console(**how, width=80, height=30, soft_wrap=True, highlight=False)
+    how: dict[str, Any] = {"file": made, "force_terminal": live, "width": 80, "height": 30}
+    made.console = Console(**how, highlight=False, markup=False, emoji=False, soft_wrap=True)
     made.live = Live(console=made.console, auto_refresh=False)
     return made, screen, out
 
@@ -436,7 +435,7 @@ def course(shown: app.Terminal) -> None:
     one.words, one.detail, one.result, one.ended = "RUNNING", "", "RUNNING", 9.0
     two.words, two.detail, two.started = "building", "", 9.0
     shown.show(run)
-    shown.say("⚠️  said in between: " + "a long line, " * 9)
+    shown.console.print("⚠️  said in between: " + "a long line, " * 9)
     two.words, two.result, two.cause = "FAILED", "FAILED", "ValueError: no"
     two.detail, two.ended = "ValueError: no " * 9, 10.0
     shown.show(run)
@@ -546,7 +545,7 @@ def test_no_secret_is_written_anywhere() -> None:
         made, screen, out = terminal(live=live)
         made.secrets = hidden
         made.show(report(action))
-        made.say(f"said {secret}")
+        made.console.print(f"said {secret}")
         options = app.Options("c", json=as_json, logs=True)
         made.report(report(action, plan=seen, options=options))
         text = screen.getvalue() + out.getvalue()

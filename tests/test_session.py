@@ -205,4 +205,4 @@ def test_a_plan_tells_whether_a_run_would_change_something(
     absent = app.deletion(spec, None, "--delete")  # to delete what is not there changes nothing
     plan.run.actions = [app.Action(spec, change), absent]
     plan.run.plan = app.predict([], [])
-    assert plan.report() == code
+    assert plan.terminal.report(plan.run) == code

@@ -32,19 +32,13 @@ SPEC = app.ApplicationSpec(0, "a", "/a", LLM, (MODEL,))
         pytest.param(
             {"CPU": 1, "GPU": 1.45},
             {"CPU": 1, "GPU": 1.45},
-            [
-                "LLMServer:m: promised 0.45 GPU, reserved 1.45 "
-                "(its builder asks Ray for that, not for what the config says)"
-            ],
+            ["LLMServer:m: promised 0.45 GPU, reserved 1.45 (its builder asks Ray for 1.45)"],
             id="another builder",
         ),
         pytest.param(
             {"CPU": 1, "GPU": 0.45},
             {"CPU": 1, "GPU": 0.45, "custom": 1},
-            [
-                "LLMServer:m: promised 0 custom, reserved 1 "
-                "(a replica of it holds more or less than its deployment asks for)"
-            ],
+            ["LLMServer:m: promised 0 custom, reserved 1 (its builder asks Ray for 0)"],
             id="something else",
         ),
         pytest.param({"CPU": 1, "GPU": 0.45}, {"CPU": 1, "GPU": 0.45000001}, [], id="float noise"),
@@ -59,16 +53,18 @@ SPEC = app.ApplicationSpec(0, "a", "/a", LLM, (MODEL,))
 def test_a_broken_promise_is_named_once_with_its_reason(
     demand: dict[str, float], held: dict[str, float], expected: list[str]
 ) -> None:
-    demands = [app.Demand("a", "LLMServer:m", (demand,))]
+    demands = (app.Demand("a", "LLMServer:m", (demand,)),)
     two = [app.Reservation("LLMServer:m", replica, held, ("10.0.0.1",)) for replica in "rs"]
-    assert list(app.mismatches(SPEC, demands, two)) == expected
+    action = app.Action(SPEC, "create", demands=demands)
+    assert list(app.mismatches(action, two)) == expected
 
 
 def test_a_deployment_without_a_model_is_held_to_what_its_builder_asks_for() -> None:
-    demands = [app.Demand("a", "Ingress", ({"CPU": 1.0}, {"CPU": 1.0}))]
+    demands = (app.Demand("a", "Ingress", ({"CPU": 1.0}, {"CPU": 1.0})),)
+    action = app.Action(SPEC, "create", demands=demands)
     for cpus, expected in ((2.0, 0), (1.0, 1)):
         held = [app.Reservation("Ingress", "r", {"CPU": cpus}, ("10.0.0.1",))]
-        assert len(app.mismatches(SPEC, demands, held)) == expected
+        assert len(app.mismatches(action, held)) == expected
 
 
 # -- questions -----------------------------------------------------------------------------------
@@ -99,22 +95,22 @@ CANNOT = response(400, {"error": {"message": "The model does not support this"}}
 
 def smoke_test(
     server: Server, spec: app.ApplicationSpec = SPEC, asleep: Sequence[str] = ()
-) -> tuple[list[app.Answer], list[str]]:
+) -> app.Proof:
     with patch.object(app, "fetch", server):
         return app.smoke_test(spec, asleep, HTTP)
 
 
-def smoke(answers: Mapping[str, app.Response]) -> list[app.Answer]:
-    found, notes = smoke_test(Server(answers))
-    assert notes == []
-    return found
+def smoke(answers: Mapping[str, app.Response]) -> tuple[app.Answer, ...]:
+    proof = smoke_test(Server(answers))
+    assert proof.notes == ()
+    return proof.answers
 
 
 def test_a_model_is_listed_and_says_one_token() -> None:
-    assert smoke({"/a/v1/models": LIST, "/a/v1/chat/completions": TOKEN}) == [
+    assert smoke({"/a/v1/models": LIST, "/a/v1/chat/completions": TOKEN}) == (
         app.Answer("GET /v1/models", 0.5),
         app.Answer("POST /v1/chat/completions", 0.5, "m"),
-    ]
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,9 +136,9 @@ def test_a_model_that_only_embeds_or_scores_is_asked_for_that(path: str) -> None
 
 def test_a_model_that_does_none_of_what_is_asked_is_no_failure() -> None:
     server = Server({"/a/v1/models": LIST})  # it transcribes, say
-    answers, notes = smoke_test(server)
-    assert [answer.request for answer in answers] == ["GET /v1/models"]
-    assert notes == ["m neither chats, completes, embeds nor scores: not asked"]
+    proof = smoke_test(server)
+    assert [answer.request for answer in proof.answers] == ["GET /v1/models"]
+    assert proof.notes == ("m neither chats, completes, embeds nor scores: not asked",)
     assert server.asked == ["/a/v1/models", *(f"/a{path}" for path, _ in app.QUESTIONS)]
 
 
@@ -181,9 +177,9 @@ def test_a_model_that_is_not_listed_has_failed(listed: app.Response, message: st
 
 def test_a_model_that_sleeps_is_not_woken_up() -> None:
     server = Server({"/a/v1/models": LIST})
-    _, notes = smoke_test(server, asleep=["LLMServer:m"])
+    proof = smoke_test(server, asleep=["LLMServer:m"])
     assert server.asked == ["/a/v1/models"]
-    assert notes == ["m is scaled to zero: not woken up"]
+    assert proof.notes == ("m is scaled to zero: not woken up",)
 
 
 @pytest.mark.parametrize("models", [(), (MODEL,)])
@@ -194,10 +190,10 @@ def test_an_application_of_ones_own_has_to_answer_below_500(
     plain = app.ApplicationSpec(0, "a", "/a b/", {"import_path": "m:a"}, models)
     for status in (405, 404, 307):
         there = {f"/a%20b/{path}": response(status, "") for path in ("", "v1/models")}
-        answers, _ = smoke_test(Server(there), plain)
+        answers = smoke_test(Server(there), plain).answers
         assert [answer.request for answer in answers] == ["GET /"]
     healthy = Server({"/a%20b/health": response(200, "")})
-    assert smoke_test(healthy, plain)[0][0].request == "GET /health"
+    assert smoke_test(healthy, plain).answers[0].request == "GET /health"
     with pytest.raises(app.ApplicationError, match=r"GET http://h:8000/a%20b/: 500 oh no"):
         smoke_test(Server({"/a%20b/": response(500, "oh no")}), plain)
 
