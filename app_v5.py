@@ -692,23 +692,21 @@ SCHEMA_SOURCES = (
     ("ray", "serve/schema.py"),
     ("ray", "serve/config.py"),
     ("ray", "llm/_internal/serve/core/configs/llm_config.py"),
-    ("ray", "llm/_internal/serve/core/ingress/builder.py"),
-    ("ray", "llm/_internal/serve/serving_patterns/data_parallel/builder.py"),
-    ("ray", "llm/_internal/serve/serving_patterns/prefill_decode/builder.py"),
+    ("ray", "llm/_internal/serve/*/*/builder.py"),
     ("ray", "llm/_internal/common/placement.py"),
     ("vllm", "engine/arg_utils.py"),
     ("vllm", "entrypoints/launchers/cli_args.py"),
 )
 """Where the schemas stand: importing them takes 2 s for Serve's and 10 s for the LLM's."""
 
-ANSWERS = re.compile("Detail|Stat|Target|Health|Decision|Node|Topology")
-"""Which of the classes there stand for what Serve tells, and not for what it takes."""
+TAKEN = re.compile(r"\w+(?:Schema|Config|Options|Args)\b|AutoscalingPolicy")
+"""Which of the classes there are schemas, and neither enumerations nor what Serve tells."""
 
 TOP, DEPLOYMENT, LLM_DEPLOYMENT = "ServeDeploySchema", "DeploymentSchema", "an LLM's deployment"
 LLM, ENGINE, BUILDER = "LLMConfig", "AsyncEngineArgs", "LLMServingArgs"
 VARIABLES, AMOUNTS, INGRESS = "environment variables", "amounts of resources", "the LLMs' ingress"
-PARTS = {ENGINE: ("FrontendArgs",), BUILDER: ("DPOpenAiServingArgs", "PDServingArgs")}
-"""Schemas that stand for others, too."""
+PARTS = {"FrontendArgs": ENGINE, "DPOpenAiServingArgs": BUILDER, "PDServingArgs": BUILDER}
+"""Schemas whose fields may stand in another's place, too."""
 
 SHORT_RESOURCES = ("num_cpus", "cpus", "num_gpus", "gpus")
 """The spellings accepted beside `ray_actor_options`."""
@@ -725,12 +723,8 @@ CHILDREN = {
 }
 """Key -> the schema of its value, where Ray's annotations do not tell it."""
 
-REFUSING = (
-    *(LLM, LLM_DEPLOYMENT, INGRESS, ENGINE, BUILDER, "ModelLoadingConfig", "LoraConfig"),
-    *("PlacementGroupConfig", "IngressClsConfig", "LoggingConfig", "TracingConfig"),
-    *("BackpressureConfig", "ControllerOptions"),
-)
-"""Schemas for which Ray refuses an unknown key; the others ignore it without a word."""
+IGNORING = re.compile("Schema$|^Autoscaling|^RequestRouter|^GangScheduling|^DeploymentActor")
+"""Schemas for which Ray ignores an unknown key without a word; for the others it refuses one."""
 
 REQUIRED = {TOP: "applications", LLM: "model_loading_config", "ModelLoadingConfig": "model_id"}
 LISTS = ("applications", "deployments", "deployment_actors", "llm_configs", "bundles")
@@ -744,8 +738,42 @@ INSTEAD = {
 """Old names, and what Ray does not take where people write it (an LLM's bundles are made for its
 engine's workers)."""
 
-Rule = tuple[str, Callable[[Any], bool]]
-"""What a value has to be, as in "5 is not ...", and whether it is that."""
+RULES: Mapping[str, tuple[str, type | str | tuple[float, float, bool]]] = {
+    **dict.fromkeys(LISTS, ("a list", list)),
+    **dict.fromkeys(
+        (*SHORT_RESOURCES, "memory", AMOUNTS, "download_timeout_s", "max_download_tries"),
+        ("a number, 0 or more", (0, 1e18, False)),
+    ),
+    **dict.fromkeys(PARALLEL_SIZES, ("a whole number, 1 to 9999", (1, 9999, True))),
+    "port": ("a port, 1 to 65535", (1, 65535, True)),
+    "max_replicas_per_node": ("a whole number, 1 to 100", (1, 100, True)),
+    "max_num_adapters_per_replica": ("a whole number, 1 or more", (1, 1e18, True)),
+    "gpu_memory_utilization": ("above 0, 1 at most", (1e-6, 1, False)),
+    "llm_engine": ("vLLM", "vLLM"),
+    **dict.fromkeys(
+        ("strategy", "placement_group_strategy"),
+        ("PACK, SPREAD, STRICT_PACK or STRICT_SPREAD", "(STRICT_)?(PACK|SPREAD)"),
+    ),
+    "dynamic_lora_loading_path": (
+        "in the cloud: s3://, gs://, abfss:// or azure://",
+        r"((s3|gs|abfss|azure)://|pyarrow-).*",
+    ),
+    # Ray's metrics take ASCII alone: another name stops Serve's controller for good. "#" separates
+    # the parts of a replica's name, which, with its application's, becomes a file's (255 bytes).
+    **dict.fromkeys(
+        ("name", "model_id"),
+        ("a name for Ray: printable ASCII, no '#', at most 231 characters", r"[ -\"$-~]{1,231}"),
+    ),
+    "route_prefix": ("ASCII: Serve would answer 500 to every request", r"[\0-\x7f]*"),
+    VARIABLES: ("a text: put it in quotes", str),
+    **dict.fromkeys(
+        ("target_capacity", "autoscaling_policy"),
+        ("taken for single applications: leave it out, or use `serve deploy`", type(None)),
+    ),
+}
+"""Key, or schema of which every value counts -> what a value has to be, as in "5 is not ...", and
+its type, the pattern of a text, or the least and the most of a number and whether it is a whole
+one: where this program itself reads a value, or Ray says nothing, or too little."""
 
 
 @cache
@@ -753,101 +781,37 @@ def known_schemas() -> dict[str, dict[str, str]]:
     """The installed Ray's and vLLM's schemas, from their source (0.1 s): their fields, and the
     schemas of those, or "". What was not found is not in it, and is not checked."""
     nodes: dict[str, ast.ClassDef] = {}
-    for package, file in SCHEMA_SOURCES:
+    for package, pattern in SCHEMA_SOURCES:
         spec = importlib.util.find_spec(package)
         for folder in (spec.submodule_search_locations or ()) if spec else ():
-            with contextlib.suppress(OSError, SyntaxError):
-                body = ast.parse(Path(folder, file).read_text("utf-8")).body
+            for file in sorted(Path(folder).glob(pattern)):
+                body = ast.parse(file.read_text("utf-8")).body
                 nodes |= {node.name: node for node in body if isinstance(node, ast.ClassDef)}
-    known = {name: fields_of(name, nodes) for name in nodes if not ANSWERS.search(name)}
-    options = known.get(DEPLOYMENT, {})
-    options |= dict.fromkeys(SHORT_RESOURCES, "")
-    ingress = known[INGRESS] = {**options, "max_constructor_retry_count": ""}
-    known[LLM_DEPLOYMENT] = {key: child for key, child in ingress.items() if key not in INSTEAD}
+    known = defaultdict[str, dict[str, str]](dict)
+    for schema in filter(TAKEN.fullmatch, nodes):
+        for base in map(ast.unparse, nodes[schema].bases):
+            known[schema] |= known.get(base, {})
+        for item in nodes[schema].body:
+            if isinstance(item, ast.AnnAssign) and (name := ast.unparse(item.target))[0] != "_":
+                named = TAKEN.findall(ast.unparse(item.annotation))
+                known[schema][name] = next((word for word in named if word in nodes), "")
+        known[PARTS.get(schema, schema)] |= known[schema]
+    known[DEPLOYMENT] |= dict.fromkeys(SHORT_RESOURCES, "")
+    known[INGRESS] = known[DEPLOYMENT] | {"max_constructor_retry_count": ""}
+    known[LLM_DEPLOYMENT] = {k: child for k, child in known[INGRESS].items() if k not in INSTEAD}
     return known
-
-
-def fields_of(schema: str, nodes: Mapping[str, ast.ClassDef]) -> dict[str, str]:
-    """The annotated fields of a class and of its bases, with their schemas."""
-    fields: dict[str, str] = {}
-    if schema not in nodes:
-        return fields
-    for base in (*map(ast.unparse, nodes[schema].bases), *PARTS.get(schema, ())):
-        fields |= fields_of(base, nodes)
-    for item in (item for item in nodes[schema].body if isinstance(item, ast.AnnAssign)):
-        if isinstance(item.target, ast.Name) and not item.target.id.startswith("_"):
-            named = re.findall(r"\w+", ast.unparse(item.annotation))
-            fields[item.target.id] = next((name for name in named if name in nodes), "")
-    return fields
-
-
-def number(needed: str, least: float, most: float = 1e18, step: float = 0) -> Rule:
-    """The rule for a finite number in these bounds; Ray reads one that stands in quotes, too."""
-
-    def is_right(value: Any) -> bool:
-        with contextlib.suppress(TypeError, ValueError, OverflowError):
-            fits = least <= float(value) <= most and not (step and float(value) % step)
-            return fits and not isinstance(value, bool)
-        return False
-
-    return needed, is_right
-
-
-def matching(needed: str, pattern: str = r"(?s:.*)") -> Rule:
-    """The rule for a text that is like this from its beginning to its end."""
-    return needed, lambda value: isinstance(value, str) and bool(re.fullmatch(pattern, value))
-
-
-RULES: Mapping[str, Rule] = {
-    **dict.fromkeys(LISTS, ("a list", lambda value: isinstance(value, list))),
-    **dict.fromkeys(
-        (*SHORT_RESOURCES, "memory", AMOUNTS, "download_timeout_s", "max_download_tries"),
-        number("a number, 0 or more", 0),
-    ),
-    **dict.fromkeys(PARALLEL_SIZES, number("a whole number, 1 to 9999", 1, 9999, 1)),
-    "port": number("a port, 1 to 65535", 1, 65535),
-    "max_replicas_per_node": number("a whole number, 1 to 100", 1, 100, 1),
-    "max_num_adapters_per_replica": number("a whole number, 1 or more", 1, step=1),
-    "gpu_memory_utilization": number("above 0, 1 at most", 1e-6, 1),
-    "llm_engine": matching("vLLM", "vLLM"),
-    **dict.fromkeys(
-        ("strategy", "placement_group_strategy"),
-        matching("PACK, SPREAD, STRICT_PACK or STRICT_SPREAD", "(STRICT_)?(PACK|SPREAD)"),
-    ),
-    "dynamic_lora_loading_path": matching(
-        "in the cloud: s3://, gs://, abfss:// or azure://", r"((s3|gs|abfss|azure)://|pyarrow-).*"
-    ),
-    # Ray's metrics take ASCII alone: another name stops Serve's controller for good. "#" separates
-    # the parts of a replica's name, which, with its application's, becomes a file's (255 bytes).
-    **dict.fromkeys(
-        ("name", "model_id"),
-        matching(
-            "a name for Ray: printable ASCII, no '#', at most 231 characters", r"[ -\"$-~]{1,231}"
-        ),
-    ),
-    "route_prefix": matching("ASCII: Serve would answer 500 to every request", r"[\0-\x7f]*"),
-    VARIABLES: matching("a text: put it in quotes"),
-    **dict.fromkeys(
-        ("target_capacity", "autoscaling_policy"),
-        ("taken for single applications: leave it out, or use `serve deploy`", lambda _: False),
-    ),
-}
-"""Key, or schema of which every value counts -> the rule, where this program itself reads a value,
-or Ray says nothing, or too little."""
 
 
 def check_keys(value: Any, schema: str, path: KeyPath) -> Problems:
     """What is wrong with a value that has to be a mapping of this schema, and with all below it."""
-    fields = known_schemas().get(schema)
-    if fields == {}:  # an enumeration's, which is Ray's to check
-        return []
+    fields = known_schemas().get(schema, {})
     if not isinstance(value, dict):
         return [Problem(path, f"{show_value(value)} is not a mapping")]
     missing = [key for key in [REQUIRED.get(schema)] if key and value.get(key) is None]
     problems = [Problem((*path, key), "is missing") for key in missing]
     for key, item in value.items():
         here = (*path, key)
-        child = CHILDREN.get(key) or (fields or {}).get(key)
+        child = CHILDREN.get(key) or fields.get(key)
         engine = value.get("server_cls") and key in ("engine_kwargs", "placement_group_config")
         others = engine or (key == "args" and not is_rays_builder(value))
         if fields and key not in fields:
@@ -865,21 +829,29 @@ def check_keys(value: Any, schema: str, path: KeyPath) -> Problems:
     return problems
 
 
-def check_value(value: Any, rule: Any, path: KeyPath) -> Problems:
-    needed, is_right = RULES.get(rule, ("", lambda _: True))
-    return [] if is_right(value) else [Problem(path, f"{show_value(value)} is not {needed}")]
+def check_value(value: Any, rule: str, path: KeyPath) -> Problems:
+    """What a rule says against a value; Ray reads a number that stands in quotes, too."""
+    needed, allowed = RULES.get(rule, ("", object))
+    fits = False
+    if isinstance(allowed, type):
+        fits = isinstance(value, allowed)
+    elif isinstance(allowed, str):
+        fits = isinstance(value, str) and bool(re.fullmatch(allowed, value))
+    elif not isinstance(value, bool):
+        least, most, whole = allowed
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            fits = least <= float(value) <= most and not (whole and float(value) % 1)
+    return [] if fits else [Problem(path, f"{show_value(value)} is not {needed}")]
 
 
-def check_names(items: list[Any], path: KeyPath) -> Problems:
+def check_names(items: list[Any], path: KeyPath) -> Iterator[Problem]:
     """What has the same name in a list of deployments, or of LLMs, as something before it."""
-    problems: Problems = []
     first: dict[str, int] = {}
     for index, item in enumerate(map(as_dict, items)):
         name = as_dict(item.get("model_loading_config")).get("model_id", item.get("name"))
         if isinstance(name, str) and first.setdefault(name, index) != index:
             message = f"{name!r} is there twice, first in {format_key((*path, first[name]))}"
-            problems.append(Problem((*path, index), message, "give each its own"))
-    return problems
+            yield Problem((*path, index), message, "give each its own")
 
 
 def unknown_key(key: Any, schema: str, path: KeyPath) -> Problem:
@@ -895,9 +867,9 @@ def unknown_key(key: Any, schema: str, path: KeyPath) -> Problem:
                 return Problem(path, "does not belong here", f"move it into {parent}, or beside it")
     if close := difflib.get_close_matches(str(key), schemas[schema], n=1, cutoff=0.75):
         return Problem(path, f"unknown key, did you mean {close[0]!r}?")
-    if schema in REFUSING:
-        return Problem(path, "unknown key, which the installed Ray and vLLM do not take")
-    return Problem(path, "unknown key; Ray ignores it", warning=True)
+    if IGNORING.search(schema):
+        return Problem(path, "unknown key; Ray ignores it", warning=True)
+    return Problem(path, "unknown key, which the installed Ray and vLLM do not take")
 
 
 def deployment_options(data: Config) -> Iterator[tuple[KeyPath, Config]]:
@@ -962,7 +934,7 @@ def read_applications(data: Config) -> tuple[tuple[ApplicationSpec, ...], Proble
         if is_rays_builder(application) or not check_keys(llm, LLM, ()):
             options = llm["deployment_config"] = llm.get("deployment_config") or {}
             problems += move_short_keys(options, (*path, "deployment_config"))
-            problems += fit_engine(llm, path, as_dict(application.get("runtime_env")))
+            problems += fit_engine(llm, path, application)
             models[path[1]].append(describe_model(llm))
     for path, options in deployment_options(data):
         problems += move_short_keys(options, path)  # an LLM's a second time, which changes nothing
@@ -983,25 +955,17 @@ def move_short_keys(options: Config, path: KeyPath) -> Problems:
         given = {key: options.pop(key, None) for key in (option, option.removeprefix("num_"))}
         given[f"ray_actor_options.{option}"] = actor.get(option)
         values = {key: float(value) for key, value in given.items() if value is not None}
-        if not values:
-            continue
-        first, actor[option] = next(iter(values.items()))
-        options["ray_actor_options"] = actor
-        if set(values.values()) != {actor[option]}:
-            texts = " and ".join(f"{key}: {short(value)}" for key, value in values.items())
-            problems.append(Problem((*path, first), f"{texts} disagree", "give one of them"))
+        if values:
+            first, actor[option] = next(iter(values.items()))
+            options["ray_actor_options"] = actor
+            if set(values.values()) != {actor[option]}:
+                said = " and ".join(f"{key}: {short(value)}" for key, value in values.items())
+                problems.append(Problem((*path, first), f"{said} disagree", "give one of them"))
     return problems
 
 
 def actor_options(llm: Config) -> Config:
     return as_dict(as_dict(llm.get("deployment_config")).get("ray_actor_options"))
-
-
-def accelerator_kind(llm: Config) -> str:
-    """ "cpu", "gpu", "tpu", or "" when the config does not say."""
-    accelerator = str(llm.get("accelerator_type") or "")
-    implied = "tpu" if accelerator.startswith("TPU") else "gpu" if accelerator else ""
-    return str(as_dict(llm.get("accelerator_config")).get("kind") or implied)
 
 
 def engine_workers(llm: Config) -> int:
@@ -1022,15 +986,17 @@ def worker_share(llm: Config) -> float:
     return next((float(b["GPU"]) for b in worker_bundles(llm) if b.get("GPU")), 0.0)
 
 
-def fit_engine(llm: Config, path: KeyPath, application_env: Config) -> Problems:
+def fit_engine(llm: Config, path: KeyPath, application: Config) -> Problems:
     """Make one LLM's replicas reserve exactly the CPUs and GPUs that it declares (in place).
 
     Ray's `LLMServer` reserves the *sum* of `ray_actor_options` and of one bundle an engine worker
     (1 GPU each by default), so `num_gpus: 0.45` alone reserves 1.45 GPU (measured on Ray 2.60). The
     share therefore moves to the workers' bundles, and the replica actor keeps the CPUs.
     """
-    options, kind, place = actor_options(llm), accelerator_kind(llm), (*path, "deployment_config")
-    gpus = options.get("num_gpus")
+    options, place = actor_options(llm), (*path, "deployment_config")
+    gpus, accelerator = options.get("num_gpus"), str(llm.get("accelerator_type") or "")
+    implied = "tpu" if accelerator.startswith("TPU") else "gpu" if accelerator else ""
+    kind = as_dict(llm.get("accelerator_config")).get("kind") or implied
     if llm.get("server_cls") or kind == "tpu":
         return []
     problems: Problems = []
@@ -1042,7 +1008,7 @@ def fit_engine(llm: Config, path: KeyPath, application_env: Config) -> Problems:
             hint = "set num_gpus: 0, or leave out placement_group_config"
             problems = [Problem((*path, "placement_group_config"), message, hint, warning=True)]
     elif kind == "gpu" and gpus == 0:
-        key = "accelerator_type" if llm.get("accelerator_type") else "accelerator_config"
+        key = "accelerator_type" if accelerator else "accelerator_config"
         message = f"num_gpus: 0 asks for the CPU engine, but {key} asks for GPUs"
         hint = "remove one of them, or give num_gpus the share that a replica takes"
         problems = [Problem(place, message, hint)]
@@ -1055,7 +1021,7 @@ def fit_engine(llm: Config, path: KeyPath, application_env: Config) -> Problems:
             llm["placement_group_config"] = {"bundles": [worker]}
     elif gpus is not None:
         problems = fit_gpu_engine(llm, place, gpus)
-    return problems + share_memory(llm, path, application_env)
+    return problems + share_memory(llm, path, application)
 
 
 def fit_gpu_engine(llm: Config, place: KeyPath, gpus: float) -> Problems:
@@ -1079,7 +1045,7 @@ def fit_gpu_engine(llm: Config, place: KeyPath, gpus: float) -> Problems:
     return problems
 
 
-def share_memory(llm: Config, path: KeyPath, application_env: Config) -> Problems:
+def share_memory(llm: Config, path: KeyPath, application: Config) -> Problems:
     """Tell an engine that gets a part of a card to ask Ray, and the card's memory, for that part.
 
     Without the variable the engine asks Ray for a whole GPU and dies with "cannot fit"
@@ -1091,12 +1057,11 @@ def share_memory(llm: Config, path: KeyPath, application_env: Config) -> Problem
         return []
     # LLMServer lays the LLM's runtime_env over the actor's and the application's key by key, so
     # an `env_vars` here would hide theirs: it has to repeat them.
-    own = as_dict(llm.get("runtime_env"))
-    sources = (own, as_dict(actor_options(llm).get("runtime_env")), application_env)
-    inherited = next(filter(None, (as_dict(env.get("env_vars")) for env in sources)), {})
+    sources = [as_dict(each.get("runtime_env")) for each in (llm, actor_options(llm), application)]
+    inherited: Config = next((each["env_vars"] for each in sources if each.get("env_vars")), {})
     variables = {"VLLM_RAY_PER_WORKER_GPUS": str(share), **inherited}
-    llm["runtime_env"] = {**own, "env_vars": variables}
-    if accelerator_kind(llm) == "cpu":
+    llm["runtime_env"] = {**sources[0], "env_vars": variables}
+    if as_dict(llm.get("accelerator_config")).get("kind") == "cpu":
         return []
     engine = llm["engine_kwargs"] = as_dict(llm.get("engine_kwargs"))
     fitting, key = round(WHOLE_GPU_MEMORY_FRACTION * share, 4), "gpu_memory_utilization"
@@ -1111,27 +1076,25 @@ def share_memory(llm: Config, path: KeyPath, application_env: Config) -> Problem
 def describe_model(llm: Config) -> ModelSpec:
     """What people read about a fitted LLM, and what it promises: nothing of what it leaves to Ray.
     The deployment's name is made as Ray's builder makes it."""
-    loading, engine = as_dict(llm["model_loading_config"]), as_dict(llm.get("engine_kwargs"))
-    model_id = str(loading.get("model_id"))
+    loading, deployment = llm["model_loading_config"], llm["deployment_config"]
+    model_id, engine = str(loading["model_id"]), as_dict(llm.get("engine_kwargs"))
     source = loading.get("model_source") or model_id
     ours = {} if llm.get("server_cls") else llm  # another engine's arguments mean other things
     options, share, workers = actor_options(ours), worker_share(ours), worker_bundles(ours)
-    shares = 0 < share < 1 and accelerator_kind(llm) not in ("cpu", "tpu")
+    shares = 0 < share < 1 and as_dict(llm.get("accelerator_config")).get("kind") != "cpu"
     asked = {"CPU": options.get("num_cpus"), "GPU": options.get("num_gpus")}
     asked |= {"memory": options.get("memory"), **(options.get("resources") or {})}
-    held = {r: round(sum(float(b.get(r) or 0) for b in workers), 4) for r in asked}
-    # Where no CPUs are given, the actor has its default of 1 besides its engine's.
-    given = [r for r, own in asked.items() if own is not None or (held[r] and r != "CPU")]
-    fraction = engine.get("gpu_memory_utilization") if shares else None
+    held = {r: round(sum(float(b.get(r) or 0) for b in (asked, *workers)), 4) for r in asked}
+    fraction = engine.get("gpu_memory_utilization")
     note = f"gpu_memory_utilization {fraction} for a share of {short(share)} GPU a worker"
-    name = as_dict(llm["deployment_config"]).get("name")
     return ModelSpec(
         model_id,
         source=str(source.get("bucket_uri", "") if isinstance(source, dict) else source),
-        deployment_name=name or model_id.replace("/", "--").replace(".", "_"),
-        promised={r: float(asked[r] or 0) + held[r] for r in given},
+        deployment_name=deployment.get("name") or model_id.replace("/", "--").replace(".", "_"),
+        # Where no CPUs are given, the actor has its default of 1 besides its engine's.
+        promised={r: n for r, n in held.items() if asked[r] is not None or (n and r != "CPU")},
         measures_memory=shares and not engine.get("kv_cache_memory_bytes"),
-        notes=(note,) if fraction else (),
+        notes=(note,) if shares else (),
     )
 
 
