@@ -1361,17 +1361,11 @@ def cache_of(config: Any) -> Config:
 # from one GPU), and may refuse, upon which GCS tries others, perhaps for seconds: "slow" here
 # (ray-project/ray#52133). Compared with raylets in test_plan_against_ray.py.
 
-BAR, FREE, BAR_WIDTH = "█▓▒", "·", 20
-PER_DEVICE = ("GPU", "TPU", "neuron_cores", "NPU", "HPU", "RBLN", "FURIOSA", "TTNPU", "MBLT")
-"""Resources that Ray allocates device by device (ray_config_def.h, unit_instance_resources)."""
-
-IMPLICIT = "node:__internal_implicit_resource_"
-"""Every node has 1 of each resource named so; Serve's `max_replicas_per_node` takes 1/n of it."""
-
+BAR, BAR_WIDTH = "█▓▒", 20
 SLOW = "fits, but Ray, which sees only sums of GPU shares, may be slow to place it (ray#52133)"
 
 Devices = tuple[int, ...]
-"""What is free of a resource, device by device; one "device" for what is not counted so."""
+"""What is free of a resource, device by device; what is no GPU is one "device"."""
 
 Bundle = tuple[Mapping[str, int], Mapping[str, str]]
 """What a bundle needs of each resource, in Ray's steps, and the labels its node must have."""
@@ -1389,14 +1383,13 @@ class Slot:
 
 @dataclass
 class Fit:
-    """What became of one demand: how many of its minimum of replicas fit, and if not all of them
-    do, whether they `never` will, and why."""
+    """What became of one demand: whether it `never` fits, was `slow` to place, and what is said of
+    it where not all of its minimum fits: "app/D: predicted: does not fit now; ..."."""
 
     demand: Demand
-    replicas: int
     never: bool
     slow: bool
-    reason: str = ""
+    misfit: str
 
 
 def take(devices: Devices, need: int) -> Devices:
@@ -1404,10 +1397,9 @@ def take(devices: Devices, need: int) -> Devices:
     the rest from the one that it fits best (NodeResourceInstanceSet::TryAllocate). () when they
     refuse."""
     left = list(devices)
-    for index, free in enumerate(devices):
-        if need >= STEPS and free == STEPS:
-            left[index] = 0
-            need -= STEPS
+    while need >= STEPS and STEPS in left:
+        left[left.index(STEPS)] = 0
+        need -= STEPS
     fitting = [(free, index) for index, free in enumerate(left) if free >= need]
     if not fitting:
         return ()
@@ -1470,35 +1462,26 @@ def describe_deployment(name: str, info: Any) -> Config:
     }
 
 
-def free_devices(node: Node, resource: str) -> Devices:
-    """What is free of a resource of a node, device by device. Ray reports only the sum, so this is
+def stock(node: Node) -> dict[str, Devices]:
+    """What is free of each resource of a node. Ray reports only sums, so for single GPUs this is
     a guess from what runs there, in the order in which it came. What nobody is known to hold is
     taken from the freest devices, so that the guess promises too little."""
-    free = round(node.free.get(resource, 0.0) * STEPS)  # Ray leaves out what is used up
-    if resource not in PER_DEVICE:
-        return (free,)
-    known: Devices = (STEPS,) * int(node.total[resource])
+    devices: Devices = (STEPS,) * int(node.total.get("GPU", 0.0))
     for _, amounts in node.holders:
-        known = take(known, int(amounts.get(resource, 0.0) * STEPS)) or known
-    left, unknown = list(known), max(0, sum(known) - free)
-    for index in sorted(range(len(left)), key=lambda index: -known[index]):
-        left[index] -= min(unknown, known[index])
-        unknown -= known[index] - left[index]
-    return tuple(left)
-
-
-def stock(node: Node) -> dict[str, Devices]:
-    """What is free of each resource of a node."""
-    return {resource: free_devices(node, resource) for resource in node.total}
+        devices = take(devices, int(amounts.get("GPU", 0.0) * STEPS)) or devices
+    left, free = list(devices), round(node.free.get("GPU", 0.0) * STEPS)
+    for index in sorted(range(len(left)), key=lambda index: (left[index], -index)):
+        left[index] = min(free, left[index])
+        free -= left[index]
+    # Ray leaves out what is used up.
+    found = {r: (round(node.free.get(r, 0.0) * STEPS),) for r in node.total}
+    return {**found, "GPU": tuple(left)}
 
 
 def bundles_of(demand: Demand) -> list[Bundle]:
     """What each of a replica's bundles needs. Ray cuts off what is below its step, so seven
     replicas of 1/7 do fit on one node (fixed_point.h)."""
     needs = [{r: int(n * STEPS) for r, n in b.items() if n * STEPS >= 1} for b in demand.bundles]
-    if demand.max_replicas_per_node:
-        # As Serve does it: deployment_scheduler.py, `_schedule_replica`.
-        needs[0][IMPLICIT + demand.label] = int(STEPS / demand.max_replicas_per_node)
     return list(zip(needs, demand.label_selectors or ({},) * len(needs), strict=True))
 
 
@@ -1525,13 +1508,11 @@ class Plan:
 
     @property
     def misfits(self) -> list[Fit]:
-        return [fit for fit in self.fits if fit.reason]
+        return [fit for fit in self.fits if fit.misfit]
 
     def place(self, demand: Demand) -> bool:
         """Place one more replica; nothing is taken when there is no place for it."""
         before, begin = list(self.free), len(self.slots)
-        for free in self.free:
-            free.setdefault(IMPLICIT + demand.label, (STEPS,))
         bundles = bundles_of(demand)
         # The scarcest first, as GCS does (bundle_scheduling_policy.cc, SortRequiredResources).
         named = sorted({r for needs, _ in bundles for r in needs} - {"GPU", "memory", "CPU"})
@@ -1552,10 +1533,12 @@ class Plan:
         """Put some bundles together on that of the nodes which keeps most of what is free there
         (scorer.cc, LeastResourceScorer; rounded, since Ray adds in any order)."""
         total = sum((Counter(needs) for needs, _ in wanted), Counter[str]())
+        mine = Counter(slot.node for slot in self.slots if slot.demand.label == demand.label)
+        most = demand.max_replicas_per_node or math.inf
         scored = []
         for node in nodes:
             sums = {r: sum(self.free[node].get(r, ())) for r in total}
-            fits = all(sums[r] >= need for r, need in total.items())
+            fits = mine[node] < most and all(sums[r] >= need for r, need in total.items())
             if fits and all(matches(self.nodes[node], selector) for _, selector in wanted):
                 scored.append((round(sum(need / sums[r] for r, need in total.items()), 9), node))
         for _, node in sorted(scored):
@@ -1578,40 +1561,39 @@ def predict(demands: Sequence[Demand], nodes: Sequence[Node]) -> Plan:
     """Place every demand's minimum in the given order; those that fit stay placed even if others
     do not."""
     plan = Plan(nodes, [stock(node) for node in nodes])
+    whole = [replace(node, free=node.total, holders=()) for node in nodes]
     for demand in demands:
         # GCS tries a misfit that sums allow again and again, and what comes after waits with it.
         plan.slow = any(fit.slow for fit in plan.misfits)
-        begin = len(plan.slots)
         replicas = sum(plan.place(demand) for _ in range(demand.min_replicas))
         # What scales from zero must be able to have one replica.
-        empty = Plan(nodes, [stock(replace(node, free=node.total, holders=())) for node in nodes])
+        empty, reason = Plan(whole, [stock(node) for node in whole]), ""
         never = not all(empty.place(demand) for _ in range(max(1, demand.min_replicas)))
-        fit = Fit(demand, replicas, never, plan.slow)
-        plan.fits.append(fit)
         if never or replicas < demand.min_replicas:
-            fit.reason = shortage(plan, demand, empty.free if never else plan.free)
-        room = room_of(demand.memory, card_of(plan, demand, plan.slots[begin:]))
-        if room and not fit.reason and (misfit := memory_misfit(demand, room)):
+            some = f"{replicas} of {demand.min_replicas} replicas fit; " if replicas else ""
+            reason = some + shortage(empty if never else plan, demand)
+        elif (room := room_in(plan, demand)) and (reason := memory_misfit(demand, room)):
             # Refused is only what has no room on any card, even without activations.
-            most = room_of(demand.memory, card_of(plan, demand, ()), activations=0) or room
-            fit.never = bool(memory_misfit(demand, most))
-            fit.replicas, fit.reason = 0, misfit
-        fit.reason = fit.reason or card_misfit(plan, demand, plan.slots[begin:])
+            most = room_in(Plan(nodes, []), demand, activations=0) or room
+            never = bool(memory_misfit(demand, most))
+        if reason := reason or card_misfit(plan, demand):
+            verdict = "can never fit" if never else "does not fit now"
+            reason = f"{demand.label}: predicted: {verdict}; {reason}"
+        plan.fits.append(Fit(demand, never, plan.slow, reason))
     return plan
 
 
-def shortage(plan: Plan, demand: Demand, free: Sequence[Mapping[str, Devices]]) -> str:
-    """Why one more replica does not fit into what is `free`: the first resource that no node has
-    enough of, or all that it needs together."""
+def shortage(plan: Plan, demand: Demand) -> str:
+    """Why one more replica does not fit: the first resource that no node has enough of, or all that
+    it needs together."""
     for needs, selector in bundles_of(demand):
         nodes = [n for n, node in enumerate(plan.nodes) if matches(node, selector)]
         if not nodes:
             labels = ", ".join(f"{key}: {value}" for key, value in selector.items())
             return f"no node matches the labels {labels}" if labels else "there is no live node"
         for resource in sorted(needs, key=lambda r: (r == "CPU", r != "GPU", r)):
-            devices = {n: free[n].get(resource) or (0,) for n in nodes}
-            enough = any(take(each, needs[resource]) for each in devices.values())
-            if not enough and not resource.startswith(IMPLICIT):
+            devices = {n: plan.free[n].get(resource) or (0,) for n in nodes}
+            if not any(take(each, needs[resource]) for each in devices.values()):
                 return nearest(plan, resource, needs[resource], devices)
     amounts = " + ".join(f"{format_amount(r, a)} {r}" for r, a in sorted(demand.reserved.items()))
     where = "on one node" if len(demand.bundles) == 1 else f"in {len(demand.bundles)} bundles"
@@ -1625,45 +1607,45 @@ def shortage(plan: Plan, demand: Demand, free: Sequence[Mapping[str, Devices]]) 
 
 def nearest(plan: Plan, resource: str, need: int, free: Mapping[int, Devices]) -> str:
     """The nearest that a node comes to what is needed of a resource, and who holds the rest."""
-    if resource in PER_DEVICE and need >= STEPS:
+    if resource == "GPU" and need >= STEPS:
         free = {n: (devices.count(STEPS) * STEPS,) for n, devices in free.items()}
     index = max(free, key=lambda n: (max(free[n]), resource in plan.nodes[n].total))
-    most, total = max(free[index]), plan.nodes[index].total.get(resource, 0.0)
-    wanted = f"{format_amount(resource, need / STEPS)} {resource}"
-    where = f"node {plan.nodes[index].name}"
+    node, most, amount = plan.nodes[index], max(free[index]), partial(format_amount, resource)
+    wanted, found, where = f"{amount(need / STEPS)} {resource}", amount(most / STEPS), node.name
     if max(plan.nodes[n].total.get(resource, 0.0) for n in free) < need / STEPS:
-        largest = f"the largest has {format_amount(resource, total)} ({where})"
-        return f"needs {wanted}; no node has {wanted}: {largest}"
+        return f"needs {wanted}; no node has {wanted}: the largest has {found} (node {where})"
     gpu, kind = None, "most that one node has free"
     if resource == "GPU" and need < STEPS:
         gpu, kind = free[index].index(most), "largest free share"
         where += f", GPU {gpu}"
     held: Counter[str] = Counter()
-    for slot in plan.slots:
+    for slot in (slot for slot in plan.slots if slot.node == index):
         taken = slot.resources.get(resource, 0.0) if gpu is None else slot.gpus.get(gpu, 0.0)
-        held.update({slot.demand.label: taken} if slot.node == index else {})
-    for label, amounts in plan.nodes[index].holders:
+        held.update({slot.demand.label: taken})
+    for label, amounts in node.holders:
         held.update({label: amounts.get(resource, 0.0)})
-    texts = [f"{label} {format_amount(resource, n)}" for label, n in held.most_common() if n]
+    texts = [f"{label} {amount(n)}" for label, n in held.most_common() if n]
     others = [f"{len(texts) - MOST_LOGS} others"] * (len(texts) > MOST_LOGS)
     where += f", held by {' + '.join(texts[:MOST_LOGS] + others)}" if texts else ""
-    return f"needs {wanted}; the {kind} is {format_amount(resource, most / STEPS)} ({where})"
+    return f"needs {wanted}; the {kind} is {found} (node {where})"
 
 
-def card_of(plan: Plan, demand: Demand, slots: Sequence[Slot]) -> int:
-    """The size of the smallest card that a demand's slots are on; without slots, of the largest
-    that there is. 0 where it is not known."""
+def room_in(plan: Plan, demand: Demand, activations: int | None = None) -> Room | None:
+    """What an engine has room for on the smallest of the cards that a plan gives it; where it gives
+    none, on the largest that there is."""
+    slots = [slot for slot in plan.slots if slot.demand.label == demand.label]
     totals = [card.total for node in plan.nodes for card in node.cards]
     cards = [plan.nodes[slot.node].cards[i : i + 1] for slot in slots for i in slot.gpus]
     sizes = [card.total for each in cards for card in each] if slots else [max(totals, default=0)]
-    return min(sizes, default=0) if gpu_shares(demand) else 0
+    card = min(sizes, default=0) if gpu_shares(demand) else 0
+    return room_of(demand.memory, card, activations)
 
 
-def card_misfit(plan: Plan, demand: Demand, slots: Sequence[Slot]) -> str:
+def card_misfit(plan: Plan, demand: Demand) -> str:
     """Which node has no card with as much memory free as an engine demands at its start, or ""; on
     which of its cards Ray puts it, is a guess."""
-    fraction = demand.memory.fraction if demand.memory else 0.0
-    for node in (plan.nodes[slot.node] for slot in slots if slot.gpus):
+    for slot in (s for s in plan.slots if s.gpus and s.demand.label == demand.label):
+        node, fraction = plan.nodes[slot.node], demand.memory.fraction if demand.memory else 0.0
         card = max(node.cards, key=lambda card: card.total - card.used, default=Card(0))
         asked, free = card.total * fraction, card.total - card.used
         if asked > free:
@@ -1679,12 +1661,12 @@ def format_prediction(plan: Plan) -> list[str]:
         lines += [] if node.new else format_node(plan, index)
     lines += dict.fromkeys(f"node {node.name}" for node in plan.nodes if node.new)
     for fit in plan.fits:
-        demand, count = fit.demand, fit.replicas
-        if fit.reason:
-            lines.append(format_misfit(fit))
+        demand, count = fit.demand, fit.demand.min_replicas
+        if fit.misfit:
+            lines.append(fit.misfit)
             continue
         lines += [f"{demand.label}: {SLOW}"] * fit.slow
-        trial = Plan(plan.nodes, list(plan.free))
+        trial = Plan(plan.nodes, list(plan.free), list(plan.slots))
         while count < demand.max_replicas and trial.place(demand):
             count += 1
         if demand.max_replicas > demand.min_replicas:
@@ -1692,54 +1674,39 @@ def format_prediction(plan: Plan) -> list[str]:
     return lines
 
 
-def bar(shares: Iterable[float]) -> str:
-    """A card as twenty characters, with one pattern a holder; what is free has dots."""
-    drawn, held = "", 0.0
-    for share, pattern in zip(shares, itertools.cycle(BAR), strict=False):
-        held += share
-        drawn += pattern * (round(held * BAR_WIDTH) - len(drawn))
-    return drawn.ljust(BAR_WIDTH, FREE)
-
-
 def format_node(plan: Plan, index: int) -> list[str]:
-    """One line a GPU, and one for the CPUs: who has which share, and what is free."""
-    node, free = plan.nodes[index], plan.free[index]
+    """One line a GPU, and one for the CPUs: who has which share, and what is free. A bar has one
+    pattern a holder, and dots for what is free."""
+    node, free, amount = plan.nodes[index], plan.free[index], partial(format_amount, "GPU")
     slots = [slot for slot in plan.slots if slot.node == index]
-    lines, amount = [], partial(format_amount, "GPU")
+    lines = []
     for gpu, left in enumerate(free.get("GPU", ())):
         mine = [slot for slot in slots if gpu in slot.gpus]
         shares = Counter((slot.demand.label, slot.gpus[gpu]) for slot in mine)
-        parts = {
-            f"{label} {f'{count} x ' if count > 1 else ''}{amount(share)}": share * count
-            for (label, share), count in shares.items()
-        }
-        running = round(1 - left / STEPS - sum(parts.values()), 4)
-        parts |= {f"already running {amount(running)}": running} if running > 0 else {}
-        held = f"{' + '.join(parts)} · " if parts else ""
-        drawn = bar(parts.values())
-        line = f"node {node.name} · GPU {gpu} {drawn} {held}{amount(left / STEPS)} free"
+        running = round(1 - left / STEPS - sum(slot.gpus[gpu] for slot in mine), 4)
+        shares.update([("already running", running)] * (running > 0))
+        bar, held, parts = "", 0.0, []
+        for ((label, share), count), pattern in zip(shares.items(), itertools.cycle(BAR)):
+            held += share * count
+            bar = bar.ljust(round(held * BAR_WIDTH), pattern)
+            parts.append(f"{label} {f'{count} x ' if count > 1 else ''}{amount(share)}")
+        text = " · ".join(filter(None, [" + ".join(parts), f"{amount(left / STEPS)} free"]))
+        line = f"node {node.name} · GPU {gpu} {bar.ljust(BAR_WIDTH, '·')} {text}"
         asked = sum(slot.demand.memory.fraction for slot in mine if slot.demand.memory)
         for card in node.cards[gpu : gpu + 1] if asked else ():
             # Of an engine that runs, its bytes count, and where nobody tells them, its share.
-            asked += 0 if card.used else max(0.0, running) * WHOLE_GPU_MEMORY_FRACTION
+            asked += 0 if card.used else running * WHOLE_GPU_MEMORY_FRACTION
             used = f"{gib(card.used)} in use, " if card.used else ""
             line += f" · memory: {used}{gib(asked * card.total)} of {gib(card.total)} asked for"
         lines.append(line)
     if total := node.total.get("CPU"):
         planned = sum(slot.resources.get("CPU", 0.0) for slot in slots)
         idle = free["CPU"][0] / STEPS
-        running = total - idle - planned
-        others = f", {amount(running)} by what runs" if round(running, 4) > 0 else ""
+        running = round(total - idle - planned, 4)
+        others = f", {amount(running)} by what runs" if running > 0 else ""
         text = f"{amount(planned)} of {amount(total)} used by this plan{others}"
         lines.append(f"node {node.name} · CPU: {text}, {amount(idle)} free")
     return lines
-
-
-def format_misfit(fit: Fit) -> str:
-    """ "app/D: predicted: does not fit now; 1 of 2 replicas fit; needs 0.45 GPU; ..."."""
-    verdict = "can never fit" if fit.never else "does not fit now"
-    some = f"{fit.replicas} of {fit.demand.min_replicas} replicas fit; " if fit.replicas else ""
-    return f"{fit.demand.label}: predicted: {verdict}; {some}{fit.reason}"
 
 
 # ======================================================================================
@@ -3065,12 +3032,12 @@ def admit(action: Action, run: Run) -> None:
     with run.lock:
         demands = demands_at_once(action)
         plan = predict([*run.admitted, *demands], run.nodes)
-        misfits = [fit for fit in plan.fits[len(run.admitted) :] if fit.reason]
-        never = [fit for fit in misfits if fit.never]
+        misfits = [fit for fit in plan.fits[len(run.admitted) :] if fit.misfit]
+        never = [fit.misfit for fit in misfits if fit.never]
         if never and not run.options.allow_pending:
-            raise ApplicationError("\n".join(map(format_misfit, never)))
+            raise ApplicationError("\n".join(never))
         run.admitted += demands
-    action.waits_for = "\n".join(map(format_misfit, misfits))
+    action.waits_for = "\n".join(fit.misfit for fit in misfits)
 
 
 def settle(action: Action, run: Run) -> None:
@@ -3396,12 +3363,6 @@ def format_summary(run: Run) -> list[str]:
     return [*lines, RULE]
 
 
-def room_in(plan: Plan, demand: Demand) -> Room | None:
-    """What an engine has room for, in a plan on the card that it would get, or has."""
-    slots = [slot for slot in plan.slots if slot.demand.label == demand.label]
-    return room_of(demand.memory, card_of(plan, demand, slots))
-
-
 def format_plan(run: Run, plan: Plan) -> list[str]:
     """What `--plan` prints: what each replica would reserve, and where all of it would go."""
     lines = [RULE, "📋 Plan (nothing was changed)", RULE]
@@ -3435,7 +3396,7 @@ def report_json(run: Run) -> Config:
         "applications": [action_json(action, run) for action in run.actions],
         "not_in_file": [{"name": d.name, "status": d.status.value} for d in run.others],
         "packing": format_prediction(run.plan) if run.plan else None,
-        "misfits": list(map(format_misfit, run.plan.misfits)) if run.plan else None,
+        "misfits": [fit.misfit for fit in run.plan.misfits] if run.plan else None,
     }
 
 

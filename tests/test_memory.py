@@ -46,6 +46,11 @@ def in_words(plan: app.Plan) -> list[str]:
     return app.format_memory(fit.demand, app.room_in(plan, fit.demand))
 
 
+def reason(fit: app.Fit) -> str:
+    """What a misfit says after the verdict."""
+    return fit.misfit.partition("; ")[2]
+
+
 def test_a_share_of_a_card_in_words() -> None:
     plan = app.predict([demand(max_ongoing_requests=100, target_ongoing_requests=85)], [node(80)])
     assert plan.misfits == []
@@ -78,13 +83,13 @@ def test_a_share_without_room_for_one_request_does_not_fit() -> None:
     plan = app.predict([demand(replace(FALCON3, fraction=0.2), 0.22)], [node(24)])
     [fit] = plan.misfits
     assert not fit.never  # 1.5 GiB of it is a guess
-    assert fit.reason == (
+    assert reason(fit) == (
         "num_gpus that would do: 0.23; To serve at least one request with the model's max seq len"
         " (4096), (0.28 GiB KV cache is needed, which is larger than the available KV cache memory"
         " (0.18 GiB). Based on the available memory, the estimated maximum model length is 2560"
     )
     hint = "set engine_kwargs.max_model_len to 2560 or less (it is 4096), or raise num_gpus"
-    assert app.root_cause(app.format_misfit(fit))[1] == hint
+    assert app.root_cause(fit.misfit)[1] == hint
 
 
 @pytest.mark.parametrize("usable", range(10, 72))
@@ -106,15 +111,15 @@ def test_the_longest_request_of_a_hybrid_is_never_too_long(usable: int) -> None:
 def test_without_any_room_it_is_what_an_engine_says_then() -> None:
     [fit] = app.predict([demand(replace(FALCON3, fraction=0.16), 0.18)], [node(24)]).misfits
     text = "num_gpus that would do: 0.23; No available memory for the cache blocks"
-    assert fit.reason == text
-    assert app.root_cause(app.format_misfit(fit))[1]
+    assert reason(fit) == text
+    assert app.root_cause(fit.misfit)[1]
 
 
 def test_only_what_is_sure_is_refused_by_a_deployment() -> None:
     small = replace(FALCON3, fraction=0.1)  # 2.4 GiB for weights of 3.11
     [fit] = app.predict([demand(small)], [node(24)]).misfits
     assert fit.never
-    assert fit.replicas == 0
+    assert "replicas fit" not in fit.misfit
     # On a card of another size it has room.
     waiting = app.predict([demand(small)], [node(24), replace(node(80), name="m", free={})])
     assert [fit.never for fit in waiting.misfits] == [False]
@@ -124,13 +129,13 @@ def test_what_fits_nowhere_anyway_stays_what_never_fits() -> None:
     four = app.Demand("a", "LLMServer:m", ({"CPU": 1.0, "GPU": 4.0},), memory=FALCON3)
     [fit] = app.predict([four], [node(2)]).misfits
     assert fit.never
-    assert fit.reason.startswith("needs 4 GPU; no node has 4 GPU")
+    assert reason(fit).startswith("needs 4 GPU; no node has 4 GPU")
 
 
 def test_more_sequences_than_mamba_blocks_never_fit() -> None:
     hybrid = replace(FALCON3, weights=GIB, block=14 * 2**20, sequences=256)
     [fit] = app.predict([demand(replace(hybrid, fraction=0.2))], [node(24)]).misfits
-    assert fit.reason == (
+    assert reason(fit) == (
         "max_num_seqs is 256, and its share holds 168 Mamba blocks;"
         " set engine_kwargs.max_num_seqs to 168 or less"
     )
@@ -141,7 +146,7 @@ def test_what_others_hold_of_a_card_counts() -> None:
     busy = node(24, 20, "process 77 (20 GiB)")
     [fit] = app.predict([demand()], [busy]).misfits
     assert not fit.never
-    assert fit.reason == (
+    assert reason(fit) == (
         "needs 9.72 GiB free on a GPU of node n; 4 GiB are, at the most, in use by process 77"
         " (20 GiB)"
     )
@@ -155,7 +160,7 @@ def test_several_models_on_one_card(card: int, count: int, fitting: int) -> None
     memory = replace(FALCON3, fraction=round(share * 0.9, 4))
     models = [replace(demand(memory, share), application=f"m{n}") for n in range(count)]
     plan = app.predict(models, [node(card)])
-    assert sum(not fit.reason for fit in plan.fits) == fitting
+    assert sum(not fit.misfit for fit in plan.fits) == fitting
 
 
 def test_a_card_s_sum_stands_beside_it() -> None:
@@ -180,7 +185,7 @@ def test_a_fixed_cache_has_to_fit_on_a_card_beside_the_weights() -> None:
     pinned = replace(FALCON3, pinned=22 * GIB)
     [fit] = app.predict([demand(pinned)], [node(24)]).misfits
     assert fit.never
-    assert fit.reason == "weights and kv_cache_memory_bytes are 25.11 GiB, a card has 24 GiB"
+    assert reason(fit) == "weights and kv_cache_memory_bytes are 25.11 GiB, a card has 24 GiB"
     assert app.predict([demand(pinned)], [node(80)]).misfits == []
     cpu = replace(app.Demand("a", "LLMServer:m", ({"CPU": 1.0},)), memory=pinned)
     assert app.predict([cpu], [node(24)]).misfits == []  # of main memory nobody here knows
@@ -188,7 +193,7 @@ def test_a_fixed_cache_has_to_fit_on_a_card_beside_the_weights() -> None:
 
 def test_a_fraction_of_the_user_s_own_gets_no_advice_about_num_gpus() -> None:
     [fit] = app.predict([demand(replace(FALCON3, fraction=0.2))], [node(24)]).misfits
-    assert fit.reason.endswith("the estimated maximum model length is 2560")
+    assert reason(fit).endswith("the estimated maximum model length is 2560")
 
 
 def test_a_whole_card_has_what_vllm_takes_of_it() -> None:

@@ -21,10 +21,10 @@ from app_v5 import (
     Resources,
     format_amount,
     format_prediction,
-    free_devices,
     matches,
     new_nodes,
     predict,
+    stock,
     take,
 )
 
@@ -48,11 +48,12 @@ def where(demands: Sequence[Demand], nodes: Sequence[Node]) -> list[str]:
     found, plan = [], predict(demands, nodes)
     slots = iter(plan.slots)
     for fit in plan.fits:
-        mine = itertools.islice(slots, fit.replicas * len(fit.demand.bundles))
+        count = 0 if fit.misfit else fit.demand.min_replicas
+        mine = itertools.islice(slots, count * len(fit.demand.bundles))
         places = [nodes[slot.node].name + "".join(map(str, slot.gpus)) for slot in mine]
         verdict = "NEVER" if fit.never else "NOT NOW"
-        assert bool(fit.reason) or not fit.never
-        found.append(verdict if fit.reason else " ".join(places))
+        assert bool(fit.misfit) or not fit.never
+        found.append(verdict if fit.misfit else " ".join(places))
     return found
 
 
@@ -235,7 +236,7 @@ def test_free_gpus_are_guessed_with_care(
     total: float, running: list[float], free: float, expected: tuple[float, ...]
 ) -> None:
     held = tuple((f"a{index}/D", {"GPU": share}) for index, share in enumerate(running))
-    guessed = free_devices(Node("n", {"GPU": total}, {"GPU": free}, holders=held), "GPU")
+    guessed = stock(Node("n", {"GPU": total}, {"GPU": free}, holders=held))["GPU"]
     assert guessed == tuple(round(share * STEPS) for share in expected)
 
 
@@ -257,8 +258,8 @@ def test_what_gives_way_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr("app_v5.ask_dashboard", lambda *_, **__: "not JSON")
     [stays], [goes] = cluster.nodes(), cluster.nodes({"x/old"})
-    assert (stays.free["CPU"], free_devices(stays, "GPU")) == (5.0, (2_500,))
-    assert (goes.free["CPU"], free_devices(goes, "GPU")) == (7.0, (7_000,))
+    assert (stays.free["CPU"], stock(stays)["GPU"]) == (5.0, (2_500,))
+    assert (goes.free["CPU"], stock(goes)["GPU"]) == (7.0, (7_000,))
     assert (stays.holders, goes.holders) == (tuple(held), tuple(held[1:]))
     assert (goes.name, goes.labels) == ("n", {"zone": "a"})
 
@@ -369,7 +370,7 @@ def test_the_text_of_a_tight_cluster() -> None:
         pytest.param(
             [demand("x", {"CPU": 0.1}, replicas=2, max_replicas_per_node=1)],
             TWINS[:1],
-            "needs 0.10 CPU on one node (PACK, max_replicas_per_node: 1)",
+            "1 of 2 replicas fit; needs 0.10 CPU on one node (PACK, max_replicas_per_node: 1)",
             id="a limit of replicas a node",
         ),
         pytest.param(
@@ -389,7 +390,7 @@ def test_the_text_of_a_tight_cluster() -> None:
 def test_a_misfit_says_what_is_short_and_who_holds_it(
     demands: list[Demand], nodes: Sequence[Node], reason: str
 ) -> None:
-    assert predict(demands, nodes).fits[-1].reason == reason
+    assert predict(demands, nodes).fits[-1].misfit.partition("; ")[2] == reason
 
 
 def test_some_replicas_fit_and_a_node_to_come_is_named() -> None:
