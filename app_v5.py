@@ -764,7 +764,7 @@ RULES: Mapping[str, tuple[str, type | str | tuple[float, float, bool]]] = {
         ("name", "model_id"),
         ("a name for Ray: printable ASCII, no '#', at most 231 characters", r"[ -\"$-~]{1,231}"),
     ),
-    "route_prefix": ("ASCII: Serve would answer 500 to every request", r"[\0-\x7f]*"),
+    "route_prefix": ("an ASCII path such as /a/b, without braces", r"/|/[\0-z|~]*(?<!/)"),
     VARIABLES: ("a text: put it in quotes", str),
     **dict.fromkeys(
         ("target_capacity", "autoscaling_policy"),
@@ -2056,11 +2056,11 @@ def serve_failure(message: str, port: int) -> ClusterError:
 # ======================================================================================
 
 SERVE, SERVE_CONTROLLER, REPLICA_PREFIX = "serve", "SERVE_CONTROLLER_ACTOR", "SERVE_REPLICA::"
-RECORDS, KEYS, CLAIMS = "app_v5/records", "app_v5", "app_v5/claims"
+RECORDS, KEYS, CLAIMS = b"app_v5/records", b"app_v5", "app_v5/claims"
 """What this program keeps in the cluster: in the key-value store of the head node a `Record` an
 application, and the key of their fingerprints; with its Ray job, what a run works on."""
 
-PROXIES, LOG = ("http_proxy", "https_proxy", "all_proxy"), "api/v0/logs/file"
+LOG = "api/v0/logs/file"
 WORKER = "RayWorkerProc"  # vllm/v1/executor/ray_executor_v2.py
 START_HINT = "start one with `ray start --head`, or give HOST:PORT in --address or RAY_ADDRESS"
 
@@ -2117,7 +2117,8 @@ class Builder:
                 ingress_request_router=info.ingress_request_router,
                 uses_multiplexing=built[name]["uses_multiplexing"],
             )
-            rows.append((describe_deployment(name, info), row.SerializeToString()))
+            fields = describe_deployment(name, info) | {"application": schema.name}
+            rows.append((fields, row.SerializeToString()))
         return rows
 
     def memory(self, config: Config) -> list[Config]:
@@ -2136,25 +2137,19 @@ class Builder:
 
 
 def engine_options(llm: Config) -> Config:
-    """What an LLM's engine is started with. Raises ValueError where that would not tell its
-    memory."""
+    """What an LLM's engine is started with. Raises ValueError where vLLM can't tell its memory."""
     from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
 
     engine = LLMConfig.model_validate(llm).get_engine_config()
     options: Config = engine.get_initialization_kwargs()
     sizes = ("pipeline_parallel_size", "data_parallel_size", "nnodes")
-    unknown = {f"it has {key}": options.get(key, 1) > 1 for key in sizes} | {
-        "it is another engine's": llm.get("server_cls"),
-        "its model is in a bucket": engine.mirror_config,
-        "it has adapters": llm.get("lora_config"),
-        "it has a draft model": options.get("speculative_config"),
-        "its weights change when they are loaded": options.get("quantization"),
-        "a part of its weights stays outside": options.get("cpu_offload_gb"),
-        "its blocks are counted by hand": options.get("num_gpu_blocks_override"),
-        "its max_model_len is what has room": options.get("max_model_len") == -1,
-    }
-    for why in filter(unknown.get, unknown):
-        raise ValueError(f"{why}, which is not looked into")
+    others = ("speculative_config", "quantization", "cpu_offload_gb", "num_gpu_blocks_override")
+    given = llm | options | {size: options.get(size, 1) > 1 for size in sizes}
+    unknown = [key for key in (*sizes, *others, "server_cls", "lora_config") if given.get(key)]
+    unknown += ["a model in a bucket"] if engine.mirror_config else []
+    unknown += ["max_model_len: -1"] if options.get("max_model_len") == -1 else []
+    if unknown:
+        raise ValueError(f"it has {', '.join(unknown)}, which is not looked into")
     return options
 
 
@@ -2168,38 +2163,12 @@ class BuildProcess:
     began: float = math.inf
 
 
-def check_reachable(address: str, timeout_s: float) -> None:
-    """Raise OSError, ValueError or OverflowError unless something listens at HOST:PORT."""
-    host, _, port = address.rpartition(":")
-    socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
-
-
-def ask_dashboard(path: str, **query: Any) -> str:
-    """An answer of the dashboard. Raises ClusterError for whatever goes wrong: what it tells is a
-    help, and never a condition. Ray's own `get_log` tells its timeout only to the server, and waits
-    for ever for a dashboard that hangs (ray/util/state/api.py)."""
-    import ray
-    import requests
-    from ray._private.authentication import http_token_authentication
-    from ray.dashboard.utils import ray_address_to_api_server_url
-
-    try:
-        url = f"{ray_address_to_api_server_url(ray.get_runtime_context().gcs_address)}/{path}"
-        headers = http_token_authentication.get_auth_headers_if_auth_enabled({})
-        answer = requests.get(url, query, headers=headers, timeout=LOG_TIMEOUT_S)
-    except Exception as error:
-        raise ClusterError(first_line(str(error)) or repr(error)) from error
-    if not answer.ok:
-        raise ClusterError(first_line(answer.text))
-    return answer.content.decode(errors="replace")
-
-
-def schema_problems(validate: Callable[..., object], path: KeyPath, data: Any) -> Iterator[Problem]:
-    """What one of Ray's validators says of a value. pydantic's places end with names of types."""
+def schema_problems(schema: Any, path: KeyPath, data: Any) -> Iterator[Problem]:
+    """What one of Ray's schemas says of a value. pydantic's places end with names of types."""
     from pydantic import ValidationError
 
     try:
-        validate(copied(data))
+        schema.model_validate(copied(data))
     except ValidationError as error:
         for row in error.errors():
             keys, value = path, data
@@ -2223,10 +2192,10 @@ class RayCluster:
     """The effects that the program has on one Ray cluster. `connect` comes first."""
 
     def __init__(self, options: Options) -> None:
-        self.gpu_memory = options.gpu_memory
-        self.log_level = logging.INFO if options.logs else logging.ERROR
+        self.options = options
         self.dashboard_url = ""
         self.ray: Any = None  # the module, from `connect` on: to import it takes a second
+        self.gcs: Any = None  # Ray's client of the head node
         self.latest: Any = None  # of `states`
         self.builders: dict[str, BuildProcess] = {}
         self.built: dict[str, list[bytes]] = {}
@@ -2236,32 +2205,30 @@ class RayCluster:
     def connect(self, address: str, claims: Collection[str] = ()) -> None:
         """Join the running cluster at `address`, at RAY_ADDRESS, or on this machine, as a job that
         says which applications this run works on. Raises ClusterError when there is none."""
-        wanted = address or os.environ.get("RAY_ADDRESS") or "auto"
-        # This process speaks to the cluster alone, and never through a company's proxy.
-        for name in [name for name in os.environ if name.lower() in PROXIES]:
-            del os.environ[name]
-        import ray
+        import ray.serve
         from ray._private.authentication import authentication_token_setup as tokens
         from ray._private.services import canonicalize_bootstrap_address
         from ray._raylet import GcsClient
 
-        self.ray = ray
+        self.ray, level = ray, logging.INFO if self.options.logs else logging.ERROR
         for name in ("ray", "ray.serve", "ray.data"):
-            logging.getLogger(name).setLevel(self.log_level)
+            logging.getLogger(name).setLevel(level)
+        wanted = address or os.environ.get("RAY_ADDRESS") or "auto"
         try:
-            # ray.init would wait for ever for a head that is gone.
             found = canonicalize_bootstrap_address("auto" if wanted == "local" else wanted)
-            check_reachable(found, CONNECT_TIMEOUT_S)
+            # ray.init would wait for ever for a head that is gone.
+            host, _, port = found.rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
             # Ray does this only for the cluster that it finds by itself (ray/_private/worker.py).
             tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
             tokens.ensure_token_if_auth_enabled(None, create_token_if_missing=False)
-            GcsClient(address=found)
+            self.gcs = GcsClient(address=found)
             context = ray.init(
                 address=found,
                 namespace=SERVE,
                 job_config=ray.job_config.JobConfig(metadata={CLAIMS: json.dumps(list(claims))}),
-                log_to_driver=self.log_level == logging.INFO,
-                logging_level=self.log_level,
+                log_to_driver=self.options.logs,
+                logging_level=level,
             )
         except (OSError, RuntimeError, ValueError, OverflowError, ray.exceptions.RayError) as error:
             where, text = "" if wanted == "auto" else f" at {wanted}", " ".join(str(error).split())
@@ -2274,20 +2241,39 @@ class RayCluster:
     def alive(self) -> bool:
         """Whether the head node answers, and a raylet lives. Ray itself kills a driver that has
         lost its head for a minute, without a word (ray gcs_rpc_client/rpc_client.h)."""
-        with contextlib.suppress(OSError, self.ray.exceptions.RayError):
-            check_reachable(self.ray.get_runtime_context().gcs_address, timeout_s=2.0)
-            return any(node["Alive"] for node in self.ray.nodes())
+        with contextlib.suppress(self.ray.exceptions.RpcError):
+            nodes = self.gcs.get_all_node_info(timeout=2.0).values()
+            return any(node.state == node.ALIVE for node in nodes)
         return False
+
+    def ask_dashboard(self, path: str, **query: Any) -> str:
+        """An answer of the dashboard. Raises ClusterError for whatever goes wrong: what it tells is
+        a help, and never a condition. Ray's own `get_log` tells its timeout only to the server, and
+        waits for ever for a dashboard that hangs (ray/util/state/api.py)."""
+        import requests
+        from ray._private.authentication import http_token_authentication as tokens
+
+        if not self.dashboard_url:
+            raise ClusterError("the cluster has no dashboard")
+        headers = tokens.get_auth_headers_if_auth_enabled({})
+        # Never through a company's proxy.
+        how: Any = {"headers": headers, "proxies": {"no_proxy": "*"}, "timeout": LOG_TIMEOUT_S}
+        try:
+            answer = requests.get(f"{self.dashboard_url}/{path}", query, **how)
+        except requests.RequestException as error:
+            raise ClusterError(first_line(str(error)) or repr(error)) from error
+        if not answer.ok:
+            raise ClusterError(first_line(answer.text))
+        return answer.content.decode(errors="replace")
 
     def check_values(self, document: Document, applications: Sequence[ApplicationSpec]) -> Problems:
         """What Ray's own schemas say against the values of a normalised config."""
         from ray.serve._private.config import DeploymentConfig
-        from ray.serve._private.utils import validate_route_prefix
         from ray.serve.config import AutoscalingConfig
         from ray.serve.schema import DeploymentSchema, ServeDeploySchema
 
         data = {**document.data, "applications": [app.config for app in applications]}
-        found = list(schema_problems(ServeDeploySchema.model_validate, (), data))
+        found = list(schema_problems(ServeDeploySchema, (), data))
         for path, options in deployment_options(data):
             auto = {"max_replicas": 100} if options.get("num_replicas") == "auto" else {}
             scaling = {**auto, **as_dict(options.get("autoscaling_config"))}
@@ -2295,17 +2281,11 @@ class RayCluster:
                 fields = DeploymentConfig.model_fields
                 own = {k: v for k, v in options.items() if k in fields and v != "auto"}
                 own |= {"autoscaling_config": scaling} if auto else {}
-                found += schema_problems(DeploymentConfig.model_validate, path, own)
+                found += schema_problems(DeploymentConfig, path, own)
                 # The bundles of an LLM's workers are not there yet, and others ask for those.
                 rest = {k: v for k, v in options.items() if k not in own and "_bundle_" not in k}
-                named = {"name": "-", **rest}
-                found += schema_problems(DeploymentSchema.model_validate, path, named)
-            if scaling:
-                where = (*path, "autoscaling_config")
-                found += schema_problems(AutoscalingConfig.model_validate, where, scaling)
-        for app in applications:
-            where = ("applications", app.index, "route_prefix")
-            found += schema_problems(validate_route_prefix, where, app.route_prefix)
+                found += schema_problems(DeploymentSchema, path, {"name": "-", **rest})
+            found += schema_problems(AutoscalingConfig, (*path, "autoscaling_config"), scaling)
         # Of a union pydantic says for each part why it is not that; and what the applications have
         # from the top is said there.
         once = {problem.path: problem for problem in reversed(found)}
@@ -2317,15 +2297,13 @@ class RayCluster:
     def start_serve(self, config: Config) -> tuple[str, ...]:
         """Start Serve with the config's cluster-wide options, as `serve deploy` does. Returns the
         `http_options` of which a Serve that runs already keeps its own. Raises ClusterError."""
-        from ray import serve
-
+        serve = self.ray.serve
         schema = serve.schema.ServeDeploySchema.model_validate({**config, "applications": []})
         options = schema.model_dump(exclude={"applications", "target_capacity"})
         try:
-            try:
+            with contextlib.suppress(ValueError):  # another run starts Serve at the same moment
                 serve.start(**options)
-            except ValueError:  # another run has started Serve at the same moment
-                serve.start(**options)
+            serve.start(**options)  # joins the one that runs
         except Exception as error:
             raise serve_failure(str(error), schema.http_options.port) from error
         self.states()
@@ -2354,15 +2332,14 @@ class RayCluster:
         """The state of every application on the cluster, by name; `latest` keeps all that Serve
         tells, None when it is not running. 1 ms of CPU; `serve.status()` costs 57 (measured on Ray
         2.60). Raises as `answer_of` does."""
-        from ray.serve.schema import ServeInstanceDetails
-
         details = self.answer_of(self.call_controller("get_serve_instance_details"), timeout_s)
         for application in details["applications"].values() if details else ():
             application.pop("deployed_app_config", None)  # may name a module that is not here
             for name, deployment in application["deployments"].items():
                 # Nobody asks for it, and its request router would be pickled, 2 ms each.
                 deployment["deployment_config"] = {"name": name}
-        self.latest = details and ServeInstanceDetails.model_validate(details)
+        schema = self.ray.serve.schema.ServeInstanceDetails
+        self.latest = details and schema.model_validate(details)
         return self.latest.applications if self.latest else {}
 
     def endpoint(self) -> str:
@@ -2379,18 +2356,17 @@ class RayCluster:
         return f"{'https' if options.ssl_certfile else 'http'}://{host}:{options.port}"
 
     def submit(self, action: Action) -> None:
-        """Hand a built application to Serve, without waiting for it to run. Raises
-        ApplicationError."""
+        """Hand a built application to Serve, and do not wait. Raises ApplicationError."""
         from ray.serve.generated.serve_pb2 import ApplicationArgs
 
-        name, rows = action.name, self.built[action.name]
+        name = action.name
         external = bool(action.application.config.get("external_scaler_enabled"))
         scaler = ApplicationArgs(external_scaler_enabled=external).SerializeToString()
         record = Record(action.version, action.kept, action.demands)
         if action.record is None or action.record.version != action.version:
             # Before, too, so that it is there even if this run ends while Serve takes it over.
             self.remember(name, record)
-        call = self.call_controller("deploy_applications", {name: rows}, {name: scaler})
+        call = self.call_controller("deploy_applications", {name: self.built[name]}, {name: scaler})
         try:
             self.answer_of(call, CONTROLLER_LOST_AFTER_S)
         except ApplicationError:
@@ -2408,30 +2384,28 @@ class RayCluster:
 
     def fingerprint_key(self, *, make: bool) -> bytes:
         """The random key of this cluster's fingerprints; the first run that may makes it."""
-        from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
-
         if make:
-            _internal_kv_put("key", os.urandom(32), overwrite=False, namespace=KEYS)
-        return _internal_kv_get("key", namespace=KEYS) or b""
+            self.gcs.internal_kv_put(b"key", os.urandom(32), overwrite=False, namespace=KEYS)
+        return self.gcs.internal_kv_get(b"key", namespace=KEYS) or b""
 
     def running(self, found: Collection[ApplicationDetails]) -> dict[str, Running]:
         """What this program knows about some applications of the cluster, by name."""
         from pydantic import TypeAdapter
-        from ray.experimental.internal_kv import _internal_kv_get
         from ray.serve.generated.serve_pb2 import DeploymentRoute
 
         known, calls, kept = {}, defaultdict[str, list[Any]](list), TypeAdapter(Record)
         for app, name in [(item.name, name) for item in found for name in item.deployments]:
             calls[app].append(self.call_controller("get_deployment_info", name, app))
         for details in found:
-            text, versions = _internal_kv_get(details.name, namespace=RECORDS), set()
+            versions, record = set(), None
             for call in calls[details.name]:
                 with contextlib.suppress(ApplicationError):  # it may have gone meanwhile
                     answer = self.answer_of(call)
                     versions.add(DeploymentRoute.FromString(answer).deployment_info.version)
-            record = None  # as where another version of this program has left another form
+            # There may be none, or another version of this program has left another form.
             with contextlib.suppress(ValueError):
-                left = kept.validate_python(json.loads(text or "null"))
+                text = self.gcs.internal_kv_get(details.name.encode(), namespace=RECORDS)
+                left = kept.validate_json(text or b"")
                 record = left if versions <= {left.version} else None
             known[details.name] = details, max(versions, default=""), record
         return known
@@ -2439,24 +2413,18 @@ class RayCluster:
     def remember(self, name: str, record: Record | None) -> None:
         """Leave in the cluster what a later run needs to tell what it would change; the version in
         it tells whether somebody else has deployed the application since."""
-        from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_put
-
         if record is None:
-            _internal_kv_del(name, namespace=RECORDS)
+            self.gcs.internal_kv_del(name.encode(), del_by_prefix=False, namespace=RECORDS)
         else:
-            text = json.dumps(dataclasses.asdict(record), default=str)
-            _internal_kv_put(name, text, overwrite=True, namespace=RECORDS)
+            text = json.dumps(dataclasses.asdict(record), default=str).encode()
+            self.gcs.internal_kv_put(name.encode(), text, overwrite=True, namespace=RECORDS)
 
     def claims(self, names: Collection[str]) -> dict[str, str]:
         """Which of these applications an earlier run that still lives works on, and which run: it
         says so with its Ray job (`connect`), and one that was killed is a dead job at once."""
-        from ray._private.state import state as gcs
-        from ray.core.generated.gcs_pb2 import JobTableData
-
-        rows = gcs._connect_and_get_accessor().get_job_table()
-        jobs = sorted(map(JobTableData.FromString, rows), key=lambda j: (j.start_time, j.job_id))
-        me = self.ray.get_runtime_context().get_job_id()
-        taken: dict[str, str] = {}
+        rows = self.gcs.get_all_job_info(skip_is_running_tasks_field=True).values()
+        jobs = sorted(rows, key=lambda job: (job.start_time, job.job_id))
+        me, taken = self.ray.get_runtime_context().get_job_id(), dict[str, str]()
         for job in itertools.takewhile(lambda job: job.job_id.hex() != me, jobs):
             claimed = [] if job.is_dead else json.loads(job.config.metadata.get(CLAIMS) or "[]")
             since = time.strftime("%F %T", time.localtime(job.start_time / 1000))
@@ -2469,16 +2437,14 @@ class RayCluster:
     def process_of(self, application: ApplicationSpec, alone: bool = False) -> BuildProcess:
         """Where an application is built: alone, or with those of its module and runtime_env. The
         first call starts the process and its imports, which take 10 s for an LLM."""
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
         runtime_env = application.config.get("runtime_env") or {}
         module = application.config["import_path"].replace(":", ".").rpartition(".")[0]
         key = json.dumps([alone and application.name, module, runtime_env], sort_keys=True)
         if key not in self.builders:
             # Where there are GPUs, what vLLM says of its memory is of their platform.
-            alive = [row for row in self.ray.nodes() if row["Alive"]]
-            gpus = [row["NodeID"] for row in alive if row["Resources"].get("GPU")]
-            where = NodeAffinitySchedulingStrategy(gpus[0], soft=True) if gpus else "DEFAULT"
+            gpus = [row["NodeID"] for row in self.ray.nodes() if row["Resources"].get("GPU")]
+            on_node = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+            where = on_node(gpus[0], soft=True) if gpus else "DEFAULT"
             how = {"runtime_env": runtime_env or None, "scheduling_strategy": where}
             actor = self.ray.remote(num_cpus=0, **how)(Builder).remote()
             self.builders[key] = BuildProcess(actor, actor.warm_up.remote(module))
@@ -2508,7 +2474,7 @@ class RayCluster:
         while not process.turn.acquire(timeout=0.2):
             check()
             if time.monotonic() - process.began > BUILD_PATIENCE_S:
-                process, alone = self.process_of(application, alone=True), True
+                return self.build(action, check, alone=True)
         try:
             self.wait_for(process.imports, check)
             process.began = time.monotonic()
@@ -2533,14 +2499,12 @@ class RayCluster:
             process.began = math.inf
             process.turn.release()
         self.built[application.name] = [row for _, row in rows]
-        demands = []
         for fields, _ in rows:
             # Of prefill and decode, which may have one name, nobody can tell whose is whose.
             known = zip(application.models, facts, strict=False)
             mine = [fact for model, fact in known if serves(fields["deployment"], model)]
-            memory = mine[0] if len(mine) == 1 else None
-            demands.append({**fields, "application": application.name, "memory": memory})
-        return TypeAdapter(tuple[Demand, ...]).validate_python(demands)
+            fields["memory"] = mine[0] if len(mine) == 1 else None
+        return TypeAdapter(tuple[Demand, ...]).validate_python([fields for fields, _ in rows])
 
     # -- resources -----------------------------------------------------------------------------
 
@@ -2552,7 +2516,7 @@ class RayCluster:
         available, holdings, cards = available_resources_per_node(), self.holdings(), {}
         # As far as the dashboard tells: another Ray's may have another form.
         with contextlib.suppress(ClusterError, KeyError, TypeError, ValueError, AttributeError):
-            cards = read_cards(read_json(ask_dashboard("nodes", view="summary")))
+            cards = read_cards(read_json(self.ask_dashboard("nodes", view="summary")))
         alive = [row for row in self.ray.nodes() if row["Alive"]]
         addresses = Counter(row["NodeManagerAddress"] for row in alive)
         nodes = []
@@ -2565,8 +2529,8 @@ class RayCluster:
             for item in held:
                 free.update(item[1] if item not in staying else {})
             # On a laptop without a GPU, too, which stands for the cluster that is to come.
-            count = max(1, int(total.get("GPU", 0))) if self.gpu_memory else 0
-            mine = cards.get(node_id) or (Card(self.gpu_memory),) * count
+            count = max(1, int(total.get("GPU", 0))) if self.options.gpu_memory else 0
+            mine = cards.get(node_id) or (Card(self.options.gpu_memory),) * count
             # What gives way holds memory, too, and nobody knows on which card.
             if len(staying) < len(held):
                 mine = tuple(replace(card, users="", used=0) for card in mine)
@@ -2621,17 +2585,17 @@ class RayCluster:
     def growth(self) -> list[Node] | None:
         """Nodes that an autoscaler may add; none without one, and None when there is one that does
         not tell. Only the head's monitor.log tells, with v1 and v2 (tried on Ray 2.60)."""
-        rows = [row for row in self.ray.nodes() if row["Alive"]]
+        rows = self.ray.nodes()
         heads = [row["NodeID"] for row in rows if "node:__internal_head__" in row["Resources"]]
         try:
-            return new_nodes(ask_dashboard(LOG, filename="monitor.log", node_id=heads[0], lines=-1))
+            log = self.ask_dashboard(LOG, filename="monitor.log", node_id=heads[0], lines=-1)
+            return new_nodes(log)
         except (ClusterError, yaml.YAMLError, IndexError):
             grouped = any("ray.io/node-group" in (row.get("Labels") or {}) for row in rows)
             return None if grouped else []
 
     def actors(self, state: str) -> list[Any]:
-        """The actors in a state, "ALIVE" or "DEAD", as GCS tells of them (`ActorTableData`). Raises
-        ClusterError."""
+        """The `ActorTableData` of the actors that are "ALIVE", or "DEAD". Raises ClusterError."""
         from ray._private.state import state as gcs
         from ray.core.generated.gcs_pb2 import ActorTableData
 
@@ -2652,12 +2616,11 @@ class RayCluster:
         groups = {actor.placement_group_id for actor in found} - {b""}
         workers = [a for a in actors if a.class_name == WORKER and a.placement_group_id in groups]
         ids = [actor_id, *(worker.actor_id.hex() for worker in workers[:MOST_LOGS])]
-        read = partial(ask_dashboard, LOG, lines=LOG_LINES)
+        read = partial(self.ask_dashboard, LOG, lines=LOG_LINES)
         parts = [read(actor_id=key, suffix=suffix) for key in ids for suffix in ("err", "out")]
         for actor in [*found, *workers[:MOST_LOGS]]:
-            if kind := actor.death_cause.WhichOneof("context"):
-                said = getattr(getattr(actor.death_cause, kind), "error_message", "")
-                parts.append(f"ActorDiedError: {said}")
+            for _, cause in actor.death_cause.ListFields():
+                parts.append(f"ActorDiedError: {getattr(cause, 'error_message', '')}")
         return "\n".join(filter(None, parts))
 
 

@@ -154,7 +154,7 @@ FILES: dict[str, tuple[str | bytes, int, list[str]]] = {
     "A15 ${NOT_SET}": (LLM.replace("{model_id: m}", "{model_id: '${NOT_SET}'}"), 2, ["NOT_SET"]),
     "A16 café": (ONE.replace("name: a", "name: café") + "}", 2, ["'café'", "ASCII"]),
     "A16 300 characters": (ONE.replace("name: a", f"name: {'a' * 300}") + "}", 2, ["at most"]),
-    "A16 a route /café": (f"{ONE}, route_prefix: /café}}", 2, ["'/café' is not ASCII"]),
+    "A16 a route /café": (f"{ONE}, route_prefix: /café}}", 2, ["'/café' is not an ASCII path"]),
     "A17 no such file": (
         LLM.partition("    -")[0] + "    - a.yaml\n",
         2,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import operator
 import re
 from collections.abc import Iterator
 from typing import TypeGuard, TypeVar
@@ -195,6 +196,32 @@ def test_ray_still_has_what_is_imported_from_it(module: str, name: str) -> None:
 
 def test_there_is_much_that_may_move() -> None:
     assert sum("._" in module for module, _ in PRIVATE) > 8
+
+
+REACHED = sorted(
+    {
+        chain
+        for node in walk(ast.Attribute)
+        for chain in re.findall(r"^self\.ray\.([\w.]+)$", ast.unparse(node))
+    }
+)
+
+
+@pytest.mark.parametrize("chain", REACHED)
+def test_ray_still_has_what_is_reached_through_it(chain: str) -> None:
+    import ray.serve
+
+    operator.attrgetter(chain)(ray)
+
+
+ASKED = sorted(node.attr for node in walk(ast.Attribute) if ast.unparse(node.value) == "self.gcs")
+
+
+@pytest.mark.parametrize("method", ASKED)
+def test_the_client_of_the_head_node_still_has_what_is_called(method: str) -> None:
+    from ray._raylet import InnerGcsClient
+
+    assert hasattr(InnerGcsClient, method)
 
 
 CALLED = {

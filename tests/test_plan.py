@@ -256,7 +256,7 @@ def test_what_gives_way_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
         "ray._private.state.available_resources_per_node",
         lambda: {"1": {"CPU": 5.0, "GPU": 0.25}},
     )
-    monkeypatch.setattr("app_v5.ask_dashboard", lambda *_, **__: "not JSON")
+    cluster.ask_dashboard = lambda *_, **__: "not JSON"
     [stays], [goes] = cluster.nodes(), cluster.nodes({"x/old"})
     assert (stays.free["CPU"], stock(stays)["GPU"]) == (5.0, (2_500,))
     assert (goes.free["CPU"], stock(goes)["GPU"]) == (7.0, (7_000,))

@@ -169,10 +169,12 @@ def test_a_plan_that_hangs_ends_with_a_signal_and_has_deployed_nothing(tmp_path:
 
 
 def test_a_policy_whose_module_ends_the_process_is_a_problem_of_the_config() -> None:
-    def ends(data: object) -> None:
-        raise SystemExit("not on this machine")
+    class Ending:
+        @staticmethod
+        def model_validate(data: object) -> None:
+            raise SystemExit("not on this machine")
 
-    [problem] = app.schema_problems(ends, ("applications", 0), {})
+    [problem] = app.schema_problems(Ending, ("applications", 0), {})
     assert (problem.path, problem.message) == (("applications", 0), "not on this machine")
 
 

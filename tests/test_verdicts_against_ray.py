@@ -30,7 +30,7 @@ EXAMPLES = 600
 
 DELIBERATE = {
     "is not a name for Ray": "such a name stops Serve's controller, or is too long for a file",
-    "is not ASCII: Serve would answer 500": "a route that is not ASCII can't be asked",
+    "is not an ASCII path": "a route that is not ASCII can't be asked",
     "did you mean": "Ray ignores the key without a word, and it is near a known one",
     "does not belong here": "Ray ignores the key without a word, and it is known elsewhere",
     "is not a text: put it in quotes": "a variable that is no text breaks Serve's controller",
