@@ -66,7 +66,7 @@ import time
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -287,15 +287,15 @@ class Answer:
     model_id: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Proof:
     """What was checked of an application that runs. `mismatches` are broken promises, `notes` what
     was not asked; `unverified` says why it could not be asked."""
 
-    reservations: tuple[Reservation, ...] = ()
-    mismatches: tuple[str, ...] = ()
-    answers: tuple[Answer, ...] = ()
-    notes: tuple[str, ...] = ()
+    reservations: Sequence[Reservation] = ()
+    mismatches: Sequence[str] = ()
+    answers: Sequence[Answer] = ()
+    notes: Sequence[str] = ()
     unverified: str = ""
 
 
@@ -311,11 +311,9 @@ class Action:
     Serve compares `version` for itself. `restarting` names the deployments that get new replicas;
     `surge` starts those before the old ones stop. `record` is of the run that deployed what runs
     `before`; `kept` is what will be remembered of the config.
-
     Times are the run's clock, in seconds. `words` and `detail` say what the application does now.
     `sent` is "yes" once Serve has it, "perhaps" while it is being handed over. `disturbed`: by
-    another engine that started with it, so that it is worth another attempt, alone.
-    """
+    another engine that started with it, so that it is worth another attempt, alone."""
 
     application: ApplicationSpec
     change: Change
@@ -333,7 +331,6 @@ class Action:
     detail: str = ""
     started: float | None = None
     ended: float | None = None
-    deadline: float = math.inf
     demands: tuple[Demand, ...] = ()
     waits_for: str = ""
     phase: str = ""
@@ -375,6 +372,8 @@ class Stopped(Exception):
 
 def option(default: Any, text: str, **how: Any) -> Any:
     """An option of the command line: its default, its help, and what argparse needs besides."""
+    kind = str if default is None else type(default)
+    how = {"action": "store_true"} if kind is bool else {"type": kind, **how}
     return field(default=default, metadata={"help": text, **how})
 
 
@@ -392,26 +391,18 @@ class Options:
 
     config: str
     plan: bool = option(False, "show what would go where, change nothing; exit 1 for a misfit")
-    only: Sequence[str] | None = option(
-        None, "only the applications of this name, or pattern: 'falcon*'", action="append"
-    )
+    only: Sequence[str] | None = option(None, "only names like this: falcon*", action="append")
     force: bool = option(False, "deploy again what runs unchanged, too")
     prune: bool = option(False, "first delete what runs and the file does not name")
     delete: bool = option(False, "delete what the file names, until what it holds is free")
     wait: bool = option(False, "wait, within --timeout, for another run on the same applications")
     allow_pending: bool = option(False, "deploy what no node can hold, too: the cluster will grow")
     no_downtime: bool = option(False, "start new replicas before the old ones stop")
-    max_workers: int = option(
-        0, "how many deploy at once (min(applications, max(2, cluster's CPUs)); 1: as V4)", type=int
-    )
-    timeout: float = option(1800.0, "seconds for an application (1800; 0: for ever)", type=float)
+    max_workers: int = option(0, "how many at once (min(applications, max(2, CPUs)); 1: as V4)")
+    timeout: float = option(1800.0, "seconds for an application (1800; 0: for ever)")
     detailed_exitcode: bool = option(False, "with --plan: 5 when a run would change something")
-    export: str | None = option(
-        None, "print the config, exact shares and all, for others", choices=("serve", "rayservice")
-    )
-    gpu_memory: int = option(
-        0, "size of a GPU that Ray does not know, as 80GiB, for the plan", type=parse_bytes
-    )
+    export: str = option("", "print the config with exact shares", choices=("serve", "rayservice"))
+    gpu_memory: int = option(0, "size of a GPU, where Ray knows none: 80GiB", type=parse_bytes)
     no_smoke_test: bool = option(False, "do not ask the applications anything over HTTP")
     address: str = option("", "HOST:PORT of the cluster (RAY_ADDRESS, or this machine's)")
     json: bool = option(False, "print one JSON document to stdout, all else to stderr")
@@ -874,16 +865,14 @@ def unknown_key(key: Any, schema: str, path: KeyPath) -> Problem:
 
 def deployment_options(data: Config) -> Iterator[tuple[KeyPath, Config]]:
     """The options of single deployments in a normalised document, with their places."""
-    applications = data["applications"]
-    for index, application in enumerate(applications):
-        path: KeyPath = ("applications", index)
+    for index, application in enumerate(data["applications"]):
         for number, override in enumerate(as_list(application.get("deployments"))):
-            yield (*path, "deployments", number), as_dict(override)
+            yield ("applications", index, "deployments", number), as_dict(override)
         ingress = as_dict(application.get("args")).get("ingress_deployment_config")
         if is_rays_builder(application) and ingress:
-            yield (*path, "args", "ingress_deployment_config"), ingress
+            yield ("applications", index, "args", "ingress_deployment_config"), ingress
     for path, llm, _ in llm_places(data):
-        if is_rays_builder(applications[path[1]]):
+        if is_rays_builder(data["applications"][path[1]]):
             yield (*path, "deployment_config"), as_dict(llm["deployment_config"])
 
 
@@ -1002,9 +991,9 @@ def fit_engine(llm: Config, path: KeyPath, application: Config) -> Problems:
     problems: Problems = []
     if llm.get("placement_group_config"):
         # The user's own stays as it is.
-        workers = sum(float(bundle.get("GPU") or 0) for bundle in worker_bundles(llm))
-        if workers and gpus:
-            message = f"with num_gpus: {short(gpus)} a replica reserves {short(workers + gpus)} GPU"
+        held = sum(float(bundle.get("GPU") or 0) for bundle in worker_bundles(llm))
+        if held and gpus:
+            message = f"with num_gpus: {short(gpus)} a replica reserves {short(held + gpus)} GPU"
             hint = "set num_gpus: 0, or leave out placement_group_config"
             problems = [Problem((*path, "placement_group_config"), message, hint, warning=True)]
     elif kind == "gpu" and gpus == 0:
@@ -1020,29 +1009,27 @@ def fit_engine(llm: Config, path: KeyPath, application: Config) -> Problems:
         if (options.get("num_cpus"), gpus) != (None, None):
             llm["placement_group_config"] = {"bundles": [worker]}
     elif gpus is not None:
-        problems = fit_gpu_engine(llm, place, gpus)
+        workers = engine_workers(llm)
+        share = math.floor(round(gpus / workers * STEPS, 3)) / STEPS
+        options["num_gpus"] = 0.0
+        llm["placement_group_config"] = {"bundle_per_worker": {"GPU": share}}
+        problems = list(check_share(gpus, workers, share, place))
     return problems + share_memory(llm, path, application)
 
 
-def fit_gpu_engine(llm: Config, place: KeyPath, gpus: float) -> Problems:
-    """`gpus` GPUs in all for one replica, spread evenly over its engine's workers."""
-    workers = engine_workers(llm)
-    share = math.floor(round(gpus / workers * STEPS, 3)) / STEPS
-    problems: Problems = []
+def check_share(gpus: float, workers: int, share: float, path: KeyPath) -> Iterator[Problem]:
+    """What is wrong with a worker's share, when `gpus` are spread evenly over an engine's."""
     each = f"num_gpus: {short(gpus)} over {workers} engine worker(s) is {short(share)} GPU a worker"
     if share > 1 and share != int(share):
         hint = f"use {int(share) * workers} or {(int(share) + 1) * workers}"
-        return [Problem(place, f"{each}; above 1 Ray takes whole GPUs only", hint)]
-    if share > 1:
+        yield Problem(path, f"{each}; above 1 Ray takes whole GPUs only", hint)
+    elif share > 1:
         hint = f"set engine_kwargs.tensor_parallel_size: {int(gpus)}"
-        problems.append(Problem(place, f"{each}, and a worker uses one", hint, warning=True))
-    if workers > 1 and 2 * share <= 1:
+        yield Problem(path, f"{each}, and a worker uses one", hint, warning=True)
+    elif workers > 1 and 2 * share <= 1:
         message = f"Ray may put two workers of {short(share)} GPU on one card, where NCCL fails"
         hint = "give each worker more than half a GPU, or use one worker"
-        problems.append(Problem(place, message, hint, warning=True))
-    actor_options(llm)["num_gpus"] = 0.0
-    llm["placement_group_config"] = {"bundle_per_worker": {"GPU": share}}
-    return problems
+        yield Problem(path, message, hint, warning=True)
 
 
 def share_memory(llm: Config, path: KeyPath, application: Config) -> Problems:
@@ -1544,9 +1531,9 @@ class Plan:
         for _, node in sorted(scored):
             free, slots = dict(self.free[node]), []
             for needs, _ in wanted:
-                gpus = free.get("GPU", ())
+                gpus = free["GPU"]
                 free |= {r: take(free[r], need) for r, need in needs.items()}
-                left = enumerate(zip(gpus, free.get("GPU", ()), strict=False))
+                left = enumerate(zip(gpus, free["GPU"], strict=False))
                 taken = {gpu: (had - has) / STEPS for gpu, (had, has) in left if had > has}
                 slots.append(Slot(demand, node, {r: n / STEPS for r, n in needs.items()}, taken))
             if all(free[r] for r in total):  # else its devices refused
@@ -1680,7 +1667,7 @@ def format_node(plan: Plan, index: int) -> list[str]:
     node, free, amount = plan.nodes[index], plan.free[index], partial(format_amount, "GPU")
     slots = [slot for slot in plan.slots if slot.node == index]
     lines = []
-    for gpu, left in enumerate(free.get("GPU", ())):
+    for gpu, left in enumerate(free["GPU"]):
         mine = [slot for slot in slots if gpu in slot.gpus]
         shares = Counter((slot.demand.label, slot.gpus[gpu]) for slot in mine)
         running = round(1 - left / STEPS - sum(slot.gpus[gpu] for slot in mine), 4)
@@ -1800,17 +1787,16 @@ def decide(
 
 def apply_edits(action: Action, before: Config, version: str, status: str) -> None:
     """Make of a restart as little as the edits need since `before`, which has this version."""
-    if heavy := list(differences(heavy_part(before), heavy_part(action.kept))):
-        action.reasons = tuple(text for _, text in heavy)
-        # Of what stands there Serve compares only this, and else no more than the version.
-        if all((path[0], *path[2:3]) == ("deployments", "ray_actor_options") for path, _ in heavy):
-            action.version = version
-            action.restarting &= {str(path[1]) for path, _ in heavy}
-        return
-    light = tuple(text for _, text in differences(before, action.kept))
-    action.reasons = light or (f"it is {status}",) * (status != "RUNNING")
-    action.change = "in place" if action.reasons else "unchanged"
-    action.version, action.surge, action.restarting = version, False, frozenset()
+    heavy = list(differences(heavy_part(before), heavy_part(action.kept)))
+    reasons = tuple(text for _, text in heavy or differences(before, action.kept))
+    action.reasons = reasons or (f"it is {status}",) * (status != "RUNNING")
+    # Of `deployments` Serve compares only this, and else no more than the version.
+    if all((path[0], *path[2:3]) == ("deployments", "ray_actor_options") for path, _ in heavy):
+        action.version = version
+        action.restarting &= {str(path[1]) for path, _ in heavy}
+    if not heavy:
+        action.change = "in place" if action.reasons else "unchanged"
+        action.surge = False
 
 
 def differences(before: Any, after: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
@@ -2789,19 +2775,14 @@ class Run:
     actions: list[Action] = field(default_factory=list)
     polled: tuple[float, Mapping[str, ApplicationDetails]] = (-math.inf, {})
     nodes: Sequence[Node] = ()
-    growth: Sequence[Node] = ()
+    growth: Sequence[Node] | None = ()  # None: nobody tells what an autoscaler may add
     lock: threading.Lock = field(default_factory=threading.Lock)  # of `admitted`
     admitted: list[Demand] = field(default_factory=list)
     questions: int = ROUTE_QUESTIONS
-    done: bool = False
     stop_code: int = 0
     stop_reason: str = ""
     others: Sequence[ApplicationDetails] = ()
     plan: Plan | None = None
-
-    def enter(self, action: Action, words: str, detail: str = "") -> None:
-        """Note what an application does now."""
-        action.words, action.detail = words, detail
 
     def end(self, action: Action, result: Result, cause: str = "", hint: str = "") -> None:
         action.cause, action.hint, action.detail = cause, hint, cause
@@ -2814,7 +2795,7 @@ class Run:
 
     def check(self, action: Action) -> None:
         """Raise Stopped when an application's waiting has to end."""
-        if self.stop_code or self.clock() >= action.deadline:
+        if self.stop_code or action.seconds(self.clock()) >= (self.options.timeout or math.inf):
             raise Stopped
 
     def states_of(self, action: Action) -> Iterator[ApplicationDetails | None]:
@@ -2832,10 +2813,16 @@ class Run:
 
 def deploy(actions: list[Action], run: Run, show: Callable[[Run], None]) -> None:
     """Carry out all actions: deletions first, then the others at once, and last, one after the
-    other, those again whose engines disturbed each other. `show` gets the progress, in this
-    thread."""
+    other, those again whose engines disturbed each other. With --plan build all and predict. `show`
+    gets the progress, in this thread. Raises Stopped in a plan, which has changed nothing."""
     run.actions = actions
-    threading.Thread(target=watch, args=(run,), daemon=True, name="watch").start()
+    if run.options.plan:
+        in_workers(actions, run, show)
+        if run.stop_code:
+            raise Stopped
+        demands = [d for action in actions if action.submits for d in demands_at_once(action)]
+        run.plan = predict(demands, run.nodes)
+        return
     left = [action for action in actions if action.result is None]
     sharing = [
         a for a in left if a.submits and any(m.measures_memory for m in a.application.models)
@@ -2843,24 +2830,21 @@ def deploy(actions: list[Action], run: Run, show: Callable[[Run], None]) -> None
     try:
         in_workers([a for a in left if a.change == "delete"], run, show)
         in_workers([a for a in left if a.change != "delete"], run, show)
-        again = [a for a in sharing if a.disturbed and len(sharing) > 1]
-        for action in again:
-            if run.stop_code:
-                break
-            action.attempt, action.version, action.words = 2, f"{action.version}.2", "queued"
-            action.result = action.ended = None
-            in_workers([action], run, show)
+        for action in sharing if len(sharing) > 1 else ():
+            if action.disturbed and not run.stop_code:
+                action.attempt, action.version, action.words = 2, f"{action.version}.2", "queued"
+                action.result = action.ended = action.proof = None
+                in_workers([action], run, show)
     except ClusterError as error:
         run.stop(EXIT_CLUSTER, str(error))
-    run.done = True
-    for action in actions:
-        if action.result is None:
-            lost = run.stop_code == EXIT_CLUSTER and action.started is not None
-            result: Result = "UNKNOWN" if lost else "INTERRUPTED"
-            if action.words == "checking" and not lost:  # it runs, and is slow to answer
-                result = "RUNNING"
-                action.proof = replace(action.proof or Proof(), unverified=run.stop_reason)
-            run.end(action, result)
+    for action in [action for action in actions if action.result is None]:
+        if run.stop_code == EXIT_CLUSTER and action.started is not None:
+            run.end(action, "UNKNOWN")
+        elif action.proof:  # it runs, and is slow to answer
+            action.proof.unverified = run.stop_reason
+            run.end(action, "RUNNING")
+        else:
+            run.end(action, "INTERRUPTED")
     show(run)
 
 
@@ -2872,14 +2856,13 @@ def in_workers(actions: Sequence[Action], run: Run, show: Callable[[Run], None])
     if not actions or run.stop_code:
         return
     # The replicas of now give up what they hold before the new ones start, but where those surge.
-    changing = [a for a in actions if a.change != "unchanged" and not a.surge]
-    nodes = run.cluster.nodes({action.name for action in changing})
+    nodes = run.cluster.nodes({a.name for a in actions if a.change != "unchanged" and not a.surge})
+    run.nodes, run.admitted = [*nodes, *(run.growth or ())], []
     cores = int(sum(node.total.get("CPU", 0.0) for node in nodes))
     most = len(actions) if run.options.plan else run.options.max_workers
     workers = most or min(len(actions), max(2, cores))
     for action in actions[workers:]:
         action.detail = f"behind {', '.join(a.name for a in actions[:workers][:MOST_LOGS])}"
-    run.nodes, run.admitted = [*nodes, *run.growth], []
 
     def isolated(action: Action) -> None:
         """A defect that one application meets is its failure, and nobody else's."""
@@ -2891,6 +2874,8 @@ def in_workers(actions: Sequence[Action], run: Run, show: Callable[[Run], None])
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="worker")
     futures = [pool.submit(isolated, action) for action in actions]
+    if not run.options.plan:
+        threading.Thread(target=watch, args=(run, futures), daemon=True, name="watch").start()
     alive_at = run.clock()
     while not run.stop_code and wait(futures, POLL_INTERVAL_S / 4).not_done:
         show(run)
@@ -2900,16 +2885,16 @@ def in_workers(actions: Sequence[Action], run: Run, show: Callable[[Run], None])
         elif silent_s > CLUSTER_LOST_AFTER_S:
             run.stop(EXIT_CLUSTER, f"the head node has not answered for {silent_s:.0f} s")
     pool.shutdown(wait=False, cancel_futures=True)
-    wait(futures, timeout=STOP_GRACE_S if run.stop_code else None)
+    wait(futures, STOP_GRACE_S)
     show(run)
 
 
-def watch(run: Run) -> None:
-    """Poll the cluster for all applications, about once a second, until the run stops; and after
-    each poll read in the log of one starting application which phase its engine is in. One poller,
-    because a poll costs CPU and N threads would pay it N times (measured on Ray 2.60)."""
+def watch(run: Run, futures: Collection[Future[None]]) -> None:
+    """Poll the cluster for all applications, about once a second, until the workers are done or the
+    run stops; and read in the logs of the starting ones, one after the other, the engine's phase.
+    One poller: a poll costs CPU, and N threads would pay it N times (measured on Ray 2.60)."""
     answered_at, turn = run.clock(), 0
-    while not run.stop_code and not run.done:
+    while not run.stop_code and wait(futures, POLL_INTERVAL_S).not_done:
         polled_at = run.clock()
         try:
             run.polled = polled_at, run.cluster.states(POLL_TIMEOUT_S)
@@ -2926,7 +2911,6 @@ def watch(run: Run) -> None:
             with contextlib.suppress(Exception):  # a phase is decoration
                 logs = [run.cluster.replica_log(r.actor_id or "") for r in placed[:MOST_LOGS]]
                 action.phase = engine_phase("".join(logs))
-        time.sleep(POLL_INTERVAL_S)
 
 
 def replicas_of(details: ApplicationDetails | None) -> list[ReplicaDetails]:
@@ -2938,14 +2922,13 @@ def carry_out(action: Action, run: Run) -> None:
     """Take one application to its result, in a worker thread; with --plan only build it. What an
     interrupted one has come to is for `deploy` to say."""
     action.started = run.clock()
-    action.deadline = action.started + (run.options.timeout or math.inf)
+    known = action.record.demands if action.record else ()
     try:
-        known = action.record.demands if action.record else ()
         if action.submits:
-            run.enter(action, "building")
+            action.words, action.detail = "building", ""
             demands = run.cluster.build(action, partial(run.check, action))
             action.demands = tuple(remembered(demand, known) for demand in demands)
-            run.enter(action, "built")
+            action.words = "built"
         else:
             action.demands = known
         if run.options.plan:
@@ -2953,13 +2936,15 @@ def carry_out(action: Action, run: Run) -> None:
         if action.change == "delete":
             delete_application(action, run)
             run.end(action, "DELETED")
-        else:
-            bring_up(action, run)
-            run.end(action, "RUNNING")
+            return
+        if action.submits:
+            submit(action, run)
+        prove(action, run)
+        run.end(action, "RUNNING")
     except ApplicationError as error:
         logs = failure_logs(action, run.cluster)
         action.trace, (cause, hint) = str(error), root_cause(str(error), logs)
-        action.disturbed = bool(DISTURBED.search("\n".join([action.trace, cause, *logs])))
+        action.disturbed = any(map(DISTURBED.search, [action.trace, cause, *logs]))
         run.end(action, "FAILED", cause, hint)
     except Stopped:
         if not run.stop_code:
@@ -2969,26 +2954,10 @@ def carry_out(action: Action, run: Run) -> None:
         run.end(action, "UNKNOWN", str(error))
 
 
-def bring_up(action: Action, run: Run) -> None:
-    """Admit, submit, wait, prove. Raises ApplicationError and Stopped."""
-    if action.submits:
-        admit(action, run)
-        run.check(action)
-        run.enter(action, "submitting", action.waits_for)
-        action.sent = "perhaps"
-        run.cluster.submit(action)
-        action.sent = "yes"
-        settle(action, run)
-    elif action.before:
-        action.details = action.before
-    run.enter(action, "checking")
-    action.deadline = math.inf  # it runs; what it is asked has limits of its own
-    prove(action, run)
-
-
-def admit(action: Action, run: Run) -> None:
-    """Ask whether the cluster can hold a built application besides those admitted before. Raises
-    ApplicationError for what can never fit, unless that may wait, and names that Ray can't bear."""
+def submit(action: Action, run: Run) -> None:
+    """Submit a built application for which there is or may be room besides those admitted before,
+    and wait until it runs. Raises Stopped, and ApplicationError for what can never fit, unless that
+    may wait, for names that Ray can't bear, and when Serve gives up."""
     for demand in action.demands:
         for problem in check_value(demand.label, "name", ()):
             raise ApplicationError(problem.message)
@@ -2997,15 +2966,14 @@ def admit(action: Action, run: Run) -> None:
         plan = predict([*run.admitted, *demands], run.nodes)
         misfits = [fit for fit in plan.fits[len(run.admitted) :] if fit.misfit]
         never = [fit.misfit for fit in misfits if fit.never]
-        if never and not run.options.allow_pending:
+        if never and not (run.options.allow_pending or run.growth is None):
             raise ApplicationError("\n".join(never))
         run.admitted += demands
     action.waits_for = "\n".join(fit.misfit for fit in misfits)
-
-
-def settle(action: Action, run: Run) -> None:
-    """Wait until a submitted application runs. Raises ApplicationError when Serve gives up."""
-    healthy_at = run.clock()
+    run.check(action)
+    action.words, action.detail, action.sent = "submitting", action.waits_for, "perhaps"
+    run.cluster.submit(action)
+    action.sent, healthy_at = "yes", run.clock()
     for details in run.states_of(action):
         if details is None or details.status in ("DELETING", "NOT_STARTED"):
             raise ApplicationError("the application was deleted while it was being deployed")
@@ -3016,7 +2984,7 @@ def settle(action: Action, run: Run) -> None:
         late = run.clock() - healthy_at > UNHEALTHY_GRACE_S
         if details.status == "DEPLOY_FAILED" or late:
             raise ApplicationError(failure_message(details) or f"it is {details.status.value}")
-        run.enter(action, *describe_state(details, action.waits_for, action.phase))
+        action.words, action.detail = describe_state(details, action.waits_for, action.phase)
 
 
 def failure_message(details: ApplicationDetails) -> str:
@@ -3061,14 +3029,16 @@ def failure_logs(action: Action, cluster: Cluster) -> list[str]:
 
 
 def prove(action: Action, run: Run) -> None:
-    """Check what runs against what was promised, and ask it something. Raises ApplicationError for
-    a bad answer, and Stopped; not having reached an application is not its failure."""
-    application, details = action.application, action.details
+    """Check what runs against what was promised, and ask it something, which has limits of its own.
+    Raises ApplicationError for a bad answer; not having reached it is not its failure."""
+    application, proof = action.application, Proof()
+    details = action.details or action.before
     assert details is not None
+    action.words, action.detail, action.details, action.proof = "checking", "", details, proof
     try:
         learn_memory(action, details, run)
-        held = run.cluster.reservations(details)
-        action.proof = proof = Proof(tuple(held), mismatches(action, held))
+        proof.reservations = run.cluster.reservations(details)
+        proof.mismatches = mismatches(action, proof.reservations)
         asleep = {d.name for d in details.deployments.values() if not d.target_num_replicas}
         ingresses = {d.deployment for d in action.demands if d.ingress}
         base_url = run.cluster.endpoint()
@@ -3078,23 +3048,21 @@ def prove(action: Action, run: Run) -> None:
             "its ingress has scaled to zero": not asleep.isdisjoint(ingresses),
             "Serve has no HTTP proxy (proxy_location: Disabled)": not base_url,
         }
-        if skipped := [text for text, is_so in reasons.items() if is_so]:
-            action.proof = replace(proof, notes=(f"not asked over HTTP: {skipped[0]}",))
+        for reason in filter(reasons.get, reasons):
+            proof.notes = (f"not asked over HTTP: {reason}",)
             return
         for said in wait_for_route(application, base_url, run.questions):
-            run.enter(action, action.words, said)
-            run.check(action)
+            action.detail = said
             time.sleep(POLL_INTERVAL_S)
         run.questions = 1  # one server has the port
         asked = smoke_test(application, asleep, base_url)
-        action.proof = replace(proof, answers=asked.answers, notes=asked.notes)
+        proof.answers, proof.notes = asked.answers, asked.notes
     except ClusterError as error:
-        action.proof = replace(action.proof or Proof(), unverified=str(error))
+        proof.unverified = str(error)
 
 
 def learn_memory(action: Action, details: ApplicationDetails, run: Run) -> None:
-    """Keep in the cluster what engines on GPUs have measured at this start, where all are of one
-    size."""
+    """Keep in the cluster what engines on GPUs, all of one size, have measured at this start."""
     sizes = {card.total for node in run.nodes for card in node.cards}
     card = sizes.pop() if len(sizes) == 1 else 0
     running = {d.name: running_replicas(d) for d in details.deployments.values()}
@@ -3113,17 +3081,14 @@ def learn_memory(action: Action, details: ApplicationDetails, run: Run) -> None:
 
 def delete_application(action: Action, run: Run) -> None:
     """Delete an application, and wait until what it held is free."""
-    run.enter(action, "deleting")
-    if action.before:
-        action.sent = "perhaps"
-        run.cluster.delete(action.name)
+    action.words, action.detail, action.sent = "deleting", "", "perhaps"
+    run.cluster.delete(action.name)
     action.sent = "yes"
     for details in run.states_of(action):
         held = [h for _, who, h in run.cluster.holdings() if who.rpartition("/")[0] == action.name]
         if details is None and not held:
             return
-        texts = " + ".join(map(format_resources, held))
-        run.enter(action, "deleting", f"it still holds {texts}" if held else "")
+        action.detail = f"it still holds {' + '.join(map(format_resources, held))}" if held else ""
 
 
 def exit_code(run: Run) -> int:
@@ -3537,9 +3502,8 @@ def parse_options(argv: Sequence[str] | None) -> Options:
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="a Ray Serve config")
     for item in dataclasses.fields(Options)[1:]:
-        how = {"default": item.default, **item.metadata}
-        how |= {"action": "store_true"} if item.default is False else {}
-        parser.add_argument(f"--{item.name.replace('_', '-')}", **how)
+        name = f"--{item.name.replace('_', '-')}"
+        parser.add_argument(name, default=item.default, **item.metadata)
     given = parser.parse_args(argv)
     if given.max_workers < 0 or not 0 <= given.timeout < math.inf:
         parser.error("--max-workers and --timeout are numbers, 0 or more")
@@ -3560,10 +3524,10 @@ def check_config(
     said = {problem.path for problem in document.problems}
     found = check_keys(document.data, TOP, ())
     problems = document.problems + [problem for problem in found if problem.path not in said]
-    if not all(problem.warning for problem in problems):
-        return (), located(document, problems)
-    applications, found = read_applications(document.data)
-    problems += found
+    applications: tuple[ApplicationSpec, ...] = ()
+    if all(problem.warning for problem in problems):
+        applications, found = read_applications(document.data)
+        problems += found
     if all(problem.warning for problem in problems):
         problems += check_values(document, applications)
     return applications, located(document, problems)
@@ -3577,12 +3541,13 @@ class Session:
         self.terminal = Terminal(out, err)
         self.say = self.terminal.console.print
         self.document: Document  # as soon as it is loaded
+        self.names: list[str] = []  # of the applications in it
         self.code: int | None = None
 
     def work(self) -> None:
         """Do all of it, and turn every known exception into one clear message and its exit code."""
         try:
-            self.code = self.deploy()
+            self.code = self.export() if self.options.export else self.deploy()
         except ConfigError as error:
             self.say_problems(error.args)
             self.code = EXIT_CONFIG
@@ -3607,39 +3572,31 @@ class Session:
             self.say(f"{'⚠️ ' if problem.warning else '❌'} {format_problem(problem)}")
 
     def deploy(self) -> int:
-        """Load, check, connect, decide, deploy, report. Returns the exit code.
-
-        Raises ConfigError (nothing was touched), ClusterError, Stopped and OSError.
-        """
+        """Load, check, connect, decide, deploy, report. Returns the exit code. Raises ConfigError
+        (nothing was touched), ClusterError, Stopped and OSError."""
         options, cluster, run, say = self.options, self.cluster, self.run, self.say
-        if not options.export:
-            say("🔧 Initializing Ray and Ray Serve...")
-        say(f"📖 Loading config from: {options.config}")
-        everything = self.load()
-        applications = [item for item in everything if self.is_chosen(item.name)]
-        if options.export:
-            return self.export(applications)
+        say("🔧 Initializing Ray and Ray Serve...")
+        applications = self.load()
         purpose = "plan" if options.plan else "delete" if options.delete else "deploy"
         say(f"📦 Found {len(applications)} application(s) to {purpose}")
         names = [] if options.plan else [item.name for item in applications]
         cluster.connect(options.address, names)
-        if options.wait:
-            self.wait_for_others(names)
-        actions = self.decide(applications, {item.name for item in everything})
+        self.wait_for_others(names)
+        actions = self.decide(applications)
         if run.stop_code:
             raise Stopped
         for action in filter(lambda action: action.submits, actions):
             with contextlib.suppress(Exception):  # its build will say it
                 cluster.process_of(action.application)
-        growth = cluster.growth()
-        if growth is None:
+        run.growth = cluster.growth()
+        if run.growth is None:
             say("⚠️  An autoscaler is active: what no node can hold yet is deployed and waits")
-            run.options = replace(run.options, allow_pending=True)
-        run.growth = growth or []
-        if options.plan:
-            return self.plan(actions)
-        self.refuse_claimed(actions)
-        if not options.delete:
+        claims = {} if options.plan else cluster.claims([action.name for action in actions])
+        for action in [a for a in actions if a.name in claims and a.change != "unchanged"]:
+            text = f"another run of this program works on it: {claims[action.name]}"
+            hint = "wait until it has ended (--wait does), or stop it, and run this again"
+            run.end(action, "FAILED", text, hint)
+        if not options.plan and not options.delete:
             if ignored := cluster.start_serve(self.document.data):
                 options_kept = f"keeps its own http_options ({', '.join(ignored)})"
                 say(f"⚠️  Serve runs already and {options_kept}; `serve shutdown` ends it")
@@ -3647,26 +3604,31 @@ class Session:
         deploy(actions, run, self.terminal.show)
         return self.terminal.report(run)
 
-    def load(self) -> tuple[ApplicationSpec, ...]:
-        """The config's applications; warnings go to the terminal. Raises ConfigError."""
+    def load(self) -> list[ApplicationSpec]:
+        """The config's applications that --only leaves; warnings are said. Raises ConfigError."""
+        self.say(f"📖 Loading config from: {self.options.config}")
         self.document = Document(self.options.config, os.environ)
         self.terminal.secrets = self.document.secrets
         applications, problems = check_config(self.document, self.cluster.check_values)
         if not all(problem.warning for problem in problems):
             raise ConfigError(*problems)
         self.say_problems(problems)
-        names = [item.name for item in applications]
+        self.names = [item.name for item in applications]
         for pattern in self.options.only or ():
-            if not self.options.prune and not fnmatch.filter(names, pattern):
-                text = f"{pattern}: no application has that name; there are {', '.join(names)}"
+            if not self.options.prune and not fnmatch.filter(self.names, pattern):
+                text = f"{pattern}: no application has that name; there are {', '.join(self.names)}"
                 raise ConfigError(Problem((), f"--only {text}", place=("command line", 0, 0)))
-        return applications
+        return [item for item in applications if self.is_chosen(item.name)]
 
-    def export(self, applications: Sequence[ApplicationSpec]) -> int:
+    def is_chosen(self, name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.options.only or ["*"])
+
+    def export(self) -> int:
         """Print the config for others; with --address it has what engines have measured there."""
+        applications = self.load()
         if self.options.address:
             self.cluster.connect(self.options.address)
-            for action in self.decide(applications, {item.name for item in applications}):
+            for action in self.decide(applications):
                 pin_caches(action)
         text, names = export_config(self.document, applications)
         if names:
@@ -3677,28 +3639,25 @@ class Session:
         self.terminal.output(text.rstrip("\n"))
         return EXIT_OK
 
-    def is_chosen(self, name: str) -> bool:
-        patterns = self.options.only or ["*"]
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
     def wait_for_others(self, names: Sequence[str]) -> None:
-        """Wait, within --timeout, for other runs that work on the same."""
+        """With --wait, wait within --timeout for other runs that work on the same."""
         run, until = self.run, self.run.clock() + (self.options.timeout or math.inf)
-        for who in dict.fromkeys(self.cluster.claims(names).values()):
+        claims = self.cluster.claims(names) if self.options.wait else {}
+        for who in dict.fromkeys(claims.values()):
             self.say(f"⏳ Waiting for another run that works on the same: {who}")
-        while self.cluster.claims(names) and not run.stop_code and run.clock() < until:
+        while claims and not run.stop_code and run.clock() < until:
             time.sleep(POLL_INTERVAL_S)
+            claims = self.cluster.claims(names)
 
-    def decide(self, chosen: Sequence[ApplicationSpec], known: Collection[str]) -> list[Action]:
-        """What to do with each application; `known` are the names in the file, `chosen` is what
-        --only leaves of them. Raises ConfigError for a route that another application has."""
+    def decide(self, chosen: Sequence[ApplicationSpec]) -> list[Action]:
+        """What to do with each chosen application, and with what --prune deletes. Raises
+        ConfigError for a route that another application has."""
         options, cluster = self.options, self.cluster
         states = {n: d for n, d in cluster.states().items() if d.status != "DELETING"}
-        others = [d for d in states.values() if d.name not in known]
+        others = [d for d in states.values() if d.name not in self.names]
         pruned = {d.name: d for d in others if options.prune and self.is_chosen(d.name)}
         self.run.others = [d for d in others if d.name not in pruned]
-        names = {*pruned, *(item.name for item in chosen)}
-        running = cluster.running([d for d in states.values() if d.name in names])
+        running = cluster.running([d for n, d in states.items() if n in pruned or n in self.names])
         if options.delete:
             return [deletion(item, running.get(item.name), "--delete") for item in chosen]
         staying = {name: d for name, d in states.items() if name not in pruned}
@@ -3715,32 +3674,10 @@ class Session:
             actions.append(action)
         return actions
 
-    def refuse_claimed(self, actions: Sequence[Action]) -> None:
-        """Leave alone what another run works on."""
-        claims = self.cluster.claims([action.name for action in actions])
-        for action in actions:
-            if action.name in claims and action.change != "unchanged":
-                text = f"another run of this program works on it: {claims[action.name]}"
-                hint = "wait until it has ended (--wait does), or stop it, and run this again"
-                self.run.end(action, "FAILED", text, hint)
-
-    def plan(self, actions: list[Action]) -> int:
-        """Build, predict, print. Returns the exit code: 1 when something does not fit."""
-        run = self.run
-        run.actions = actions
-        in_workers(actions, run, self.terminal.show)
-        if run.stop_code:
-            raise Stopped
-        demands = [d for action in actions if action.submits for d in demands_at_once(action)]
-        run.plan = predict(demands, run.nodes)
-        return self.terminal.report(run)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program in a thread, while this one heeds signals: Ray's calls would hold them up.
-
-    Whenever one comes, what was reached is printed, and the exit code is the signal's.
-    """
+    Whenever one comes, what was reached is printed, and the exit code is the signal's."""
     sys.stdout = sys.stdout or io.StringIO()  # as `>&-` and `2>&-` leave them
     sys.stderr = sys.stderr or io.StringIO()
     for stream in (sys.stdout, sys.stderr):

@@ -578,7 +578,7 @@ class Cluster:  # nothing runs there
     def __getattr__(self, name):
         found = {"check_values": [], "claims": {}, "states": {}, "running": {}, "nodes": [],
                  "growth": [], "endpoint": "", "alive": True, "connect": None, "holdings": [],
-                 "prepare": None}[name]
+                 "delete": None}[name]
         return lambda *arguments, **keys: found
 
 app.RayCluster = lambda worker_logs: Cluster()

@@ -195,16 +195,11 @@ def test_without_what_it_needs_the_program_says_how_to_install_that() -> None:
 def test_a_plan_tells_whether_a_run_would_change_something(
     options: list[str], running: bool, code: int
 ) -> None:
-    cluster: Any = Cluster()
-    plan = app.Session(
-        app.Options("config.yaml", plan=True, detailed_exitcode=bool(options)),
-        cluster,
-        io.StringIO(),
-        io.StringIO(),
-    )
     change: app.Change = "unchanged" if running else "create"
     spec = app.ApplicationSpec(0, "a", "/a", {})
     absent = app.deletion(spec, None, "--delete")  # to delete what is not there changes nothing
-    plan.run.actions = [app.Action(spec, change), absent]
-    plan.run.plan = app.predict([], [])
-    assert plan.terminal.report(plan.run) == code
+    given = app.Options("config.yaml", plan=True, detailed_exitcode=bool(options))
+    cluster: Any = Cluster()
+    actions = [app.Action(spec, change), absent]
+    run = app.Run(given, cluster, actions=actions, plan=app.predict([], []))
+    assert app.exit_code(run) == code

@@ -100,7 +100,7 @@ def smoke_test(
         return app.smoke_test(spec, asleep, HTTP)
 
 
-def smoke(answers: Mapping[str, app.Response]) -> tuple[app.Answer, ...]:
+def smoke(answers: Mapping[str, app.Response]) -> Sequence[app.Answer]:
     proof = smoke_test(Server(answers))
     assert proof.notes == ()
     return proof.answers
