@@ -207,7 +207,7 @@ class Node:
 class Memory:
     """What vLLM says of one worker of an engine before it loads a weight, in bytes and in blocks of
     its KV cache. `requests` has the longest requests, in tokens, for the blocks that max_model_len
-    needs and, in steps of 2%, for less; `sequences` is max_num_seqs where each needs a block
+    needs and, in steps of 4%, for less; `sequences` is max_num_seqs where each needs a block
     (Mamba); `pinned` is kv_cache_memory_bytes. `measured` is what a start kept for activations, on
     a card of so many bytes, and `suggested` the kv_cache_memory_bytes that it names. `unknown` says
     why there is nothing of all that."""
@@ -627,8 +627,8 @@ def is_secret(value: Any, path: KeyPath) -> bool:
     do, and tokenizer does not."""
     words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", ".".join(map(str, path)))
     # DISABLE_TOKEN: "1" is none, and would be hidden wherever else a 1 stands.
-    is_text = isinstance(value, str) and (tag_of(value) == TEXT_TAG or len(value) > SHORTEST_NUMBER)
-    return is_text and any(SECRET_WORD.fullmatch(word.lower()) for word in words)
+    named = isinstance(value, str) and any(SECRET_WORD.fullmatch(word.lower()) for word in words)
+    return named and (len(value) > SHORTEST_NUMBER or tag_of(value) == TEXT_TAG)
 
 
 @cache
@@ -755,7 +755,7 @@ RULES: Mapping[str, tuple[str, type | str | tuple[float, float, bool]]] = {
         ("name", "model_id"),
         ("a name for Ray: printable ASCII, no '#', at most 231 characters", r"[ -\"$-~]{1,231}"),
     ),
-    "route_prefix": ("an ASCII path such as /a/b, without braces", r"/|/[\0-z|~]*(?<!/)"),
+    "route_prefix": ("an ASCII path like /a/b: no braces, no last /", r"/|/[\0-z|~]*(?<!/)"),
     VARIABLES: ("a text: put it in quotes", str),
     **dict.fromkeys(
         ("target_capacity", "autoscaling_policy"),
@@ -776,8 +776,9 @@ def known_schemas() -> dict[str, dict[str, str]]:
         spec = importlib.util.find_spec(package)
         for folder in (spec.submodule_search_locations or ()) if spec else ():
             for file in sorted(Path(folder).glob(pattern)):
-                body = ast.parse(file.read_text("utf-8")).body
-                nodes |= {node.name: node for node in body if isinstance(node, ast.ClassDef)}
+                with contextlib.suppress(OSError, SyntaxError):
+                    body = ast.parse(file.read_text("utf-8")).body
+                    nodes |= {node.name: node for node in body if isinstance(node, ast.ClassDef)}
     known = defaultdict[str, dict[str, str]](dict)
     for schema in filter(TAKEN.fullmatch, nodes):
         for base in map(ast.unparse, nodes[schema].bases):
@@ -1081,7 +1082,7 @@ def describe_model(llm: Config) -> ModelSpec:
         # Where no CPUs are given, the actor has its default of 1 besides its engine's.
         promised={r: n for r, n in held.items() if asked[r] is not None or (n and r != "CPU")},
         measures_memory=shares and not engine.get("kv_cache_memory_bytes"),
-        notes=(note,) if shares else (),
+        notes=(note,) if shares and fraction else (),
     )
 
 
@@ -1314,7 +1315,7 @@ def cache_of(config: Any) -> Config:
     block = caches._pool_bytes_per_block(groups)
     cache = caches.get_kv_cache_config_from_groups(config, groups, block)
     most = caches._max_memory_usage_bytes_from_groups(config, groups) // block
-    counts = sorted({int(most / 2 ** (step / 32)) for step in range(225)}, reverse=True)
+    counts = sorted({int(most / 2 ** (step / 16)) for step in range(113)}, reverse=True)
     longest = partial(caches._estimate_max_model_len_from_groups, config, groups)
     requests = [(tokens, count) for count in counts if (tokens := longest(count * block))]
     # A CPU engine has no graphs, and starts with more (vllm/config/compilation.py).
@@ -1508,8 +1509,8 @@ class Plan:
         """Put some bundles together on that of the nodes which keeps most of what is free there
         (scorer.cc, LeastResourceScorer; rounded, since Ray adds in any order)."""
         total = sum((Counter(needs) for needs, _ in wanted), Counter[str]())
-        mine = Counter(slot.node for slot in self.slots if slot.demand.label == demand.label)
-        most = demand.max_replicas_per_node or math.inf
+        most, label = demand.max_replicas_per_node or math.inf, demand.label
+        mine = Counter(s.node for s in self.slots if most < math.inf and s.demand.label == label)
         scored = []
         for node in nodes:
             sums = {r: sum(self.free[node].get(r, ())) for r in total}
@@ -1881,7 +1882,8 @@ WRAPPERS = re.compile(
 DIED = r"^(?:\S*ActorDiedError: )?The actor (?:died|is dead).* exit detail: "
 NEEDLESS = re.compile(
     r"^(?:RuntimeError: Failed to create vLLM engine config: |pydantic_core\._pydantic_core\.|"
-    r"(?:RuntimeError: )?Worker failed with error '|\d+ validation errors? for \w+ Value error, |"
+    r"(?:RuntimeError: )?Worker failed with error '(?!')|"
+    r"\d+ validation errors? for \w+ Value error, |"
     # What pip or another program printed, up to its last line.
     r"\S+CalledProcessError: Run cmd\[\d+\] failed.* (?=(?:ERROR|error): ))+|"
     r"(?:', please check the stack trace| \[type=\w+, input_value=|"
@@ -1951,9 +1953,10 @@ def root_cause(message: str, logs: Sequence[str] = ()) -> tuple[str, str]:
     replicas left, the latest first; and a hint. Of several that which has a hint counts, from the
     last in Serve's message, as Python prints the outermost last, and from the first in a log, as
     the engine's processes pass it on."""
-    telling = r"(?m)^\s*(?!This may be caused by|ActorDied)(\S.*)"
-    last = re.findall(telling, ANSI.sub("", message))[-1:] or [message.strip() or "(no message)"]
-    found = next(filter(None, [real_exceptions(message)[::-1], *map(real_exceptions, logs), last]))
+    lines = [line.strip() for line in ANSI.sub("", message).splitlines() if line.strip()]
+    last = [x for x in lines if not x.startswith(("This may be caused by", "ActorDied"))] or lines
+    said = [real_exceptions(message)[::-1], *map(real_exceptions, logs), last[-1:]]
+    found = next(filter(None, said), ["(no message)"])
     text = next(filter(hint_for, found), found[0])
     hint = hint_for(text) or hint_for(message.partition('\n  File "')[0])
     text = NEEDLESS.sub("", re.sub(DIED, "the process died: ", text))
@@ -2029,7 +2032,8 @@ RECORDS, KEYS, CLAIMS = b"app_v5/records", b"app_v5", "app_v5/claims"
 """What this program keeps in the cluster: in the key-value store of the head node a `Record` an
 application, and the key of their fingerprints; with its Ray job, what a run works on."""
 
-LOG, WORKER = "api/v0/logs/file", "RayWorkerProc"  # vllm/v1/executor/ray_executor_v2.py
+LOG = "api/v0/logs/file"
+WORKER = "RayWorkerProc"  # vllm/v1/executor/ray_executor_v2.py
 START_HINT = "start one with `ray start --head`, or give HOST:PORT in --address or RAY_ADDRESS"
 
 
@@ -2203,7 +2207,7 @@ class RayCluster:
     def alive(self) -> bool:
         """Whether the head node answers, and a raylet lives. Ray itself kills a driver that has
         lost its head for a minute, without a word (ray gcs_rpc_client/rpc_client.h)."""
-        with contextlib.suppress(self.ray.exceptions.RpcError):
+        with contextlib.suppress(self.ray.exceptions.RayError):
             nodes = self.gcs.get_all_node_info(timeout=2.0).values()
             return any(node.state == node.ALIVE for node in nodes)
         return False
@@ -2214,14 +2218,16 @@ class RayCluster:
         to the server, and waits for ever for a dashboard that hangs (ray/util/state/api.py)."""
         import requests
         from ray._private.authentication import http_token_authentication as tokens
+        from ray.dashboard.utils import ray_address_to_api_server_url
 
-        if not self.dashboard_url:
-            raise ClusterError("the cluster has no dashboard")
-        headers = tokens.get_auth_headers_if_auth_enabled({})
-        how: Any = {"headers": headers, "proxies": {"no_proxy": "*"}, "timeout": LOG_TIMEOUT_S}
         try:
-            answer = requests.get(f"{self.dashboard_url}/{path}", query, **how)
-        except requests.RequestException as error:
+            url = ray_address_to_api_server_url(self.ray.get_runtime_context().gcs_address)
+            headers = tokens.get_auth_headers_if_auth_enabled({})
+            with requests.Session() as session:
+                session.trust_env = False
+                how = {"headers": headers, "timeout": LOG_TIMEOUT_S}
+                answer = session.get(f"{url}/{path}", params=query, **how)
+        except Exception as error:
             raise ClusterError(first_line(str(error)) or repr(error)) from error
         if not answer.ok:
             raise ClusterError(first_line(answer.text))
@@ -2299,8 +2305,9 @@ class RayCluster:
             for name, deployment in application["deployments"].items():
                 # Nobody asks for it, and its request router would be pickled, 2 ms each.
                 deployment["deployment_config"] = {"name": name}
-        self.latest = details and self.ray.serve.schema.ServeInstanceDetails.model_validate(details)
-        return self.latest.applications if self.latest else {}
+        schema = self.ray.serve.schema.ServeInstanceDetails
+        self.latest = found = details and schema.model_validate(details)
+        return found.applications if found else {}
 
     def endpoint(self) -> str:
         """Serve's HTTP address for this node, by the last poll: "http://localhost:8000"; empty when
@@ -2361,7 +2368,7 @@ class RayCluster:
             # There may be none, or another version of this program has left another form.
             with contextlib.suppress(ValueError):
                 text = self.gcs.internal_kv_get(details.name.encode(), namespace=RECORDS)
-                left = kept.validate_json(text or b"")
+                left = kept.validate_python(json.loads(text or "null"))
                 record = left if versions <= {left.version} else None
             known[details.name] = details, max(versions, default=""), record
         return known
@@ -2575,7 +2582,7 @@ class RayCluster:
 # 11. Verify: an application that runs → the proof that it is what was promised, and answers
 # ======================================================================================
 
-OK, REDIRECT, SERVER_ERROR = 200, 300, 500
+OK, NOT_FOUND, SERVER_ERROR = 200, 404, 500
 ROUTE_QUESTIONS = 8
 ONE_TOKEN: Config = {"max_tokens": 1, "temperature": 0}
 QUESTIONS: tuple[tuple[str, Config], ...] = (
@@ -2657,7 +2664,8 @@ def smoke_test(application: ApplicationSpec, asleep: Collection[str], base_url: 
     rays = application.models and is_rays_builder(application.config)
     for path in (*listing, "/health", "/"):
         status, text, total_s = fetch(url + path)
-        if rays or not REDIRECT <= status < SERVER_ERROR:
+        # A builder of the user's own need not list its models.
+        if rays or status not in (range(OK + 1, SERVER_ERROR) if path in listing else [NOT_FOUND]):
             break
     models = application.models if path == "/v1/models" else ()
     if status >= SERVER_ERROR or (models and status != OK):
@@ -2791,8 +2799,8 @@ def deploy(actions: list[Action], run: Run, show: Callable[[Run], None]) -> None
     try:
         in_workers([a for a in left if a.change == "delete"], run, show)
         in_workers([a for a in left if a.change != "delete"], run, show)
-        for action in sharing if len(sharing) > 1 else ():
-            if action.disturbed and not run.stop_code:
+        for action in sharing:
+            if action.disturbed and len(sharing) > 1 and not run.stop_code:
                 action.attempt, action.version, action.words = 2, f"{action.version}.2", "queued"
                 action.result = action.ended = action.proof = None
                 in_workers([action], run, show)
@@ -3009,8 +3017,8 @@ def prove(action: Action, run: Run) -> None:
             "its ingress has scaled to zero": not asleep.isdisjoint(ingresses),
             "Serve has no HTTP proxy (proxy_location: Disabled)": not base_url,
         }
-        for reason in filter(reasons.get, reasons):
-            proof.notes = (f"not asked over HTTP: {reason}",)
+        if skipped := [text for text, is_so in reasons.items() if is_so]:
+            proof.notes = (f"not asked over HTTP: {skipped[0]}",)
             return
         for said in wait_for_route(application, base_url, run.questions):
             action.detail = said
@@ -3275,7 +3283,7 @@ def format_plan(run: Run, plan: Plan) -> list[str]:
 
 
 def report_json(run: Run) -> Config:
-    """The report for programs; the README documents it. A key that is gone or means another thing
+    """The report for programs; docs/REFERENCE.md has it. A key that is gone or means another thing
     raises the version, a new one does not."""
     return {
         "version": 3,
@@ -3345,7 +3353,8 @@ def for_others(value: Any, document: Document, path: KeyPath = ()) -> Any:
             return text
     if not isinstance(value, str):
         return value
-    name = re.sub(r"\W+", "_", format_key(path).rpartition(".")[2]).strip("_").upper()
+    last = next(n for n in range(len(path), 0, -1) if isinstance(path[n - 1], str))
+    name = re.sub(r"\W+", "_", format_key(path[last - 1 :])).strip("_").upper()
     return f"${{{name}}}" if is_secret(value, path) else redact(value, frozenset())
 
 

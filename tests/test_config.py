@@ -286,21 +286,21 @@ BROKEN = [
     pytest.param(
         ONE + ", route_prefix: a}\n",
         [
-            ":2:31: applications[0].route_prefix: 'a' is not an ASCII path such as /a/b, without braces"
+            ":2:31: applications[0].route_prefix: 'a' is not an ASCII path like /a/b: no braces, no last /"
         ],
         id="route without slash",
     ),
     pytest.param(
         ONE + ", route_prefix: /a/}\n",
         [
-            ":2:31: applications[0].route_prefix: '/a/' is not an ASCII path such as /a/b, without braces"
+            ":2:31: applications[0].route_prefix: '/a/' is not an ASCII path like /a/b: no braces, no last /"
         ],
         id="route with slash at the end",
     ),
     pytest.param(
         ONE + ", route_prefix: '/{a}'}\n",
         [
-            ":2:31: applications[0].route_prefix: '/{a}' is not an ASCII path such as /a/b, without braces"
+            ":2:31: applications[0].route_prefix: '/{a}' is not an ASCII path like /a/b: no braces, no last /"
         ],
         id="route with braces",
     ),

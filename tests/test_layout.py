@@ -25,8 +25,8 @@ NAMES = [
     *("Causes", "Ray", "Verify", "Deploy", "Report", "Command line"),
 ]
 
-CEILING = 4042  # to be 3300
-MOST_OF_A_SECTION = 610  # to be 520; neither may grow
+CEILING = 3685  # to be 3300
+MOST_OF_A_SECTION = 555  # to be 520; neither may grow
 MOST_OF_A_FUNCTION = 60
 
 
