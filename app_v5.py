@@ -2222,11 +2222,10 @@ class RayCluster:
 
         try:
             url = ray_address_to_api_server_url(self.ray.get_runtime_context().gcs_address)
-            headers = tokens.get_auth_headers_if_auth_enabled({})
             with requests.Session() as session:
                 session.trust_env = False
-                how = {"headers": headers, "timeout": LOG_TIMEOUT_S}
-                answer = session.get(f"{url}/{path}", params=query, **how)
+                session.headers.update(tokens.get_auth_headers_if_auth_enabled({}))
+                answer = session.get(f"{url}/{path}", params=query, timeout=LOG_TIMEOUT_S)
         except Exception as error:
             raise ClusterError(first_line(str(error)) or repr(error)) from error
         if not answer.ok:
@@ -2268,9 +2267,10 @@ class RayCluster:
         schema = serve.schema.ServeDeploySchema.model_validate({**config, "applications": []})
         options = schema.model_dump(exclude={"applications", "target_capacity"})
         try:
-            with contextlib.suppress(ValueError):  # another run starts Serve at the same moment
+            try:
                 serve.start(**options)
-            serve.start(**options)  # joins the one that runs
+            except ValueError:  # another run has started Serve at the same moment
+                serve.start(**options)
         except Exception as error:
             raise serve_failure(str(error), schema.http_options.port) from error
         self.states()
