@@ -74,10 +74,6 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TextIO
 from urllib.parse import quote, quote_plus
 
 import yaml
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 
 if TYPE_CHECKING:
     from ray.serve.schema import ApplicationDetails, DeploymentDetails, ReplicaDetails
@@ -3394,11 +3390,15 @@ class Terminal(io.TextIOBase):
     print, Ray for one its workers' lines, they write to this: so nobody shows a secret."""
 
     def __init__(self, out: TextIO, err: TextIO) -> None:
+        import rich.live
+        import rich.table
+
+        self.rich: Any = rich  # which --help does without
         self.out, self.err, self.secrets = out, err, frozenset[str]()
         # What others print while the live view is there goes through the console, too.
-        how: dict[str, Any] = {"file": self, "force_terminal": err.isatty()}
-        self.console = Console(**how, highlight=False, markup=False, emoji=False, soft_wrap=True)
-        self.live = Live(console=self.console, auto_refresh=False)
+        how: dict[str, Any] = {"file": self, "force_terminal": err.isatty(), "soft_wrap": True}
+        self.console = rich.console.Console(**how, highlight=False, markup=False, emoji=False)
+        self.live = rich.live.Live(console=self.console, auto_refresh=False)
         self.shown: dict[int, tuple[str, str]] = {}
 
     def write(self, text: str) -> int:
@@ -3409,22 +3409,22 @@ class Terminal(io.TextIOBase):
         if not self.out.isatty():
             print(text, file=self.out, flush=True)
             return
-        shown = Text(text)
+        shown = self.rich.text.Text(text)
         for pattern, style in zip(BAR, ("cyan", "magenta", "yellow"), strict=True):
             shown.highlight_regex(f"{pattern}+", style)
-        Console(file=self.out, soft_wrap=True).print(shown)
+        self.rich.console.Console(file=self.out, soft_wrap=True).print(shown)
 
     def show(self, run: Run) -> None:
         """The progress of all applications: a block when one's turn comes, a line when it ends, and
         in between a live view, or a line a change."""
-        table = Table.grid(padding=(0, 2))
+        table, text = self.rich.table.Table.grid(padding=(0, 2)), self.rich.text.Text
         for action in run.actions:
             before = self.shown.get(id(action), ("queued", ""))
             now = self.shown[id(action)] = action.words, action.detail
             took = format_seconds(action.seconds(run.clock()))
-            icon, name = ICONS.get(now[0], "🚀"), Text(action.name, style="bold")
+            icon, name = ICONS.get(now[0], "🚀"), text(action.name, style="bold")
             detail = redact(now[1], self.secrets)  # which the ellipsis may cut short
-            line = Text(detail, style="dim", overflow="ellipsis", no_wrap=True)
+            line = text(detail, style="dim", overflow="ellipsis", no_wrap=True)
             table.add_row(icon, name, now[0], took, line)
             if now == before:
                 continue
