@@ -1773,7 +1773,7 @@ def apply_edits(action: Action, before: Config, version: str, status: str) -> No
     heavy = list(differences(heavy_part(before), heavy_part(action.kept)))
     reasons = tuple(text for _, text in heavy or differences(before, action.kept))
     action.reasons = reasons or (f"it is {status}",) * (status != "RUNNING")
-    # Of `deployments` Serve compares only this, and else no more than the version.
+    # Serve compares only these, and the version; where nothing heavy is edited, none restarts.
     if all((path[0], *path[2:3]) == ("deployments", "ray_actor_options") for path, _ in heavy):
         action.version = version
         action.restarting &= {str(path[1]) for path, _ in heavy}
