@@ -13,21 +13,7 @@ config or the command line is wrong and nothing was touched; 3 no Ray cluster, o
 4 time ran out with one still deploying; 5 a run would change something (--detailed-exitcode);
 129 SIGHUP; 130 Ctrl-C; 143 SIGTERM.
 """
-# To find a section: grep -A1 "^# =====" app_v5.py. To change ...
-#   a timeout, an interval, a limit:               section 1 (Settings)
-#   an option of the command line:                 section 2 (Types), `Options`
-#   how a file is read, what is hidden:            section 3 (Config)
-#   which keys are accepted, or an error's words:  section 4 (Check)
-#   what a replica reserves:                       section 5 (Resources)
-#   what a share of a card buys:                   section 6 (Memory)
-#   what fits where:                               section 7 (Plan)
-#   what restarts, what changes in place:          section 8 (Changes)
-#   what a failure's cause or hint says:           section 9 (Causes)
-#   anything that calls Ray:                       section 10 (Ray)
-#   what is checked of an application that runs:   section 11 (Verify)
-#   the order of things, deadlines, stopping:      section 12 (Deploy)
-#   what is printed:                               section 13 (Report)
-#   exit codes:                                    section 14 (Command line)
+# The sections, in the order in which the data flows: grep -A1 "^# =====" app_v5.py
 
 from __future__ import annotations
 
@@ -60,7 +46,6 @@ import math
 import re
 import socket
 import tempfile
-import textwrap
 import threading
 import time
 import traceback
@@ -104,7 +89,6 @@ MOST_VALUE_CHARACTERS = 60
 MOST_CAUSE_CHARACTERS = 300
 MOST_BODY_BYTES = 2**20
 MOST_LOGS, LOG_LINES = 3, 400
-MOST_NEW_NODES = 8
 MANY_REQUESTS = 1_000_000  # Ray's max_ongoing_requests for LLMs is above that: no limit
 
 WHOLE_GPU_MEMORY_FRACTION = 0.9
@@ -112,8 +96,8 @@ WHOLE_GPU_MEMORY_FRACTION = 0.9
 that share a card need room for one CUDA context each."""
 
 ACTIVATIONS_BYTES = 3 * 2**29
-"""What an engine keeps of its share for activations, graphs and CUDA's context: a guess until a
-start has measured it (from 0.6 to 5.6 GiB was seen for models of 0.5 to 1 billion parameters)."""
+"""What an engine keeps of its share for activations, graphs and CUDA's context: a guess (from 0.6
+to 5.6 GiB was seen for models of 0.5 to 1 billion parameters)."""
 
 SURGE_PERCENT = 20
 """How many replicas more than wanted --no-downtime starts at a time: as many as Serve otherwise
@@ -196,7 +180,6 @@ class Node:
     labels: Mapping[str, str] = field(default_factory=dict)
     holders: tuple[tuple[str, Resources], ...] = ()
     cards: tuple[Card, ...] = ()
-    new: bool = False  # an autoscaler may add it: nothing of it is free yet
 
 
 @dataclass(frozen=True)
@@ -204,9 +187,7 @@ class Memory:
     """What vLLM says of one worker of an engine before it loads a weight, in bytes and in blocks of
     its KV cache. `requests` has the longest requests, in tokens, for the blocks that max_model_len
     needs and, in steps of 4%, for less; `sequences` is max_num_seqs where each needs a block
-    (Mamba); `pinned` is kv_cache_memory_bytes. `measured` is what a start kept for activations, on
-    a card of so many bytes, and `suggested` the kv_cache_memory_bytes that it names. `unknown` says
-    why there is nothing of all that."""
+    (Mamba); `pinned` is kv_cache_memory_bytes. `unknown` says why there is nothing of all that."""
 
     weights: int = 0
     block: int = 0
@@ -215,8 +196,6 @@ class Memory:
     fraction: float = 0.0
     pinned: int = 0
     platform: str = ""
-    measured: tuple[int, ...] = ()
-    suggested: int = 0
     unknown: str = ""
 
 
@@ -291,7 +270,7 @@ class Proof:
     reservations: Sequence[Reservation] = ()
     mismatches: Sequence[str] = ()
     answers: Sequence[Answer] = ()
-    notes: Sequence[str] = ()
+    notes: tuple[str, ...] = ()
     unverified: str = ""
 
 
@@ -391,13 +370,12 @@ class Options:
     force: bool = option(False, "deploy again what runs unchanged, too")
     prune: bool = option(False, "first delete what runs and the file does not name")
     delete: bool = option(False, "delete what the file names, until what it holds is free")
-    wait: bool = option(False, "wait, within --timeout, for another run on the same applications")
     allow_pending: bool = option(False, "deploy what no node can hold, too: the cluster will grow")
     no_downtime: bool = option(False, "start new replicas before the old ones stop")
     max_workers: int = option(0, "how many at once (min(applications, max(2, CPUs)); 1: as V4)")
     timeout: float = option(1800.0, "seconds for an application (1800; 0: for ever)")
     detailed_exitcode: bool = option(False, "with --plan: 5 when a run would change something")
-    export: str = option("", "print the config with exact shares", choices=("serve", "rayservice"))
+    export: str = option("", "print the config with exact shares", choices=("serve",))
     gpu_memory: int = option(0, "size of a GPU, where Ray knows none: 80GiB", type=parse_bytes)
     no_smoke_test: bool = option(False, "do not ask the applications anything over HTTP")
     address: str = option("", "HOST:PORT of the cluster (RAY_ADDRESS, or this machine's)")
@@ -410,9 +388,6 @@ class Options:
 # ======================================================================================
 
 TEXT_TAG, MERGE_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
-SERVE_CONFIG = re.compile(r"^( *)serveConfigV2: *\|.*\n((?:\1 +\S.*\n?|[ \t\r]*\n)*)", re.M)
-"""The config in a RayService's manifest: a block of lines that are indented more than its key."""
-
 VARIABLE = re.compile(r"\$(?:\$\{|\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\})")
 
 LLM_ARGS = ("llm_config", "prefill_config", "decode_config")
@@ -436,8 +411,8 @@ class Document:
         self.values = 0
         self.data: Config = self.load(file, ())
         if "applications" not in as_dict(self.data):
-            what = "`applications` (the old form is one item of it), or a RayService with that"
-            said = f"expected a mapping with {what} in `serveConfigV2: |`"
+            what = "the old form is one item of it; of a RayService it is what serveConfigV2 holds"
+            said = f"expected a mapping with `applications` ({what})"
             raise ConfigError(Problem((), said, place=(file, 1, 1)))
         folders = list(dict.fromkeys([Path(file).absolute().parent, Path.cwd()]))
         for path, llm, holder in llm_places(self.data):
@@ -461,7 +436,7 @@ class Document:
                 raise OSError(f"{size} bytes are more than the limit of {MAX_FILE_BYTES}")
             if not Path(file).is_file():
                 raise OSError("this is no regular file")
-            node = yaml.compose(self.config_text(Path(file).read_bytes()), Loader=yaml.SafeLoader)
+            node = yaml.compose(Path(file).read_bytes(), Loader=yaml.SafeLoader)
             if node is None:
                 return None
             self.walk(node, path)
@@ -483,21 +458,6 @@ class Document:
         except (ValueError, KeyError, AttributeError, OverflowError) as error:
             said, place = f"a value can't be read: {error}", self.at
         raise ConfigError(Problem(path, said, place=place))
-
-    def config_text(self, content: bytes) -> bytes | str:
-        """A file's content, or where there is a RayService in it the config of the first, which
-        keeps its lines and columns."""
-        text = content.decode("utf-8-sig", errors="surrogateescape")
-        found = list(SERVE_CONFIG.finditer(text))
-        if not found:
-            return content
-        line = text.count("\n", 0, found[0].start()) + 1
-        place = (self.source, line, len(found[0][1]) + 1)
-        said = "of this manifest serveConfigV2 counts here, and nothing of its cluster"
-        if len(found) > 1:
-            said = "there are several RayServices: keep one of them"
-        self.problems.append(Problem((), said, warning=len(found) == 1, place=place))
-        return "\n" * line + found[0][2]
 
     def place(self, mark: yaml.Mark | None) -> Place:
         return (self.source, mark.line + 1, mark.column + 1) if mark else (self.source, 0, 0)
@@ -1133,15 +1093,11 @@ def gib(amount: float) -> str:
     return f"{amount / 2**20:.3g} MiB" if small else f"{short(round(amount / GIB, 2))} GiB"
 
 
-def room_of(memory: Memory | None, card: int, activations: int | None = None) -> Room | None:
-    """What an engine has room for; None where nobody knows, as without the size of a card.
-    For activations it keeps what was measured on this kind of card, or a guess. The figures are
-    those that the engine logs at its start (vllm/v1/core/kv_cache_utils.py)."""
+def room_of(memory: Memory | None, card: int, activations: int) -> Room | None:
+    """What an engine has room for; None where nobody knows, as without the size of a card. The
+    figures are those that the engine logs at its start (vllm/v1/core/kv_cache_utils.py)."""
     if memory is None or not memory.block or not (memory.pinned or card):
         return None
-    if activations is None:
-        size, measured = memory.measured or (0, 0)
-        activations = measured if size == card else ACTIVATIONS_BYTES
     budget = int(card * memory.fraction)
     cache = memory.pinned or max(0, budget - memory.weights - activations)
     length, blocks = memory.requests[0]
@@ -1209,10 +1165,9 @@ def format_memory(demand: Demand, room: Room | None) -> list[str]:
     if memory.pinned:
         lines.append(f"  {cache}: kv_cache_memory_bytes")
     else:
-        how = "measured" if memory.measured[:1] == (room.card,) else "a guess"
         share = f"{short(shares[0])} of {gib(room.card)}, at gpu_memory_utilization "
         share += f"{short(memory.fraction)}: {gib(room.budget)}; {cache}"
-        lines.append(f"  {share} ({gib(room.activations)} kept for activations, {how})")
+        lines.append(f"  {share} ({gib(room.activations)} kept for activations, a guess)")
     most, full = demand.max_ongoing_requests, math.floor(room.requests)
     queue = f" (max_ongoing_requests is {most}: the last {most - full} would queue)"
     lines.append(f"  room for {room.tokens:,} tokens, {full:,} full requests at once")
@@ -1222,27 +1177,6 @@ def format_memory(demand: Demand, room: Room | None) -> list[str]:
         what = "the smallest num_gpus that serves target_ongoing_requests"
         lines.append(f"  {what} {short(target)} in full: {least_gpus(demand, room, target)}")
     return lines
-
-
-def learn(memory: Memory, card: int, log: str) -> Memory:
-    """What an engine's log of its start on a GPU (vllm/v1/worker/gpu_worker.py) adds to what was
-    known of its memory before."""
-    if cache := re.search(r"Available KV cache memory: ([\d.]+) GiB", log):
-        activations = int(card * memory.fraction - memory.weights - float(cache[1]) * GIB)
-        memory = replace(memory, measured=(card, activations)) if activations > 0 else memory
-    if pin := re.search(r"--kv-cache-memory=(\d+)` \([\d.]+ GiB\) to fit into requested", log):
-        memory = replace(memory, suggested=int(pin[1]))
-    return memory
-
-
-def remembered(demand: Demand, before: Sequence[Demand]) -> Demand:
-    """A demand with what an earlier start of the same model measured."""
-    memory = demand.memory
-    for old in (item.memory for item in before if item.deployment == demand.deployment):
-        if memory and old and (old.weights, old.platform) == (memory.weights, memory.platform):
-            same = replace(old, measured=(), suggested=0) == memory
-            memory = replace(memory, measured=old.measured, suggested=old.suggested * same)
-    return replace(demand, memory=memory)
 
 
 def measure_memory(options: Callable[[], Config], variables: Mapping[str, str]) -> Config:
@@ -1391,24 +1325,6 @@ def read_cards(summary: Config) -> dict[str, tuple[Card, ...]]:
             cards.append(Card(*sizes, ", ".join(users[:MOST_LOGS])))
         found[as_dict(row.get("raylet")).get("nodeId", "")] = tuple(cards)
     return found
-
-
-AUTOSCALER = re.compile(
-    r"(?ms)StandardAutoscaler: (\{[^\n]*\})$|Using Autoscaling Config: \n(.*?)^\d{4}-\d\d-\d\d "
-)
-"""How the head's monitor.log tells its configuration, with v1 and with v2."""
-
-
-def new_nodes(monitor_log: str) -> list[Node]:
-    """The nodes that an autoscaler with this log may add, a few of each type."""
-    found = AUTOSCALER.search(monitor_log)
-    config = as_dict(found and yaml.safe_load(found[1] or found[2]))
-    nodes: list[Node] = []
-    for name, kind in as_dict(config.get("available_node_types")).items():
-        most = kind.get("max_workers", config.get("max_workers", 0))
-        label, total = f"{name} (the autoscaler may add it)", kind.get("resources") or {}
-        nodes += [Node(label, total, {}, new=True)] * min(most, MOST_NEW_NODES)
-    return [] if as_dict(config.get("provider")).get("type") == "readonly" else nodes
 
 
 def describe_deployment(name: str, info: Any) -> Config:
@@ -1602,7 +1518,7 @@ def nearest(plan: Plan, resource: str, need: int, free: Mapping[int, Devices]) -
     return f"needs {wanted}; the {kind} is {found} (node {where})"
 
 
-def room_in(plan: Plan, demand: Demand, activations: int | None = None) -> Room | None:
+def room_in(plan: Plan, demand: Demand, activations: int = ACTIVATIONS_BYTES) -> Room | None:
     """What an engine has room for on the smallest of the cards that a plan gives it; where it gives
     none, on the largest that there is."""
     slots = [slot for slot in plan.slots if slot.demand.label == demand.label]
@@ -1629,9 +1545,8 @@ def card_misfit(plan: Plan, demand: Demand) -> str:
 def format_prediction(plan: Plan) -> list[str]:
     """The packing node by node, how far the deployments could grow, and what does not fit."""
     lines = ["predicted packing at min replicas (Ray decides in the end):"]
-    for index, node in enumerate(plan.nodes):
-        lines += [] if node.new else format_node(plan, index)
-    lines += dict.fromkeys(f"node {node.name}" for node in plan.nodes if node.new)
+    for index in range(len(plan.nodes)):
+        lines += format_node(plan, index)
     for fit in plan.fits:
         demand, count = fit.demand, fit.demand.min_replicas
         if fit.misfit:
@@ -2534,17 +2449,17 @@ class RayCluster:
                 found += [Reservation(*row)] if parts else []
         return found
 
-    def growth(self) -> list[Node] | None:
-        """Nodes that an autoscaler may add; none without one, and None when there is one that does
-        not tell. Only the head's monitor.log tells, with v1 and v2 (tried on Ray 2.60)."""
+    def autoscales(self) -> bool:
+        """Whether an autoscaler may add nodes. Of the head's own only its log tells, with v1 and v2
+        (tried on Ray 2.60); KubeRay's is not on the head, and labels its nodes."""
         rows = self.ray.nodes()
+        if any("ray.io/node-group" in (row.get("Labels") or {}) for row in rows):
+            return True
         heads = [row["NodeID"] for row in rows if "node:__internal_head__" in row["Resources"]]
-        try:
+        with contextlib.suppress(ClusterError, IndexError):
             log = self.ask_dashboard(LOG, filename="monitor.log", node_id=heads[0], lines=-1)
-            return new_nodes(log)
-        except (ClusterError, yaml.YAMLError, IndexError):
-            grouped = any("ray.io/node-group" in (row.get("Labels") or {}) for row in rows)
-            return None if grouped else []
+            return "--autoscaling-config=" in log
+        return False
 
     def actors(self, state: str) -> list[Any]:
         """The `ActorTableData` of the actors that are "ALIVE", or "DEAD". Raises ClusterError."""
@@ -2740,7 +2655,7 @@ class Run:
     actions: list[Action] = field(default_factory=list)
     polled: tuple[float, Mapping[str, ApplicationDetails]] = (-math.inf, {})
     nodes: Sequence[Node] = ()
-    growth: Sequence[Node] | None = ()  # None: nobody tells what an autoscaler may add
+    autoscales: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)  # of `admitted`
     admitted: list[Demand] = field(default_factory=list)
     questions: int = ROUTE_QUESTIONS
@@ -2822,7 +2737,7 @@ def in_workers(actions: Sequence[Action], run: Run, show: Callable[[Run], None])
         return
     # The replicas of now give up what they hold before the new ones start, but where those surge.
     nodes = run.cluster.nodes({a.name for a in actions if a.change != "unchanged" and not a.surge})
-    run.nodes, run.admitted = [*nodes, *(run.growth or ())], []
+    run.nodes, run.admitted = nodes, []
     cores = int(sum(node.total.get("CPU", 0.0) for node in nodes))
     most = len(actions) if run.options.plan else run.options.max_workers
     workers = most or min(len(actions), max(2, cores))
@@ -2887,15 +2802,13 @@ def carry_out(action: Action, run: Run) -> None:
     """Take one application to its result, in a worker thread; with --plan only build it. What an
     interrupted one has come to is for `deploy` to say."""
     action.started = run.clock()
-    known = action.record.demands if action.record else ()
     try:
         if action.submits:
             action.words, action.detail = "building", ""
-            demands = run.cluster.build(action, partial(run.check, action))
-            action.demands = tuple(remembered(demand, known) for demand in demands)
+            action.demands = run.cluster.build(action, partial(run.check, action))
             action.words = "built"
-        else:
-            action.demands = known
+        elif action.record:
+            action.demands = action.record.demands
         if run.options.plan:
             return
         if action.change == "delete":
@@ -2931,7 +2844,7 @@ def submit(action: Action, run: Run) -> None:
         plan = predict([*run.admitted, *demands], run.nodes)
         misfits = [fit for fit in plan.fits[len(run.admitted) :] if fit.misfit]
         never = [fit.misfit for fit in misfits if fit.never]
-        if never and not (run.options.allow_pending or run.growth is None):
+        if never and not (run.options.allow_pending or run.autoscales):
             raise ApplicationError("\n".join(never))
         run.admitted += demands
     action.waits_for = "\n".join(fit.misfit for fit in misfits)
@@ -3001,7 +2914,7 @@ def prove(action: Action, run: Run) -> None:
     assert details is not None
     action.words, action.detail, action.details, action.proof = "checking", "", details, proof
     try:
-        learn_memory(action, details, run)
+        proof.notes = suggestions(action, run)
         proof.reservations = run.cluster.reservations(details)
         proof.mismatches = mismatches(action, proof.reservations)
         asleep = {d.name for d in details.deployments.values() if not d.target_num_replicas}
@@ -3014,34 +2927,30 @@ def prove(action: Action, run: Run) -> None:
             "Serve has no HTTP proxy (proxy_location: Disabled)": not base_url,
         }
         if skipped := [text for text, is_so in reasons.items() if is_so]:
-            proof.notes = (f"not asked over HTTP: {skipped[0]}",)
+            proof.notes += (f"not asked over HTTP: {skipped[0]}",)
             return
         for said in wait_for_route(application, base_url, run.questions):
             action.detail = said
             time.sleep(POLL_INTERVAL_S)
         run.questions = 1  # one server has the port
         asked = smoke_test(application, asleep, base_url)
-        proof.answers, proof.notes = asked.answers, asked.notes
+        proof.answers, proof.notes = asked.answers, proof.notes + asked.notes
     except ClusterError as error:
         proof.unverified = str(error)
 
 
-def learn_memory(action: Action, details: ApplicationDetails, run: Run) -> None:
-    """Keep in the cluster what engines on GPUs, all of one size, have measured at this start."""
-    sizes = {card.total for node in run.nodes for card in node.cards}
-    card = sizes.pop() if len(sizes) == 1 else 0
-    running = {d.name: running_replicas(d) for d in details.deployments.values()}
-    demands = []
-    for demand in action.demands:
-        memory, replicas = demand.memory, running.get(demand.deployment)
-        if memory and memory.block and replicas and gpu_shares(demand) and action.submits:
+def suggestions(action: Action, run: Run) -> tuple[str, ...]:
+    """The cache size that each engine which has just measured its memory names in its log, and
+    which ends such measuring (vllm/v1/worker/gpu_worker.py)."""
+    found = []
+    models = [m for m in action.application.models if m.measures_memory and action.submits]
+    for deployment in action.details.deployments.values() if action.details else ():
+        replicas = running_replicas(deployment)[:1]
+        for replica in replicas if any(serves(deployment.name, m) for m in models) else ():
             with contextlib.suppress(ClusterError):
-                log = run.cluster.replica_log(replicas[0].actor_id or "", "ALIVE")
-                memory = learn(memory, card, log)
-        demands.append(replace(demand, memory=memory))
-    if tuple(demands) != action.demands:
-        action.demands = tuple(demands)
-        run.cluster.remember(action.name, Record(action.version, action.kept, action.demands))
+                log = run.cluster.replica_log(replica.actor_id or "", "ALIVE")
+                found += re.findall(r"--kv-cache-memory=(\d+)` \([\d.]+ GiB\) to fit", log)[:1]
+    return tuple(f"engine_kwargs.kv_cache_memory_bytes: {n} keeps what it has" for n in found)
 
 
 def delete_application(action: Action, run: Run) -> None:
@@ -3154,8 +3063,6 @@ def format_running(action: Action, run: Run) -> list[str]:
             others.remove(demand)
             lines.append(format_demand(demand, OF_A_MODEL))
         lines += [f"   Note: {note}" for note in model.notes]
-    pins = [d.memory.suggested for d in action.demands if d.memory and d.memory.suggested]
-    lines += [f"   Note: engine_kwargs.kv_cache_memory_bytes: {n} keeps what it has" for n in pins]
     lines += [*map(format_demand, others), *format_proof(action.proof or Proof())]
     lines += ["   It ran when the cluster was last seen"] if run.stop_code == EXIT_CLUSTER else []
     address, paths = endpoints(application, run)
@@ -3282,7 +3189,7 @@ def report_json(run: Run) -> Config:
     """The report for programs; docs/REFERENCE.md has it. A key that is gone or means another thing
     raises the version, a new one does not."""
     return {
-        "version": 3,
+        "version": 4,
         "exit_code": exit_code(run),
         "seconds": round(run.clock() - run.started, 1),
         "dashboard": run.cluster.dashboard_url,
@@ -3322,20 +3229,6 @@ def action_json(action: Action, run: Run) -> Config:
 
 # -- a config for others ---------------------------------------------------------------------------
 
-MANIFEST = """\
-apiVersion: ray.io/v1
-kind: RayService
-metadata:
-  name: {name}
-spec:
-  # The cluster is yours, a rayClusterConfig like this one at the least:
-  # rayClusterConfig:
-  #   headGroupSpec:
-  #     rayStartParams: {{}}
-  #     template: {{spec: {{containers: [{{name: head, image: "rayproject/ray-llm:2.60.0"}}]}}}}
-  serveConfigV2: |
-{config}"""
-
 
 def for_others(value: Any, document: Document, path: KeyPath = ()) -> Any:
     """A copy of data of a document's: in place of what variables gave stands "${NAME}", for a text
@@ -3352,17 +3245,6 @@ def for_others(value: Any, document: Document, path: KeyPath = ()) -> Any:
     last = next(n for n in range(len(path), 0, -1) if isinstance(path[n - 1], str))
     name = re.sub(r"\W+", "_", format_key(path[last - 1 :])).strip("_").upper()
     return f"${{{name}}}" if is_secret(value, path) else redact(value, frozenset())
-
-
-def pin_caches(action: Action) -> None:
-    """Write the cache sizes that engines have suggested into what runs and was not edited."""
-    record = action.record
-    llms = [llm for _, llm, _ in llm_places({"applications": [action.application.config]})]
-    for demand in record.demands if record and action.change != "RESTART" else ():
-        for model, llm in zip(action.application.models, llms, strict=False):
-            if demand.memory and demand.memory.suggested and serves(demand.deployment, model):
-                pin = {"kv_cache_memory_bytes": demand.memory.suggested}
-                llm["engine_kwargs"] = pin | as_dict(llm.get("engine_kwargs"))
 
 
 def export_config(document: Document, apps: Sequence[ApplicationSpec]) -> tuple[str, list[str]]:
@@ -3551,20 +3433,19 @@ class Session:
         say(f"📦 Found {len(applications)} application(s) to {purpose}")
         names = [] if options.plan else [item.name for item in applications]
         cluster.connect(options.address, names)
-        self.wait_for_others(names)
         actions = self.decide(applications)
         if run.stop_code:
             raise Stopped
         for action in filter(lambda action: action.submits, actions):
             with contextlib.suppress(Exception):  # its build will say it
                 cluster.process_of(action.application)
-        run.growth = cluster.growth()
-        if run.growth is None:
+        run.autoscales = cluster.autoscales()
+        if run.autoscales:
             say("⚠️  An autoscaler is active: what no node can hold yet is deployed and waits")
         claims = {} if options.plan else cluster.claims([action.name for action in actions])
         for action in [a for a in actions if a.name in claims and a.change != "unchanged"]:
             text = f"another run of this program works on it: {claims[action.name]}"
-            hint = "wait until it has ended (--wait does), or stop it, and run this again"
+            hint = "wait until it has ended, or stop it, and run this again"
             run.end(action, "FAILED", text, hint)
         if not options.plan and not options.delete:
             if ignored := cluster.start_serve(self.document.data):
@@ -3594,30 +3475,13 @@ class Session:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.options.only or ["*"])
 
     def export(self) -> int:
-        """Print the config for others; with --address it has what engines have measured there."""
+        """Print the config for others."""
         applications = self.load()
-        if self.options.address:
-            self.cluster.connect(self.options.address)
-            for action in self.decide(applications):
-                pin_caches(action)
         text, names = export_config(self.document, applications)
         if names:
             self.say(f"⚠️  {', '.join(names)}: to be filled in, Ray does not do it")
-        if self.options.export == "rayservice":
-            name = re.sub(r"[^a-z0-9]+", "-", Path(self.options.config).stem.lower()).strip("-")
-            text = MANIFEST.format(name=name or "llms", config=textwrap.indent(text, "    "))
         self.terminal.output(text.rstrip("\n"))
         return EXIT_OK
-
-    def wait_for_others(self, names: Sequence[str]) -> None:
-        """With --wait, wait within --timeout for other runs that work on the same."""
-        run, until = self.run, self.run.clock() + (self.options.timeout or math.inf)
-        claims = self.cluster.claims(names) if self.options.wait else {}
-        for who in dict.fromkeys(claims.values()):
-            self.say(f"⏳ Waiting for another run that works on the same: {who}")
-        while claims and not run.stop_code and run.clock() < until:
-            time.sleep(POLL_INTERVAL_S)
-            claims = self.cluster.claims(names)
 
     def decide(self, chosen: Sequence[ApplicationSpec]) -> list[Action]:
         """What to do with each chosen application, and with what --prune deletes. Raises
@@ -3631,11 +3495,11 @@ class Session:
         if options.delete:
             return [deletion(item, running.get(item.name), "--delete") for item in chosen]
         staying = {name: d for name, d in states.items() if name not in pruned}
-        if not options.export and (problems := list(taken_routes(chosen, staying))):
+        if problems := list(taken_routes(chosen, staying)):
             raise ConfigError(*located(self.document, problems))
         specs = [ApplicationSpec(-1, name, d.route_prefix, {}) for name, d in pruned.items()]
         actions = [deletion(spec, running[spec.name], "--prune") for spec in specs]
-        key = cluster.fingerprint_key(make=not (options.plan or options.export))
+        key = cluster.fingerprint_key(make=not options.plan)
         before = {d.route_prefix: name for name, d in pruned.items() if d.route_prefix}
         for item in chosen:
             action = decide(item, running.get(item.name), options, self.document.secrets, key)

@@ -38,8 +38,8 @@ ALIAS_BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 )
 
 NO_CONFIG = (
-    ":1:1: expected a mapping with `applications` (the old form is one item of it), or a "
-    "RayService with that in `serveConfigV2: |`"
+    ":1:1: expected a mapping with `applications` (the old form is one item of it; of a RayService "
+    "it is what serveConfigV2 holds)"
 )
 BROKEN = [
     pytest.param(
@@ -1449,71 +1449,6 @@ def test_no_slip_of_the_pen_breaks_the_program() -> None:
             raise AssertionError(f"mutation {number}:\n{text}") from error
         refused += any("warning: " not in line for line in found)
     assert 150 < refused < 300
-
-
-# -- a KubeRay manifest --------------------------------------------------------------------------
-
-SERVICE = """\
-apiVersion: ray.io/v1
-kind: RayService
-metadata:
-  name: llms
-spec:
-  serveConfigV2: |
-    applications:
-      - name: a
-        rout_prefix: /a
-        import_path: m:a
-  rayClusterConfig:
-    rayVersion: "2.60.0"
-"""
-MAP = "apiVersion: v1\nkind: ConfigMap\ndata: {a: b}\n"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        pytest.param(SERVICE, id="alone"),
-        pytest.param(f"{SERVICE}---\n{MAP}", id="before another"),
-        pytest.param(f"\ufeff{SERVICE}", id="BOM"),
-        pytest.param(SERVICE.replace("\n", "\r\n"), id="CRLF"),
-        pytest.param(SERVICE.replace("/a\n", "/a\n\n"), id="an empty line"),
-    ],
-)
-def test_a_manifests_problems_stand_where_they_are_in_it(text: str, tmp_path: Path) -> None:
-    file = tmp_path / "service.yaml"
-    file.write_text(text)
-    document = app.Document(str(file), {})
-    [warning] = document.problems
-    assert (warning.warning, warning.place) == (True, (str(file), 6, 3))
-    assert document.data["applications"][0]["import_path"] == "m:a"
-    [problem] = app.located(document, app.check_keys(document.data, app.TOP, ()))
-    assert problem.place == (str(file), 9, 9)
-    assert problem.message == "unknown key, did you mean 'route_prefix'?"
-
-
-def test_a_manifest_after_others_is_the_config(tmp_path: Path) -> None:
-    file = tmp_path / "all.yaml"
-    file.write_text(f"{MAP}---\n{SERVICE}".replace("rout_prefix", "route_prefix"))
-    document = app.Document(str(file), {})
-    assert app.check_keys(document.data, app.TOP, ()) == []
-    assert document.places["applications", 0, "name"] == (str(file), 12, 9)
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        pytest.param(
-            f"{SERVICE}---\n{SERVICE.replace('llms', 'more')}",
-            ":6:3: there are several RayServices: keep one of them",
-            id="several",
-        ),
-        pytest.param(MAP, ":1:1: expected a mapping with `applications`", id="none"),
-        pytest.param(SERVICE.replace("- name", "- name: ["), ":8:", id="a slip, at its place"),
-    ],
-)
-def test_manifests_that_are_no_config(text: str, said: str) -> None:
-    assert problems(text)[0].startswith(said)
 
 
 # -- what Ray would refuse later -------------------------------------------------------------------

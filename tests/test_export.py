@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import yaml
 
 import app_v5 as app
 from cluster import run_app_v5
-from test_deploy import state
 
 SECRET = "hf_abcdefgh12345678"
 CONFIG = f"""
@@ -126,67 +124,9 @@ def test_only_what_is_chosen_and_nothing_of_a_wrong_file(config: Path) -> None:
     _, out, _ = export(config, "serve", "--only", "two")
     assert [item["name"] for item in yaml.safe_load(out)["applications"]] == ["two"]
     config.write_text(CONFIG.replace("route_prefix: /two", "rout_prefix: /two"))
-    code, out, err = export(config, "rayservice")
+    code, out, err = export(config, "serve")
     assert (code, out) == (2, "")
     assert "did you mean 'route_prefix'" in err
-
-
-def test_a_manifest_holds_the_same_config(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, plain, _ = export(config, "serve")
-    _, out, _ = export(config, "rayservice")
-    manifest = yaml.safe_load(out)
-    assert (manifest["kind"], manifest["metadata"]) == ("RayService", {"name": "my-config"})
-    assert manifest["spec"] == {"serveConfigV2": plain}
-    for name in ("HF_TOKEN", "MODELS"):
-        monkeypatch.setenv(name, "/any")
-    config.write_text(out)
-    code, again, err = export(config, "serve", "--only", "two")
-    assert (code, "nothing of its cluster" in err) == (0, True)
-    assert yaml.safe_load(again)["applications"] == yaml.safe_load(plain)["applications"][1:]
-
-
-class Gateway(app.RayCluster):
-    """A cluster on which some others run, one of them at a route of the file."""
-
-    def connect(self, address: str, claims: Collection[str] = ()) -> None: ...
-
-    def states(self, timeout_s: float = 0.0) -> dict[str, Any]:
-        holder = state("two", "RUNNING").model_copy(update={"name": "of others"})
-        return {"a": state("a", "RUNNING"), "b": state("b", "DEPLOYING"), "of others": holder}
-
-    def endpoint(self, timeout_s: float = 0.0) -> str:
-        return "http://localhost:8000"
-
-
-@pytest.mark.parametrize("edited", [False, True])
-def test_what_engines_have_suggested_is_written(config: Path, edited: bool) -> None:
-    """That of a cluster, where its address is given and the config is what runs there."""
-    options = app.parse_options([str(config), "--export", "serve", "--address", "head:6379"])
-    document = app.Document(str(config), os.environ)
-    [one, _], _ = app.check_config(document, lambda *_: [])
-    action = app.decide(one, None, options, document.secrets, b"key")
-    [first, second] = (f"LLMServer:{model.deployment_name}" for model in one.models)
-    demands = [
-        app.Demand("one", first, memory=app.Memory(suggested=2**34), bundles=()),
-        app.Demand("one", second, memory=app.Memory(), bundles=()),
-    ]
-    version = "another" if edited else action.version
-    kept = {**action.kept, "import_path": "m:b"} if edited else action.kept
-
-    class Remembering(Gateway):
-        def running(self, found: Iterable[Any]) -> dict[str, app.Running]:
-            record = app.Record(version, kept, tuple(demands))
-            return {"one": (state("one", "RUNNING"), version, record)}
-
-        def fingerprint_key(self, *, make: bool) -> bytes:
-            return b"key"
-
-    out = io.StringIO()
-    session = app.Session(options, Remembering(options), out, io.StringIO())
-    session.work()
-    llms = yaml.safe_load(out.getvalue())["applications"][0]["args"]["llm_configs"]
-    pins = [llm["engine_kwargs"].get("kv_cache_memory_bytes") for llm in llms]
-    assert pins == [None if edited else 2**34, None]
 
 
 def test_as_a_user_calls_it(config: Path) -> None:

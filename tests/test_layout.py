@@ -25,7 +25,7 @@ NAMES = [
     *("Causes", "Ray", "Verify", "Deploy", "Report", "Command line"),
 ]
 
-CEILING = 3685  # to be 3300
+CEILING = 3549  # to be 3300
 MOST_OF_A_SECTION = 555  # to be 520; neither may grow
 MOST_OF_A_FUNCTION = 60
 
@@ -55,13 +55,6 @@ def test_the_sections_are_there_in_their_order() -> None:
     assert [name for _, name in SECTIONS] == NAMES
     numbers = [int(match[1]) for match in BANNER.finditer(SOURCE)]
     assert numbers == list(range(1, len(NAMES) + 1))
-
-
-def test_the_table_of_contents_names_them_as_they_are() -> None:
-    head = SOURCE[: SOURCE.index("from __future__")]
-    named = re.findall(r"section (\d+) \((.+?)\)", head)
-    assert len(named) > 8
-    assert named == [(number, NAMES[int(number) - 1]) for number, _ in named]
 
 
 def test_no_section_is_longer_than_one_reads_at_once() -> None:

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +66,11 @@ def test_a_share_of_a_card_in_words() -> None:
 def test_the_smallest_share_is_enough_and_a_smaller_one_is_not(requests: int) -> None:
     def full(gpus: float) -> float:
         memory = replace(FALCON3, fraction=gpus * app.WHOLE_GPU_MEMORY_FRACTION)
-        room = app.room_of(memory, 80 * GIB)
+        room = app.room_of(memory, 80 * GIB, app.ACTIVATIONS_BYTES)
         assert room is not None
         return room.requests
 
-    room = app.room_of(FALCON3, 80 * GIB)
+    room = app.room_of(FALCON3, 80 * GIB, app.ACTIVATIONS_BYTES)
     assert room is not None
     least = float(app.least_gpus(demand(), room, requests))
     assert full(least) >= requests
@@ -180,7 +180,7 @@ def test_a_fraction_of_the_user_s_own_gets_no_advice_about_num_gpus() -> None:
 
 def test_a_whole_card_has_what_vllm_takes_of_it() -> None:
     whole = demand(replace(FALCON3, weights=20 * GIB, fraction=0.92), 1.0)
-    room = app.room_of(whole.memory, 24 * GIB)
+    room = app.room_of(whole.memory, 24 * GIB, app.ACTIVATIONS_BYTES)
     assert room is not None
     assert room.requests >= 2
     assert app.least_gpus(whole, room, 1) == "0.99"
@@ -199,50 +199,6 @@ def test_what_is_not_known_is_said() -> None:
     assert app.format_memory(unknown, None) == ["memory: not known: it has a draft model"]
     assert app.format_memory(demand(), None)[1].endswith("--gpu-memory 80GiB would plan with one")
     assert app.format_memory(demand(None), None) == []
-
-
-LOG = """\
-INFO gpu_worker.py:626] Available KV cache memory: 27.5 GiB
-INFO gpu_worker.py:860] Free memory on device (79.1/80.0 GiB) on startup. Desired GPU memory \
-utilization is (0.405, 32.4 GiB). Replace gpu_memory_utilization config with \
-`--kv-cache-memory=29370000000` (27.35 GiB) to fit into requested memory, or \
-`--kv-cache-memory=79000000000` (73.5 GiB) to fully utilize gpu memory.
-"""
-
-
-def test_a_start_replaces_the_guess_on_the_same_kind_of_card() -> None:
-    card = 80 * GIB
-    learnt = app.learn(FALCON3, card, LOG)
-    assert learnt.suggested == 29_370_000_000
-    same, other = (app.room_of(learnt, size) for size in (card, 24 * GIB))
-    assert same and other
-    assert same.activations == pytest.approx(1.79 * GIB, rel=0.01)
-    assert other.activations == app.ACTIVATIONS_BYTES
-    assert app.learn(FALCON3, 24 * GIB, LOG).measured == ()  # another card's log
-    again = app.remembered(demand(), [demand(learnt)])
-    assert again.memory == learnt
-    edited = app.remembered(demand(replace(FALCON3, fraction=0.3)), [demand(learnt)])
-    assert edited.memory is not None
-    assert (edited.memory.measured, edited.memory.suggested) == (learnt.measured, 0)
-    changed = app.remembered(demand(replace(FALCON3, weights=1)), [demand(learnt)])
-    assert changed.memory is not None
-    assert changed.memory.measured == ()
-    measured = "27.5 GiB for the KV cache (1.79 GiB kept for activations, measured)"
-    assert measured in "".join(in_words(app.predict([again], [node(80)])))
-
-
-def test_a_record_keeps_it() -> None:
-    learnt = demand(app.learn(FALCON3, 80 * GIB, LOG))
-    row = json.loads(json.dumps(asdict(learnt)))
-    found = read_demand(row).memory
-    assert found is not None
-    assert (found.measured, found.suggested) == (learnt.memory.measured, 29_370_000_000)  # type: ignore[union-attr]
-    built = {
-        **row,
-        "memory": {**row["memory"], "measured": [], "suggested": 0},
-    }  # as a builder does
-    again = app.remembered(read_demand(built), [read_demand(row)])
-    assert again.memory == found
 
 
 def test_the_dashboard_s_cards() -> None:
@@ -366,7 +322,7 @@ def test_models_of_real_size_from_their_config_alone(tmp_path: Path) -> None:
     # A table of positions and the layers' norms are whole in each shard.
     assert halves["weights"] == pytest.approx(falcon3["weights"] / 2, rel=0.001)
     assert halves["block"] * 2 == falcon3["block"]
-    room = app.room_of(app.Memory(**{**falcon3, "pinned": 20 * GIB}), 0)
+    room = app.room_of(app.Memory(**{**falcon3, "pinned": 20 * GIB}), 0, 0)
     assert room is not None
     assert (room.tokens, int(room.requests)) == (291_200, 71)
     # Where no CUDA graphs are, as on the CPU, more sequences than Mamba blocks are no fault.
@@ -411,7 +367,7 @@ def test_what_a_started_engine_says_of_too_small_a_cache(
     done = in_a_process(TOO_SMALL, options)
     answer = json.loads(done.stdout.partition("ASKED ")[2])
     found = read_demand({"application": "a", "deployment": "D", "bundles": [], "memory": answer})
-    room = app.room_of(found.memory, 0)
+    room = app.room_of(found.memory, 0, 0)
     assert room
     said = app.memory_misfit(found, room)
     assert f"ValueError: {said}" in done.stdout + done.stderr

@@ -22,7 +22,6 @@ from app_v5 import (
     format_amount,
     format_prediction,
     matches,
-    new_nodes,
     predict,
     stock,
     take,
@@ -168,12 +167,6 @@ CPU = {"CPU": 1}
         pytest.param(
             [demand("x", {"memory": 2e9, "tpu-slice": 1})], [A], ["NEVER"], id="unknown resource"
         ),
-        pytest.param(
-            [demand("x", {"GPU": 1})],
-            [node("C", CPU=4), Node("G (new)", {"GPU": 1}, {}, new=True)],
-            ["NOT NOW"],
-            id="an autoscaler may add it",
-        ),
     ],
 )
 def test_replicas_go_where_ray_puts_them(
@@ -260,35 +253,6 @@ def test_what_gives_way_counts_as_free() -> None:
     assert (goes.free["CPU"], stock(goes)["GPU"]) == (7.0, (7_000,))
     assert (stays.holders, goes.holders) == (tuple(held), tuple(held[1:]))
     assert (goes.name, goes.labels) == ("n", {"zone": "a"})
-
-
-V1 = """\
-2026-01-01 10:00:00,000 INFO autoscaler.py:1 -- StandardAutoscaler: {"max_workers": 3, \
-"provider": {"type": "aws"}, "available_node_types": {"gpu": {"resources": {"GPU": 2}, \
-"max_workers": 2}, "cpu": {"resources": {"CPU": 4}}}}
-"""
-V2 = """\
-2026-01-01 10:00:00,000 INFO config.py:1 -- Using Autoscaling Config:
-available_node_types:
-  gpu: {max_workers: 99, resources: {GPU: 2}}
-provider: {type: kuberay}
-2026-01-01 10:00:01,000 INFO next line
-"""
-
-
-@pytest.mark.parametrize(
-    ("log", "names"),
-    [
-        pytest.param(V1, ["gpu"] * 2 + ["cpu"] * 3, id="v1"),
-        pytest.param(V2.replace("Config:\n", "Config: \n"), ["gpu"] * 8, id="v2, a few of many"),
-        pytest.param(V1.replace("aws", "readonly"), [], id="a cluster that does not grow"),
-        pytest.param("nothing of the kind", [], id="no autoscaler"),
-    ],
-)
-def test_an_autoscaler_may_add_nodes(log: str, names: list[str]) -> None:
-    nodes = new_nodes(log)
-    assert [node.name for node in nodes] == [f"{n} (the autoscaler may add it)" for n in names]
-    assert all(node.new and not node.free and node.total for node in nodes)
 
 
 # -- the text ------------------------------------------------------------------------------------
@@ -391,12 +355,12 @@ def test_a_misfit_says_what_is_short_and_who_holds_it(
     assert predict(demands, nodes).fits[-1].misfit.partition("; ")[2] == reason
 
 
-def test_some_replicas_fit_and_a_node_to_come_is_named() -> None:
-    new = Node("gpu (the autoscaler may add it)", {"GPU": 1}, {}, new=True)
-    plan = predict([demand("x", {"GPU": 0.9}, replicas=2)], [node("A", GPU=1), new])
+def test_some_replicas_fit() -> None:
+    nodes = [node("A", GPU=1), Node("B", {"GPU": 1}, {})]
+    plan = predict([demand("x", {"GPU": 0.9}, replicas=2)], nodes)
     assert format_prediction(plan)[1:] == [
         "node A · GPU 0 ██████████████████·· x/D 0.90 · 0.10 free",
-        "node gpu (the autoscaler may add it)",
+        "node B · GPU 0 ████████████████████ already running 1 · 0 free",
         "x/D: predicted: does not fit now; 1 of 2 replicas fit; needs 0.90 GPU; the largest free "
         "share is 0.10 (node A, GPU 0, held by x/D 0.90)",
     ]

@@ -25,7 +25,7 @@ REFERENCE = ROOT / "docs" / "REFERENCE.md"
 
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 OPTIONS_OF_OTHERS = {"--head", "--keep", "--resources", "--working-dir"}
-OPTIONS_THAT_WENT = {"--on-failure", "--stagger", "--wake"}
+OPTIONS_THAT_WENT = {"--on-failure", "--stagger", "--wait", "--wake"}
 RECORDED_CAUSES = [
     (str(text), str(hint))
     for _, text, hint in (row.values for row in (*WHAT_WAS_RECORDED, *WHAT_THE_SOURCES_SAY))

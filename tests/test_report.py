@@ -360,7 +360,7 @@ def test_json_has_the_same_facts() -> None:
     done = replace(running(), proof=PROOF)
     document = json.loads(json.dumps(app.report_json(report(done, failed()))))
     heads = ("version", "exit_code", "seconds", "dashboard", "packing", "misfits", "not_in_file")
-    assert [document[key] for key in heads] == [3, 1, 75.0, DASHBOARD, None, None, []]
+    assert [document[key] for key in heads] == [4, 1, 75.0, DASHBOARD, None, None, []]
     good, bad = document["applications"]
     assert (good["name"], good["change"], good["result"]) == (FALCON3[0], "create", "RUNNING")
     assert good["base_url"] == "http://localhost:8000/falcon3-1b"
@@ -577,8 +577,8 @@ class Cluster:  # nothing runs there
     dashboard_url = ""
     def __getattr__(self, name):
         found = {"check_values": [], "claims": {}, "states": {}, "running": {}, "nodes": [],
-                 "growth": [], "endpoint": "", "alive": True, "connect": None, "holdings": [],
-                 "delete": None}[name]
+                 "endpoint": "", "alive": True, "autoscales": False, "connect": None,
+                 "holdings": [], "delete": None}[name]
         return lambda *arguments, **keys: found
 
 app.RayCluster = lambda worker_logs: Cluster()

@@ -173,7 +173,7 @@ def test_json_is_one_document_on_stdout(user: User) -> None:
     config = user.write(app("new"), app("bad", "raises"))
     finished = user.run("--json", config=config)
     report = json.loads(finished.stdout)
-    assert (finished.returncode, report["exit_code"], report["version"]) == (1, 1, 3)
+    assert (finished.returncode, report["exit_code"], report["version"]) == (1, 1, 4)
     new, bad = report["applications"]
     assert (new["result"], new["change"], new["cause"]) == ("RUNNING", "create", None)
     assert new["base_url"] == f"http://localhost:{user.port}/new"

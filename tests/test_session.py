@@ -33,7 +33,7 @@ class Cluster:
         self.connected_for: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
-        found: app.Config = {"check_values": [], "nodes": [], "growth": [], "endpoint": ""}
+        found: app.Config = {"check_values": [], "nodes": [], "endpoint": "", "autoscales": False}
         return lambda *arguments, **keys: found.get(name)
 
     def connect(self, address: str, claims: list[str]) -> None:
@@ -77,24 +77,11 @@ def test_what_another_run_works_on_is_refused_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = Cluster({"mine", "old"})
-    _, actions, said = session(tmp_path, monkeypatch, cluster, "--prune")
+    _, actions, _ = session(tmp_path, monkeypatch, cluster, "--prune")
     assert cluster.connected_for == ["mine", "new"]
     refused = {action.name: action.cause for action in actions}
     text = f"another run of this program works on it: {HOLDER}"
     assert refused == {"old": text, "mine": text, "new": ""}
-    assert "Waiting" not in said
-
-
-def test_another_run_is_waited_for_within_the_timeout(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ends = Cluster({"mine"}, {"mine"}, set())
-    _, actions, said = session(tmp_path, monkeypatch, ends, "--wait", "--prune")
-    assert said.count(f"⏳ Waiting for another run that works on the same: {HOLDER}") == 1
-    assert not any(action.result for action in actions)
-    stays = Cluster({"mine"})
-    _, actions, _ = session(tmp_path, monkeypatch, stays, "--wait", "--prune", "--timeout", "0.1")
-    assert [action.name for action in actions if action.result] == ["mine"]
 
 
 def test_a_process_that_can_not_be_started_ahead_is_told_by_its_build(
