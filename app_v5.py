@@ -253,23 +253,15 @@ class Reservation:
     gpus: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A request that an application has answered well."""
-
-    request: str
-    total_s: float
-    model_id: str = ""
-
-
 @dataclass
 class Proof:
-    """What was checked of an application that runs. `mismatches` are broken promises, `notes` what
-    was not asked; `unverified` says why it could not be asked."""
+    """What was checked of an application that runs. `mismatches` are broken promises; `answers` are
+    requests, "POST /v1/completions to MODEL", and the seconds that each took; `notes` say what was
+    not asked, and `unverified` why it could not be."""
 
     reservations: Sequence[Reservation] = ()
     mismatches: Sequence[str] = ()
-    answers: Sequence[Answer] = ()
+    answers: Sequence[tuple[str, float]] = ()
     notes: tuple[str, ...] = ()
     unverified: str = ""
 
@@ -2582,7 +2574,7 @@ def smoke_test(application: ApplicationSpec, asleep: Collection[str], base_url: 
     if status >= SERVER_ERROR or (models and status != OK):
         raise ApplicationError(f"GET {url}{path}: {format_refusal(status, text)}")
     ids = [str(as_dict(row).get("id")) for row in as_list(read_json(text).get("data"))]
-    answers, notes = [Answer(f"GET {path}", total_s)], []
+    answers, notes = [(f"GET {path}", total_s)], []
     for model in models:
         if model.model_id not in ids:
             there = ", ".join(ids) or "nothing"
@@ -2596,7 +2588,7 @@ def smoke_test(application: ApplicationSpec, asleep: Collection[str], base_url: 
     return Proof(answers=tuple(answers), notes=tuple(notes))
 
 
-def ask_model(model_id: str, url: str) -> Answer | None:
+def ask_model(model_id: str, url: str) -> tuple[str, float] | None:
     """One token from a model, over the first interface that it has; None when it says itself that
     it has none of them, as a model does that transcribes."""
     cannot = "chat template|does not support|not support(?:ed)? by|not found"
@@ -2604,7 +2596,7 @@ def ask_model(model_id: str, url: str) -> Answer | None:
         status, text, total_s = fetch(url + path, {**question, "model": model_id})
         said = read_json(text).get("model") or "nobody"
         if status == OK and said == model_id:
-            return Answer(f"POST {path}", total_s, model_id)
+            return f"POST {path} to {model_id}", total_s
         if status == OK:
             raise ApplicationError(f"POST {url}{path}: {model_id} was asked, and {said} answered")
         if not re.search(cannot, text, re.IGNORECASE):
@@ -3080,9 +3072,7 @@ def format_proof(proof: Proof) -> list[str]:
         where += f" GPU {', '.join(map(str, item.gpus))}" if item.gpus else ""
         places[f"{'✗' if broken else '✓'} Reserved by {name}: {amounts}, on {where}"] += 1
     lines += [f"{text} ({n} replicas)" if n > 1 else text for text, n in places.items()]
-    for answer in proof.answers:
-        who = f" to {answer.model_id}" if answer.model_id else ""
-        lines.append(f"✓ {answer.request}{who}: answered in {answer.total_s:.2f} s")
+    lines += [f"✓ {request}: answered in {s:.2f} s" for request, s in proof.answers]
     lines += proof.notes
     lines += [f"✗ Not verified: {proof.unverified}"] if proof.unverified else []
     return [f"   {line}" for line in lines]

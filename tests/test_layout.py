@@ -25,7 +25,7 @@ NAMES = [
     *("Causes", "Ray", "Verify", "Deploy", "Report", "Command line"),
 ]
 
-CEILING = 3549  # to be 3300
+CEILING = 3539  # to be 3300
 MOST_OF_A_SECTION = 555  # to be 520; neither may grow
 MOST_OF_A_FUNCTION = 60
 

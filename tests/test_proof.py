@@ -46,7 +46,10 @@ def test_what_is_promised_is_read_back_and_answers(user: User) -> None:
     assert row["change"] == "unchanged"
     assert row["proof"]["reservations"][0]["reserved"] == {"CPU": 0.5, "GPU": 0.1}
     assert row["proof"]["mismatches"] == []
-    assert [answer["model_id"] for answer in row["proof"]["answers"]] == ["", "model"]
+    assert [row["proof"]["answers"][i][0] for i in (0, 1)] == [
+        "GET /v1/models",
+        "POST /v1/chat/completions to model",
+    ]
 
 
 def test_a_builder_that_reserves_something_else_is_caught(user: User) -> None:

@@ -292,10 +292,7 @@ PROOF = app.Proof(
         app.Reservation("OpenAiIngress", "t", {"CPU": 2.0}, ("10.0.0.2",)),
     ),
     mismatches=("OpenAiIngress: promised 1 CPU, reserved 2 (why)",),
-    answers=(
-        app.Answer("GET /v1/models", 0.01),
-        app.Answer("POST /v1/chat/completions", 0.31, "m"),
-    ),
+    answers=(("GET /v1/models", 0.01), ("POST /v1/chat/completions to m", 0.31)),
     notes=("m is scaled to zero: not woken up",),
     unverified="connection refused",
 )
