@@ -43,11 +43,7 @@ from cluster import (
 )
 from test_config import ALIAS_BOMB, LLM
 from traffic import Flow, Traffic
-from user import Config, User, about, app, get_text, serving
-
-on_request = pytest.mark.skipif(
-    not os.environ.get("FAULTS"), reason="takes a quarter of an hour: FAULTS=1 runs it, as CI does"
-)
+from user import Config, User, about, app, get_text, on_request, serving
 
 
 class Matrix:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cluster import RayHead
-from user import Config, User, about, app, serving
+from user import Config, User, about, app, on_request, serving
 
 pytestmark = pytest.mark.serve
 
@@ -82,6 +82,7 @@ def test_bad_answers_fail_their_applications_alone(user: User) -> None:
     assert user.run("--no-smoke-test", config=config).returncode == 0
 
 
+@on_request
 def test_one_that_hangs_on_its_first_request_has_failed(user: User) -> None:
     config = user.write(fake("hanging", "hangs"), app("good"))
     finished = user.run("--timeout", "15", config=config)

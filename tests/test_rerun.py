@@ -13,7 +13,7 @@ import pytest
 
 from cluster import RayHead, wait_until
 from traffic import Traffic
-from user import Config, User, about, app, get_text, serve_deploy, serving
+from user import Config, User, about, app, get_text, on_request, serve_deploy, serving
 
 pytestmark = pytest.mark.serve
 
@@ -222,6 +222,7 @@ def test_two_runs_on_one_file_and_two_on_two(user: User) -> None:
     assert len(replicas(user, "shared")) == 1
 
 
+@on_request
 def test_many_runs_at_once_leave_one_generation_of_replicas(user: User) -> None:
     config = user.write(versioned("many"))
     runs = [user.start(config) for _ in range(3)]
@@ -233,6 +234,7 @@ def test_many_runs_at_once_leave_one_generation_of_replicas(user: User) -> None:
     assert "Unchanged" in about("many", user.run(config=config).stdout)
 
 
+@on_request
 def test_a_run_that_was_killed_holds_nothing_up(user: User) -> None:
     config = user.write(versioned("killed", "one", 5))
     process = user.start(config)
@@ -244,6 +246,7 @@ def test_a_run_that_was_killed_holds_nothing_up(user: User) -> None:
     assert len(replicas(user, "killed")) == 1
 
 
+@on_request
 def test_a_controller_that_dies_with_a_call_in_flight_is_no_failure(user: User) -> None:
     assert user.deploy(versioned("a")).returncode == 0
     before = get_text(user, "/a")

@@ -14,7 +14,7 @@ from subprocess import Popen
 import pytest
 
 from cluster import RayHead, run_app_v5, wait_until
-from user import Config, User, about, app, get_text, serving
+from user import Config, User, about, app, get_text, on_request, serving
 
 pytestmark = pytest.mark.serve
 
@@ -208,6 +208,7 @@ def answers(user: User, route: str) -> bool:
         return False
 
 
+@on_request
 def test_a_head_that_dies_is_reported_before_ray_kills_the_program(
     tmp_path: Path, http_port: int
 ) -> None:

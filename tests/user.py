@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import urllib.request
@@ -11,9 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from cluster import APP_V5, PYTHON, RayHead, free_port, get_json, run_app_v5
 
 Config = dict[str, Any]
+
+on_request = pytest.mark.skipif(
+    not os.environ.get("FAULTS"), reason="a fault that takes long: FAULTS=1 runs it, as CI does"
+)
 
 
 def app(name: str, builder: str = "good", **keys: Any) -> Config:
