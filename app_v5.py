@@ -247,7 +247,6 @@ class Reservation:
     """What one running replica holds, read back from Ray; `gpus` are indices on `nodes`."""
 
     deployment: str
-    replica_id: str
     reserved: Resources
     nodes: tuple[str, ...]
     gpus: tuple[int, ...] = ()
@@ -1767,10 +1766,7 @@ LOG_PREFIX = re.compile(
 )
 FRAME = re.compile(r'^\s*File (?:"[^"]*", line \d+, in|(?P<place>"[^"]*", line \d+))')
 RAISED = re.compile(r"^(?P<name>[A-Za-z_][\w.]*)(?:\([\w.]+\))?(?::|: .*)?$")
-NEXT_MESSAGE = re.compile(
-    r"Traceback|During handling|The above exception|ray::|:\w+:|\[|\S+:\d+: |"
-    r"Failed to update|The deployment |Deployment '|A replica "
-)
+NEXT_MESSAGE = re.compile(r"Traceback|During |The above|The deployment|A replica|ray::|:|\[")
 """What ends the lines that belong to an exception."""
 
 WRAPPERS = re.compile(
@@ -1782,15 +1778,10 @@ WRAPPERS = re.compile(
 )
 """Exceptions whose text only points elsewhere (vllm/v1/engine/utils.py, vllm/v1/executor)."""
 
-DIED = r"^(?:\S*ActorDiedError: )?The actor (?:died|is dead).* exit detail: "
 NEEDLESS = re.compile(
-    r"^(?:RuntimeError: Failed to create vLLM engine config: |pydantic_core\._pydantic_core\.|"
-    r"(?:RuntimeError: )?Worker failed with error '(?!')|"
-    r"\d+ validation errors? for \w+ Value error, |"
-    # What pip or another program printed, up to its last line.
-    r"\S+CalledProcessError: Run cmd\[\d+\] failed.* (?=(?:ERROR|error): ))+|"
-    r"(?:', please check the stack trace| \[type=\w+, input_value=|"
-    r" Some common causes include:| Supported architectures:).*"
+    r"^.*(?: exit detail: |vLLM engine config: |Value error, |Worker failed with error '(?!'))|"
+    r"^.*CalledProcessError: .*(?:ERROR|error): |"  # what pip printed, up to its last line
+    r"(?:', please check| \[type=\w+, | Some common causes| Supported architectures:).*"
 )
 """What nobody needs to read before an exception's own words, and behind them."""
 
@@ -1821,8 +1812,6 @@ Repo id must be in the form|is not a local folder|Can't load the config|Invalid 
     there is no such model: check model_source; a path has to exist on every node
 SafetensorError
     a weights file is broken or not whole: fetch the model again
-Model architectures .* are not supported
-    this version of vLLM does not know the model's architecture: use another model or vLLM
 trust_remote_code
     the model brings its own code: set engine_kwargs.trust_remote_code: true if you trust it
 Cannot schedule .* cannot fit .*'GPU': (?P<held>[\d.]+)
@@ -1831,10 +1820,10 @@ does not support ray|Failed to infer device type|No CUDA GPUs|NVIDIA driver|libc
     the node has no GPU that vLLM can use: see nvidia-smi, or set num_gpus: 0 for the CPU engine
 ModuleNotFoundError|No module named
     install it on the nodes, or name it in runtime_env
-module '[^']*' has no attribute
-    check the part of import_path behind the colon
 runtime_env could not be set up|Failed to set up runtime env|Runtime env setup for
     check runtime_env
+Failed to bind to address '\S+:(?P<port>\d+)'
+    port {port} is taken: stop what has it, or set another http_options.port
 running low on memory
     the node ran out of main memory: fewer replicas on it, or a ray_actor_options.memory
 Worker exit type: SYSTEM_ERROR
@@ -1857,13 +1846,11 @@ def root_cause(message: str, logs: Sequence[str] = ()) -> tuple[str, str]:
     last in Serve's message, as Python prints the outermost last, and from the first in a log, as
     the engine's processes pass it on."""
     lines = [line.strip() for line in ANSI.sub("", message).splitlines() if line.strip()]
-    last = [x for x in lines if not x.startswith(("This may be caused by", "ActorDied"))] or lines
-    said = [real_exceptions(message)[::-1], *map(real_exceptions, logs), last[-1:]]
+    said = [real_exceptions(message)[::-1], *map(real_exceptions, logs), lines[-1:]]
     found = next(filter(None, said), ["(no message)"])
     text = next(filter(hint_for, found), found[0])
     hint = hint_for(text) or hint_for(message.partition('\n  File "')[0])
-    text = NEEDLESS.sub("", re.sub(DIED, "the process died: ", text))
-    return shortened(text, MOST_CAUSE_CHARACTERS), hint
+    return shortened(NEEDLESS.sub("", text), MOST_CAUSE_CHARACTERS), hint
 
 
 def real_exceptions(text: str) -> list[str]:
@@ -1897,9 +1884,7 @@ def hint_for(text: str) -> str:
 PHASES: tuple[tuple[str, str], ...] = (
     (r"Downloading|Fetching \d+ files", "downloading"),
     (r"Starting to load model|Loading safetensors|Loading weights took", "loading weights"),
-    (r"Model loading took|Memory profiling takes", "profiling memory"),
     (r"Dynamo bytecode|Compiling a graph|torch\.compile (?:took|and)", "compiling"),
-    (r"Available KV cache memory|GPU KV cache size|GiB for KV cache", "making the KV cache"),
     (r"Capturing .*graph|Graph capturing|Warming up model", "warming up"),
     (r"init engine \(profile, create kv cache|Started vLLM engine", "starting the server"),
 )
@@ -1909,21 +1894,6 @@ PHASES: tuple[tuple[str, str], ...] = (
 def engine_phase(log: str) -> str:
     """The furthest phase of an engine's start in a log of several processes, or "" for none."""
     return next((phase for pattern, phase in reversed(PHASES) if re.search(pattern, log)), "")
-
-
-def serve_failure(message: str, port: int) -> ClusterError:
-    """Why Serve did not start; who has its port, where that can be read."""
-    import psutil
-
-    if "Failed to bind" not in message:
-        return ClusterError(f"Ray Serve did not start: {root_cause(message)[0]}")
-    who = "another process"
-    with contextlib.suppress(psutil.Error, OSError):
-        for found in psutil.net_connections("tcp"):
-            if found.pid and found.status == "LISTEN" and found.laddr.port == port:
-                who = f"process {found.pid} ({psutil.Process(found.pid).name()})"
-    hint = "stop that, or set another http_options.port"
-    return ClusterError(f"Ray Serve did not start: port {port} is taken: {who} has it\n   {hint}")
 
 
 # ======================================================================================
@@ -2175,7 +2145,8 @@ class RayCluster:
             except ValueError:  # another run has started Serve at the same moment
                 serve.start(**options)
         except Exception as error:
-            raise serve_failure(str(error), schema.http_options.port) from error
+            said = "\n   ".join(filter(None, root_cause(str(error))))
+            raise ClusterError(f"Ray Serve did not start: {said}") from error
         self.states()
         found, wanted = self.latest.http_options.model_dump(), options["http_options"]
         return tuple(k for k in config.get("http_options") or () if found.get(k) != wanted.get(k))
@@ -2437,8 +2408,7 @@ class RayCluster:
                 total = sum((Counter(amounts) for _, amounts, _ in parts), Counter[str]())
                 nodes = tuple(dict.fromkeys(names.get(node, node) for node, _, _ in parts))
                 gpus = tuple(sorted({index for _, _, indices in parts for index in indices}))
-                row = (deployment.name, replica.replica_id, dict(total), nodes, gpus)
-                found += [Reservation(*row)] if parts else []
+                found += [Reservation(deployment.name, dict(total), nodes, gpus)] if parts else []
         return found
 
     def autoscales(self) -> bool:

@@ -43,7 +43,7 @@ WHAT_WAS_RECORDED = [
     pytest.param(
         "architecture",
         "Model architectures ['FalconOfTheFutureForCausalLM'] are not supported for now.",
-        "this version of vLLM does not know the model's architecture: use another model or vLLM",
+        "",
         id="unsupported architecture",
     ),
     pytest.param(
@@ -108,7 +108,7 @@ WHAT_WAS_RECORDED = [
     ),
     pytest.param(
         "accelerator-type",
-        "ValidationError: 1 validation error for LLMServingArgs llm_configs.accelerator_type Value error, Unsupported accelerator type: NOSUCH",
+        "Unsupported accelerator type: NOSUCH",
         "the import, or the builder with these args, raised it",
         id="LLMConfig refuses a value",
     ),
@@ -121,7 +121,7 @@ WHAT_WAS_RECORDED = [
     pytest.param(
         "missing-attribute",
         "AttributeError: module 'fixture_apps' has no attribute 'nothing'",
-        "check the part of import_path behind the colon",
+        "the import, or the builder with these args, raised it",
         id="missing attribute",
     ),
     pytest.param(
@@ -138,13 +138,13 @@ WHAT_WAS_RECORDED = [
     ),
     pytest.param(
         "builder-exits",
-        "the process died: Worker exits unexpectedly. Worker exits with an exit code 3.",
+        "Worker exits unexpectedly. Worker exits with an exit code 3.",
         "the process was killed, crashed or ended itself: see its logs, and dmesg for the OOM killer",
         id="builder calls sys.exit",
     ),
     pytest.param(
         "builder-dies",
-        "the process died: Worker unexpectedly exits with a connection error code 2. End of file.",
+        "Worker unexpectedly exits with a connection error code 2. End of file.",
         "the process was killed, crashed or ended itself: see its logs, and dmesg for the OOM killer",
         id="builder kills its process",
     ),
@@ -156,13 +156,13 @@ WHAT_WAS_RECORDED = [
     ),
     pytest.param(
         "replica-killed",
-        "the process died: Worker unexpectedly exits with a connection error code 2. End of file.",
+        "Worker unexpectedly exits with a connection error code 2. End of file.",
         "the process was killed, crashed or ended itself: see its logs, and dmesg for the OOM killer",
         id="constructor kills its process",
     ),
     pytest.param(
         "bad-pip",
-        "ERROR: No matching distribution found for no-such-package-xyz",
+        "No matching distribution found for no-such-package-xyz",
         "check runtime_env",
         id="runtime_env: no such package",
     ),
@@ -233,7 +233,7 @@ WHAT_THE_SOURCES_SAY = [
     pytest.param(
         "from_source_http-port-taken",
         "RuntimeError: Failed to bind to address '0.0.0.0:8000'.",
-        "",
+        "port 8000 is taken: stop what has it, or set another http_options.port",
         id="ray/serve/_private/http_util.py",
     ),
     pytest.param(
@@ -327,9 +327,7 @@ def test_every_recorded_file_has_its_row() -> None:
         ),
         pytest.param("huggingface_hub/_snapshot_download.py", "Fetching {", id="downloading"),
         pytest.param("vllm/v1/worker/gpu_model_runner.py", "Starting to load model", id="loading"),
-        pytest.param("vllm/v1/worker/gpu_model_runner.py", "Model loading took", id="profiling"),
         pytest.param("vllm/compilation/monitor.py", "torch.compile took", id="compiling"),
-        pytest.param("vllm/v1/worker/gpu_worker.py", "Available KV cache memory", id="cache"),
         pytest.param("vllm/v1/worker/gpu_model_runner.py", "Capturing CUDA graphs", id="graphs"),
         pytest.param(
             "ray/llm/_internal/serve/engines/vllm/vllm_engine.py", "Started vLLM engine", id="up"
@@ -418,7 +416,7 @@ SERVE_SAYS = (
                 "type: SYSTEM_ERROR Worker exit detail: Worker exits with an exit code 6. Some common "
                 "causes include: (1) many.\n"
             ],
-            "the process died: Worker exits with an exit code 6.",
+            "Worker exits with an exit code 6.",
             id="a worker of the engine died",
         ),
         pytest.param(
@@ -432,8 +430,7 @@ SERVE_SAYS = (
             "pydantic_core._pydantic_core.ValidationError: 1 validation error for LLMConfig\n"
             "deployment_config\n  Value error, Invalid deployment config [type=value_error, input_value={}]\n    For further information visit https://x\n",
             [],
-            "ValidationError: 1 validation error for LLMConfig "
-            "deployment_config Value error, Invalid deployment config",
+            "Invalid deployment config",
             id="a pydantic model",
         ),
         pytest.param(
@@ -461,7 +458,6 @@ def test_the_first_real_exception_is_found(message: str, logs: list[str], text: 
     [
         pytest.param(30, "", id="imports"),
         pytest.param(31, "loading weights", id="loading"),
-        pytest.param(36, "making the KV cache", id="KV cache"),
         pytest.param(None, "starting the server", id="stderr ends with an earlier phase"),
     ],
 )
@@ -475,11 +471,7 @@ def test_the_phases_of_a_recorded_start(lines: int | None, phase: str) -> None:
     [
         pytest.param("", "", id="nothing yet"),
         pytest.param("WARNING Enforce eager set, disabling torch.compile\n", "", id="no phase yet"),
-        pytest.param(
-            "INFO Model loading took 1.0 GiB memory and 2 s\n", "profiling memory", id="profile"
-        ),
         pytest.param("INFO Dynamo bytecode transform time: 2.1 s\n", "compiling", id="compile"),
-        pytest.param("INFO Available KV cache memory: 3 GiB\n", "making the KV cache", id="cache"),
         pytest.param("Capturing CUDA graphs (mixed): 10%\n", "warming up", id="graphs"),
     ],
 )

@@ -727,7 +727,7 @@ def test_a_second_attempt_may_run_out_of_time() -> None:
 
 def test_a_broken_promise_makes_the_exit_code_1_and_leaves_it_running() -> None:
     cluster = ScriptedCluster()
-    cluster.held = {"a": [app.Reservation("D", "r", {"CPU": 2.0}, ("n",))]}
+    cluster.held = {"a": [app.Reservation("D", {"CPU": 2.0}, ("n",))]}
     run = deploy(cluster, "a", "b")
     assert results(run) == {"a": "RUNNING", "b": "RUNNING"}
     assert run.actions[0].proof

@@ -287,9 +287,9 @@ def test_what_was_done_with_it_stands_below_its_name(
 
 PROOF = app.Proof(
     reservations=(
-        app.Reservation("LLMServer:m", "r", {"CPU": 1.0, "GPU": 0.45}, ("10.0.0.1",), (0,)),
-        app.Reservation("LLMServer:m", "s", {"CPU": 1.0, "GPU": 0.45}, ("10.0.0.1",), (0,)),
-        app.Reservation("OpenAiIngress", "t", {"CPU": 2.0}, ("10.0.0.2",)),
+        app.Reservation("LLMServer:m", {"CPU": 1.0, "GPU": 0.45}, ("10.0.0.1",), (0,)),
+        app.Reservation("LLMServer:m", {"CPU": 1.0, "GPU": 0.45}, ("10.0.0.1",), (0,)),
+        app.Reservation("OpenAiIngress", {"CPU": 2.0}, ("10.0.0.2",)),
     ),
     mismatches=("OpenAiIngress: promised 1 CPU, reserved 2 (why)",),
     answers=(("GET /v1/models", 0.01), ("POST /v1/chat/completions to m", 0.31)),
