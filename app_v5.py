@@ -2456,7 +2456,7 @@ class RayCluster:
 # ======================================================================================
 
 OK, NOT_FOUND, SERVER_ERROR = 200, 404, 500
-ROUTE_QUESTIONS = 8
+ROUTE_QUESTIONS = 6
 ONE_TOKEN: Config = {"max_tokens": 1, "temperature": 0}
 QUESTIONS: tuple[tuple[str, Config], ...] = (
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}], **ONE_TOKEN}),
@@ -2497,35 +2497,34 @@ def mismatches(action: Action, reservations: Sequence[Reservation]) -> tuple[str
     for name, held in ((each.deployment, each.reserved) for each in reservations):
         asked = next((d.reserved for d in action.demands if d.deployment == name), {})
         own = next((m.promised for m in action.application.models if serves(name, m)), {})
-        for resource in sorted({*asked, *own, *held}):
-            amounts = [side.get(resource, 0.0) for side in ({**asked, **own}, held, asked)]
-            # "node:..." only says where something is to run.
-            if abs(amounts[0] - amounts[1]) > 1 / STEPS and not resource.startswith("node:"):
-                wanted, found, built = (format_amount(resource, amount) for amount in amounts)
-                text = f"promised {wanted} {resource}, reserved {found}"
-                rows.append(f"{name}: {text} (its builder asks Ray for {built})")
+        promised = {**asked, **own}
+        # "node:..." only says where something is to run.
+        names = [r for r in {*promised, *held} if not r.startswith("node:")]
+        if any(abs(promised.get(r, 0.0) - held.get(r, 0.0)) > 1 / STEPS for r in names):
+            said = f"promised {format_resources(promised)}, reserved {format_resources(held)}"
+            rows.append(f"{name}: {said}")
     return tuple(dict.fromkeys(rows))
 
 
-def wait_for_route(application: ApplicationSpec, base_url: str, questions: int) -> Iterator[str]:
-    """Wait until Serve's proxy knows the application's route, a moment after the controller: yields
-    what is waited for, and its caller pauses. Raises ClusterError when that never comes, or when of
-    several `questions` another server, which shares the port (SO_REUSEPORT), gets a part."""
-    deadline, good = time.monotonic() + PROXY_TIMEOUT_S, 0
-    while good < questions:
+def wait_for_route(action: Action, base_url: str) -> None:
+    """Wait until Serve's proxy knows the application's route, a moment after the controller. Raises
+    ClusterError when that never comes, or when another server, which shares the port
+    (SO_REUSEPORT), gets a part of the questions."""
+    url, good, deadline = f"{base_url}/-/routes", 0, time.monotonic() + PROXY_TIMEOUT_S
+    while good < ROUTE_QUESTIONS:
         try:
-            status, text, _ = fetch(f"{base_url}/-/routes")
-            said = f"{base_url}/-/routes says: {format_refusal(status, text)}"
-            if read_json(text).get(application.route_prefix or "") == application.name:
+            status, text, _ = fetch(url)
+            if read_json(text).get(action.application.route_prefix or "") == action.name:
                 good += 1
                 continue
+            action.detail = f"{url} says: {format_refusal(status, text)}"
         except (ClusterError, ApplicationError) as error:
-            said, good = str(error), 0
+            action.detail, good = str(error), 0
         if good:
-            raise ClusterError(f"another server answers at the same address: {said}")
+            raise ClusterError(f"another server answers at the same address: {action.detail}")
         if time.monotonic() > deadline:
-            raise ClusterError(said)
-        yield said
+            raise ClusterError(action.detail)
+        time.sleep(POLL_INTERVAL_S)
 
 
 def smoke_test(application: ApplicationSpec, asleep: Collection[str], base_url: str) -> Proof:
@@ -2620,7 +2619,6 @@ class Run:
     autoscales: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)  # of `admitted`
     admitted: list[Demand] = field(default_factory=list)
-    questions: int = ROUTE_QUESTIONS
     stop_code: int = 0
     stop_reason: str = ""
     others: Sequence[ApplicationDetails] = ()
@@ -2891,10 +2889,7 @@ def prove(action: Action, run: Run) -> None:
         if skipped := [text for text, is_so in reasons.items() if is_so]:
             proof.notes += (f"not asked over HTTP: {skipped[0]}",)
             return
-        for said in wait_for_route(application, base_url, run.questions):
-            action.detail = said
-            time.sleep(POLL_INTERVAL_S)
-        run.questions = 1  # one server has the port
+        wait_for_route(action, base_url)
         asked = smoke_test(application, asleep, base_url)
         proof.answers, proof.notes = asked.answers, proof.notes + asked.notes
     except ClusterError as error:

@@ -731,7 +731,7 @@ def test_a_broken_promise_makes_the_exit_code_1_and_leaves_it_running() -> None:
     run = deploy(cluster, "a", "b")
     assert results(run) == {"a": "RUNNING", "b": "RUNNING"}
     assert run.actions[0].proof
-    assert run.actions[0].proof.mismatches[0].startswith("D: promised 1 CPU, reserved 2")
+    assert run.actions[0].proof.mismatches[0] == "D: promised 1.0 CPUs, reserved 2.0 CPUs"
     assert (code(run), cluster.deleted) == (1, [])
 
 

@@ -55,9 +55,9 @@ def test_what_is_promised_is_read_back_and_answers(user: User) -> None:
 def test_a_builder_that_reserves_something_else_is_caught(user: User) -> None:
     finished = user.deploy(fake("greedy", hoards=True), app("hoarder", "hoarder"), app("good"))
     assert finished.returncode == 1
-    greedy = "✗ LLMServer:greedy: promised 0.10 GPU, reserved 1 (its builder asks Ray for 1)"
+    greedy = "✗ LLMServer:greedy: promised 0.5 CPUs, 0.1 GPUs, reserved 0.5 CPUs, 1.0 GPUs"
     assert greedy in about("greedy", finished.stdout)
-    assert "✗ Hoarder: promised 0.10 CPU, reserved 0.60 (" in about("hoarder", finished.stdout)
+    assert "✗ Hoarder: promised 0.1 CPUs, reserved 0.6 CPUs" in about("hoarder", finished.stdout)
     assert "✗" not in about("good", finished.stdout)
     assert "All deployments completed" not in finished.stdout
 

@@ -291,7 +291,7 @@ PROOF = app.Proof(
         app.Reservation("LLMServer:m", {"CPU": 1.0, "GPU": 0.45}, ("10.0.0.1",), (0,)),
         app.Reservation("OpenAiIngress", {"CPU": 2.0}, ("10.0.0.2",)),
     ),
-    mismatches=("OpenAiIngress: promised 1 CPU, reserved 2 (why)",),
+    mismatches=("OpenAiIngress: promised 1.0 CPUs, reserved 2.0 CPUs",),
     answers=(("GET /v1/models", 0.01), ("POST /v1/chat/completions to m", 0.31)),
     notes=("m is scaled to zero: not woken up",),
     unverified="connection refused",
@@ -300,7 +300,7 @@ PROOF = app.Proof(
 
 def test_the_proof_reads_as_what_one_would_have_looked_up() -> None:
     assert app.format_proof(PROOF) == [
-        "   ✗ OpenAiIngress: promised 1 CPU, reserved 2 (why)",
+        "   ✗ OpenAiIngress: promised 1.0 CPUs, reserved 2.0 CPUs",
         "   ✓ Reserved by LLMServer:m: 1.0 CPUs, 0.45 GPUs, on 10.0.0.1 GPU 0 (2 replicas)",
         "   ✗ Reserved by OpenAiIngress: 2.0 CPUs, on 10.0.0.2",
         "   ✓ GET /v1/models: answered in 0.01 s",

@@ -32,13 +32,17 @@ SPEC = app.ApplicationSpec(0, "a", "/a", LLM, (MODEL,))
         pytest.param(
             {"CPU": 1, "GPU": 1.45},
             {"CPU": 1, "GPU": 1.45},
-            ["LLMServer:m: promised 0.45 GPU, reserved 1.45 (its builder asks Ray for 1.45)"],
+            [
+                "LLMServer:m: promised 1.0 CPUs, 0.45 GPUs, reserved 1.0 CPUs, 1.45 GPUs",
+            ],
             id="another builder",
         ),
         pytest.param(
             {"CPU": 1, "GPU": 0.45},
             {"CPU": 1, "GPU": 0.45, "custom": 1},
-            ["LLMServer:m: promised 0 custom, reserved 1 (its builder asks Ray for 0)"],
+            [
+                "LLMServer:m: promised 1.0 CPUs, 0.45 GPUs, reserved 1.0 CPUs, 0.45 GPUs, custom 1",
+            ],
             id="something else",
         ),
         pytest.param({"CPU": 1, "GPU": 0.45}, {"CPU": 1, "GPU": 0.45000001}, [], id="float noise"),
@@ -50,7 +54,7 @@ SPEC = app.ApplicationSpec(0, "a", "/a", LLM, (MODEL,))
         ),
     ],
 )
-def test_a_broken_promise_is_named_once_with_its_reason(
+def test_a_broken_promise_is_named_once(
     demand: dict[str, float], held: dict[str, float], expected: list[str]
 ) -> None:
     demands = (app.Demand("a", "LLMServer:m", (demand,)),)
@@ -205,9 +209,9 @@ REFUSED = app.ClusterError("http://h:8000/-/routes: Connection refused")
 
 
 def wait_for_route(monkeypatch: pytest.MonkeyPatch, *answers: app.Response | Exception) -> Any:
-    """Wait with these answers, of which the last one stays; what the pauses were told."""
+    """Wait with these answers, of which the last one stays; what is shown in the pauses."""
     monkeypatch.setattr(app, "PROXY_TIMEOUT_S", 0.5)
-    left, pauses = list(answers), list[str]()
+    left, pauses, action = list(answers), list[str](), app.Action(SPEC, "create")
 
     def ask(url: str) -> app.Response:
         assert url == "http://h:8000/-/routes"
@@ -217,9 +221,15 @@ def wait_for_route(monkeypatch: pytest.MonkeyPatch, *answers: app.Response | Exc
         return answer
 
     monkeypatch.setattr(app, "fetch", ask)
-    for said in app.wait_for_route(SPEC, HTTP, app.ROUTE_QUESTIONS):
-        pauses.append(said)
-        time.sleep(0.01)
+    monkeypatch.setattr(app, "POLL_INTERVAL_S", 0.01)
+    sleep = time.sleep
+
+    def pause(seconds: float) -> None:
+        pauses.append(action.detail)
+        sleep(seconds)
+
+    with patch.object(time, "sleep", pause):
+        app.wait_for_route(action, HTTP)
     return pauses
 
 
