@@ -278,8 +278,8 @@ class Action:
     `surge` starts those before the old ones stop. `record` is of the run that deployed what runs
     `before`; `kept` is what will be remembered of the config.
     Times are the run's clock, in seconds. `words` and `detail` say what the application does now.
-    `sent` is "yes" once Serve has it, "perhaps" while it is being handed over. `disturbed`: by
-    another engine that started with it, so that it is worth another attempt, alone."""
+    `sent`: it was handed to Serve. `disturbed`: by another engine that started with it, so that it
+    is worth another attempt, alone."""
 
     application: ApplicationSpec
     change: Change
@@ -298,14 +298,12 @@ class Action:
     started: float | None = None
     ended: float | None = None
     demands: tuple[Demand, ...] = ()
-    waits_for: str = ""
     phase: str = ""
-    sent: str = ""
+    sent: bool = False
     details: ApplicationDetails | None = None
     proof: Proof | None = None
     cause: str = ""
     hint: str = ""
-    no_log: str = ""
     trace: str = ""
     disturbed: bool = False
 
@@ -2208,7 +2206,7 @@ class RayCluster:
             self.answer_of(call, CONTROLLER_LOST_AFTER_S)
         except ApplicationError:
             self.remember(name, action.record)
-            action.sent = ""
+            action.sent = False
             raise
         self.remember(name, record)
 
@@ -2595,7 +2593,6 @@ class Cluster(Protocol):
     def build(self, action: Action, check: Callable[[], None]) -> tuple[Demand, ...]: ...
     def submit(self, action: Action) -> None: ...
     def delete(self, name: str) -> None: ...
-    def remember(self, name: str, record: Record | None) -> None: ...
     def nodes(self, giving_way: Collection[str]) -> list[Node]: ...
     def states(self, timeout_s: float) -> dict[str, ApplicationDetails]: ...
     def holdings(self) -> list[tuple[str, str, Resources]]: ...
@@ -2701,19 +2698,8 @@ def in_workers(actions: Sequence[Action], run: Run, show: Callable[[Run], None])
     cores = int(sum(node.total.get("CPU", 0.0) for node in nodes))
     most = len(actions) if run.options.plan else run.options.max_workers
     workers = most or min(len(actions), max(2, cores))
-    for action in actions[workers:]:
-        action.detail = f"behind {', '.join(a.name for a in actions[:workers][:MOST_LOGS])}"
-
-    def isolated(action: Action) -> None:
-        """A defect that one application meets is its failure, and nobody else's."""
-        try:
-            carry_out(action, run)
-        except Exception as error:  # noqa: BLE001
-            action.trace = traceback.format_exc()
-            run.end(action, "FAILED", *root_cause(repr(error)))
-
     pool = ThreadPoolExecutor(workers, thread_name_prefix="worker")
-    futures = [pool.submit(isolated, action) for action in actions]
+    futures = [pool.submit(carry_out, action, run) for action in actions]
     if not run.options.plan:
         threading.Thread(target=watch, args=(run, futures), daemon=True, name="watch").start()
     alive_at = run.clock()
@@ -2759,8 +2745,8 @@ def replicas_of(details: ApplicationDetails | None) -> list[ReplicaDetails]:
 
 
 def carry_out(action: Action, run: Run) -> None:
-    """Take one application to its result, in a worker thread; with --plan only build it. What an
-    interrupted one has come to is for `deploy` to say."""
+    """Take one application to its result, in a worker thread; with --plan only build it. A defect
+    that it meets is its failure alone. What an interrupted one has come to, `deploy` says."""
     action.started = run.clock()
     try:
         if action.submits:
@@ -2779,17 +2765,18 @@ def carry_out(action: Action, run: Run) -> None:
             submit(action, run)
         prove(action, run)
         run.end(action, "RUNNING")
-    except ApplicationError as error:
-        logs = failure_logs(action, run.cluster)
-        action.trace, (cause, hint) = str(error), root_cause(str(error), logs)
-        action.disturbed = any(map(DISTURBED.search, [action.trace, cause, *logs]))
-        run.end(action, "FAILED", cause, hint)
     except Stopped:
         if not run.stop_code:
             state = ": ".join(filter(None, [action.words, action.detail]))
             run.end(action, "STILL DEPLOYING", f"time ran out while {state}", hint_for(state))
     except ClusterError as error:
         run.end(action, "UNKNOWN", str(error))
+    except Exception as error:  # noqa: BLE001
+        known = isinstance(error, ApplicationError)
+        action.trace = str(error) if known else traceback.format_exc()
+        logs = failure_logs(action, run.cluster)
+        action.disturbed = any(map(DISTURBED.search, [action.trace, *logs]))
+        run.end(action, "FAILED", *root_cause(action.trace, logs))
 
 
 def submit(action: Action, run: Run) -> None:
@@ -2807,11 +2794,11 @@ def submit(action: Action, run: Run) -> None:
         if never and not (run.options.allow_pending or run.autoscales):
             raise ApplicationError("\n".join(never))
         run.admitted += demands
-    action.waits_for = "\n".join(fit.misfit for fit in misfits)
+    waits_for = "\n".join(fit.misfit for fit in misfits)
     run.check(action)
-    action.words, action.detail, action.sent = "submitting", action.waits_for, "perhaps"
+    action.words, action.detail, action.sent = "submitting", waits_for, True
     run.cluster.submit(action)
-    action.sent, healthy_at = "yes", run.clock()
+    healthy_at = run.clock()
     for details in run.states_of(action):
         if details is None or details.status in ("DELETING", "NOT_STARTED"):
             raise ApplicationError("the application was deleted while it was being deployed")
@@ -2822,7 +2809,7 @@ def submit(action: Action, run: Run) -> None:
         late = run.clock() - healthy_at > UNHEALTHY_GRACE_S
         if details.status == "DEPLOY_FAILED" or late:
             raise ApplicationError(failure_message(details) or f"it is {details.status.value}")
-        action.words, action.detail = describe_state(details, action.waits_for, action.phase)
+        action.words, action.detail = describe_state(details, waits_for, action.phase)
 
 
 def failure_message(details: ApplicationDetails) -> str:
@@ -2862,7 +2849,7 @@ def failure_logs(action: Action, cluster: Cluster) -> list[str]:
         try:
             logs.append(cluster.replica_log(replica.actor_id or "", "DEAD"))
         except ClusterError as error:
-            action.no_log = str(error)
+            logs.append(f"ClusterError: there is no log of it: {error}")
     return logs
 
 
@@ -2912,9 +2899,8 @@ def suggestions(action: Action, run: Run) -> tuple[str, ...]:
 
 def delete_application(action: Action, run: Run) -> None:
     """Delete an application, and wait until what it held is free."""
-    action.words, action.detail, action.sent = "deleting", "", "perhaps"
+    action.words, action.detail, action.sent = "deleting", "", True
     run.cluster.delete(action.name)
-    action.sent = "yes"
     for details in run.states_of(action):
         held = [h for _, who, h in run.cluster.holdings() if who.rpartition("/")[0] == action.name]
         if details is None and not held:
@@ -2928,7 +2914,7 @@ def exit_code(run: Run) -> int:
     broken = any(a.proof.mismatches or a.proof.unverified for a in run.actions if a.proof)
     if run.stop_code or "UNKNOWN" in results:
         return run.stop_code or EXIT_CLUSTER
-    if "FAILED" in results or broken or (run.plan and run.plan.misfits):
+    if results & {"FAILED", "INTERRUPTED"} or broken or (run.plan and run.plan.misfits):
         return EXIT_FAILED
     if "STILL DEPLOYING" in results:
         return EXIT_TIMEOUT
@@ -3057,18 +3043,13 @@ def format_unfinished(action: Action) -> list[str]:
         return [*lines, "   The cluster was lost: whether it runs, or ever will, is not known"]
     if result != "FAILED":
         doing = "deleting" if action.change == "delete" else "deploying"
-        submitted = {
-            "yes": f"It was submitted and goes on {doing}; this program no longer watches it",
-            "perhaps": "It was being handed over: whether Serve has it is not known",
-            "": "It was not submitted",
-        }
-        lines.append(f"   {submitted[action.sent]}")
+        goes_on = f"It was submitted and goes on {doing}; this program no longer watches it"
+        lines.append(f"   {goes_on if action.sent else 'It was not submitted'}")
     if action.before and action.change != "delete" and (details or not action.sent):
         old = {replica.replica_id for replica in replicas_of(action.before)}
         left = [r for r in replicas_of(details) if r.replica_id in old and r.state == "RUNNING"]
         serving = f"Still serving from before the edit: {len(left)} of {len(old)} replicas"
         lines.append(f"   {serving if action.sent else 'What ran before was not touched'}")
-    lines += [f"   No log: {action.no_log}"] if action.no_log else []
     lines += [f"   Logs: {command}" for command in log_commands(action)]
     return lines
 
@@ -3169,13 +3150,11 @@ def action_json(action: Action, run: Run) -> Config:
         "deployments": demands,
         "seconds": round(action.seconds(), 1),
         "attempts": action.attempt,
-        "submitted": {"yes": True, "": False}.get(action.sent),
-        "no_log": action.no_log or None,
+        "submitted": action.sent,
         "proof": dataclasses.asdict(action.proof) if action.proof else None,
         "status": action.details.status.value if action.details else None,
         "cause": action.cause or None,
         "hint": action.hint if action.cause else None,
-        "waits_for": action.waits_for or None,
         "logs": log_commands(action),
         "base_url": address or None,
         "endpoints": paths,

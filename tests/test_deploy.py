@@ -92,7 +92,6 @@ class ScriptedCluster:
         self.lock = threading.Lock()
         self.submitted: list[str] = []
         self.deleted: list[str] = []
-        self.records: dict[str, app.Record | None] = {}
         self.done: list[str] = []
         self.polls: dict[str, int] = {}
         self.building = self.most_building = 0
@@ -133,9 +132,6 @@ class ScriptedCluster:
         with self.lock:
             self.submitted.append(action.name)
             self.done.append(f"submit {action.name} {action.version}")
-
-    def remember(self, name: str, record: app.Record | None) -> None:
-        self.records[name] = record
 
     def delete(self, name: str) -> None:
         self.deleted.append(name)
@@ -247,7 +243,7 @@ def test_one_worker_starts_the_next_when_the_one_before_has_settled() -> None:
         show=lambda run: seen.append([(item.words, item.detail) for item in run.actions]),
     )
     assert cluster.most_building == 1
-    assert {b for a, b in seen if a[0] != "RUNNING"} == {("queued", "behind a")}
+    assert {b for a, b in seen if a[0] != "RUNNING"} == {("queued", "")}
 
 
 @pytest.mark.parametrize(
@@ -343,13 +339,26 @@ def test_a_plan_builds_all_at_once_however_few_cpus_there_are() -> None:
     assert cluster.most_building == 3
 
 
-def test_a_log_that_can_not_be_read_is_no_failure_and_is_said() -> None:
-    message = "The deployment failed to start 3 times in a row.\nValueError: too long"
+@pytest.mark.parametrize(
+    ("message", "cause"),
+    [
+        pytest.param(
+            "The deployment failed to start 3 times in a row.\nValueError: too long",
+            "ValueError: too long",
+            id="and is not needed",
+        ),
+        pytest.param(
+            "RuntimeError: Engine core initialization failed. See root cause above.",
+            "ClusterError: there is no log of it: the dashboard does not answer",
+            id="and is the only one to tell",
+        ),
+    ],
+)
+def test_a_log_that_can_not_be_read_is_no_failure_and_is_said(message: str, cause: str) -> None:
     cluster = ScriptedCluster({"a": [state("a", "DEPLOY_FAILED", message, FAILING)]})
     cluster.log = app.ClusterError("the dashboard does not answer")
     run = deploy(cluster, "a")
-    assert (results(run), causes(run)) == ({"a": "FAILED"}, ["ValueError: too long"])
-    assert "   No log: the dashboard does not answer" in app.format_summary(run)
+    assert (results(run), causes(run)) == ({"a": "FAILED"}, [cause])
 
 
 def test_the_log_of_what_failed_tells_more_than_serve() -> None:
@@ -406,25 +415,25 @@ def test_a_builder_that_hangs_runs_out_of_time_and_nothing_was_submitted() -> No
 
 def test_a_stop_ends_every_wait_and_says_what_was_submitted() -> None:
     cluster = ScriptedCluster({"sent": [state("sent", "DEPLOYING")]})
-    cluster.hanging["perhaps"] = threading.Event()
+    cluster.hanging["handed over"] = threading.Event()
 
     def stop_once_submitted(run: app.Run) -> None:
-        if [action.sent for action in run.actions] == ["yes", "perhaps", ""]:
+        if [action.sent for action in run.actions] == [True, True, False]:
             run.stop(130, "SIGINT")
             run.stop(3, "the cluster was lost meanwhile")
 
     started = time.monotonic()
-    run = deploy(cluster, "sent", "perhaps", "queued", workers=2, show=stop_once_submitted)
+    run = deploy(cluster, "sent", "handed over", "queued", workers=2, show=stop_once_submitted)
     assert time.monotonic() - started < 5
     assert set(results(run).values()) == {"INTERRUPTED"}
     assert (code(run), run.stop_reason) == (130, "SIGINT")
     said = [app.format_unfinished(action)[1] for action in run.actions]
     assert said == [
         "   It was submitted and goes on deploying; this program no longer watches it",
-        "   It was being handed over: whether Serve has it is not known",
+        "   It was submitted and goes on deploying; this program no longer watches it",
         "   It was not submitted",
     ]
-    cluster.hanging["perhaps"].set()
+    cluster.hanging["handed over"].set()
 
 
 def test_a_head_node_that_is_gone_ends_the_run_even_where_a_call_hangs(
@@ -556,18 +565,23 @@ def test_a_cluster_that_grows_gets_what_no_node_can_hold_yet() -> None:
     assert cluster.submitted == ["big"]
 
 
-def test_what_starts_beside_the_old_replicas_needs_room_for_those_at_a_time_alone() -> None:
+@pytest.mark.parametrize(("surge", "gives_way"), [(True, set[str]()), (False, {"a"})])
+def test_what_starts_beside_the_old_replicas_needs_room_for_those_at_a_time_alone(
+    surge: bool, gives_way: set[str]
+) -> None:
     rows = deployment("D", "HEALTHY", *map(replica, "pqr"))
     before = state("a", "RUNNING", "", rows)
-    for surge, gives_way in ((True, frozenset[str]()), (False, frozenset({"a"}))):
-        cluster = ScriptedCluster()
-        cluster.demands = {"a": (app.Demand("a", "D", ({"CPU": 1.0},), "PACK", 3, 3),)}
-        tight = app.Node("node", {"CPU": 4.0}, {"CPU": 1.0})
-        edit = app.Action(spec("a"), "RESTART", "2", before=before, surge=surge)
-        with patch.object(cluster, "nodes", return_value=[tight]) as nodes:
-            run = deploy(cluster, edit)
-        nodes.assert_called_once_with(gives_way)
-        assert bool(run.actions[0].waits_for) is not surge
+    cluster, details = ScriptedCluster(), list[str]()
+    cluster.demands = {"a": (app.Demand("a", "D", ({"CPU": 1.0},), "PACK", 3, 3),)}
+    tight = app.Node("node", {"CPU": 4.0}, {"CPU": 1.0})
+    edit = app.Action(spec("a"), "RESTART", "2", before=before, surge=surge)
+    with (
+        patch.object(cluster, "nodes", return_value=[tight]) as nodes,
+        patch.object(cluster, "submit", lambda action: details.append(action.detail)),
+    ):
+        deploy(cluster, edit, timeout=0.1)
+    nodes.assert_called_once_with(gives_way)
+    assert ["does not fit now" in text for text in details] == [not surge]
 
 
 def test_a_builders_name_that_ray_can_not_bear_is_not_submitted() -> None:
@@ -683,7 +697,7 @@ def test_a_stop_in_a_second_attempt_leaves_the_other_failures_as_they_are() -> N
     cluster = ScriptedCluster({**script, "a #2": [state("a", "DEPLOYING")]})
 
     def stop(run: app.Run) -> None:
-        if run.actions[0].attempt == 2 and run.actions[0].sent == "yes" and run.actions[0].details:
+        if run.actions[0].attempt == 2 and run.actions[0].sent and run.actions[0].details:
             run.stop(130, "SIGINT")
 
     run = deploy(cluster, create("a", SHARING), create("b", SHARING), show=stop)

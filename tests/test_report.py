@@ -37,7 +37,7 @@ def falcon(name: str, model: str, source: str, most: int) -> app.Action:
         words="RUNNING",
         started=0.0,
         ended=61.0,
-        sent="yes",
+        sent=True,
         demands=(
             app.Demand(name, f"LLMServer:{label}", (share,), max_replicas=most, autoscaling=True),
             app.Demand(name, "OpenAiIngress", ({"CPU": 1.0},), ingress=True),
@@ -155,12 +155,7 @@ def test_a_failure_says_why_what_would_help_and_where_to_look() -> None:
             id="interrupted",
         ),
         pytest.param(
-            {"result": "INTERRUPTED", "sent": "perhaps"},
-            "It was being handed over: whether Serve has it is not known",
-            id="interrupted while it was handed over",
-        ),
-        pytest.param(
-            {"result": "INTERRUPTED", "sent": ""},
+            {"result": "INTERRUPTED", "sent": False},
             "It was not submitted",
             id="interrupted before its turn",
         ),
@@ -174,7 +169,6 @@ def test_a_failure_says_why_what_would_help_and_where_to_look() -> None:
             "The cluster was lost: whether it runs, or ever will, is not known",
             id="lost",
         ),
-        pytest.param({"no_log": "no agent"}, "No log: no agent", id="a log that could not be read"),
     ],
 )
 def test_what_became_of_the_others(keys: dict[str, Any], line: str) -> None:
@@ -190,7 +184,7 @@ def test_what_became_of_the_others(keys: dict[str, Any], line: str) -> None:
             "Still serving from before the edit: 0 of 2 replicas",
             id="none",
         ),
-        pytest.param({"sent": ""}, "What ran before was not touched", id="not touched"),
+        pytest.param({"sent": False}, "What ran before was not touched", id="not touched"),
     ],
 )
 def test_a_failed_edit_says_what_is_left(keys: dict[str, Any], line: str) -> None:
@@ -202,7 +196,7 @@ def test_a_failed_edit_says_what_is_left(keys: dict[str, Any], line: str) -> Non
 
 def test_nothing_is_claimed_of_what_served_before_where_nobody_has_looked() -> None:
     before = state("a", "RUNNING", "", deployment("D", "HEALTHY", replica("r1")))
-    lines = app.format_unfinished(failed(details=None, before=before, sent="perhaps"))
+    lines = app.format_unfinished(failed(details=None, before=before))
     assert not [line for line in lines if "before" in line]
 
 
@@ -316,7 +310,7 @@ def test_the_proof_reads_as_what_one_would_have_looked_up() -> None:
 def planned() -> tuple[app.Run, app.Plan]:
     """Two that would be created, of which one does not fit, and one that runs by other means."""
     share = app.ModelSpec("m", "/m", "m", {"GPU": 0.45}, measures_memory=True, notes=("so it is",))
-    one, two = (replace(falcon(*row), result=None, sent="") for row in (FALCON3, FALCON_H1))
+    one, two = (replace(falcon(*row), result=None, sent=False) for row in (FALCON3, FALCON_H1))
     two.application = replace(two.application, models=(share,))
     node = app.Node("n", {"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 0.5})
     plan = app.predict([one.demands[0], two.demands[0]], [node])
@@ -374,7 +368,6 @@ def test_json_has_the_same_facts() -> None:
     )
     assert bad["logs"][0] == "ray logs actor --id abc --tail 400 --err"
     assert (bad["submitted"], bad["attempts"]) == (True, 1)
-    assert app.action_json(failed(sent="perhaps"), report())["submitted"] is None
 
 
 @pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
@@ -421,7 +414,6 @@ def queued(row: tuple[str, str, str, int]) -> app.Action:
 def course(shown: app.Terminal) -> None:
     """Two applications from their turn to their end: one waits for the other, and then fails."""
     one, two = queued(FALCON3), queued(FALCON_H1)
-    two.detail = "behind falcon3-1b-instruct-app"
     run = replace(report(one, two), clock=lambda: 10.0)
     shown.show(run)
     one.started, one.words = 5.0, "building"
@@ -465,7 +457,6 @@ def test_without_a_terminal_there_are_the_blocks_and_one_line_a_change() -> None
         "   ❌ Failed: falcon-h1-0.5b-instruct-app (ValueError: no)",
     ]
     assert [line.partition("  ")[2] for line in stamped] == [
-        "falcon-h1-0.5b-instruct-app  queued  0 s  behind falcon3-1b-instruct-app",
         "falcon3-1b-instruct-app  building  5 s",
         "falcon3-1b-instruct-app  starting replicas 0/1  5 s  loading weights",
         "falcon-h1-0.5b-instruct-app  building  1 s",
