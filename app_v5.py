@@ -278,8 +278,7 @@ class Action:
     `surge` starts those before the old ones stop. `record` is of the run that deployed what runs
     `before`; `kept` is what will be remembered of the config.
     Times are the run's clock, in seconds. `words` and `detail` say what the application does now.
-    `sent`: it was handed to Serve. `disturbed`: by another engine that started with it, so that it
-    is worth another attempt, alone."""
+    `sent`: it was handed to Serve."""
 
     application: ApplicationSpec
     change: Change
@@ -305,7 +304,6 @@ class Action:
     cause: str = ""
     hint: str = ""
     trace: str = ""
-    disturbed: bool = False
 
     @property
     def name(self) -> str:
@@ -2667,8 +2665,8 @@ def deploy(actions: list[Action], run: Run, show: Callable[[Run], None]) -> None
     try:
         in_workers([a for a in left if a.change == "delete"], run, show)
         in_workers([a for a in left if a.change != "delete"], run, show)
-        for action in sharing:
-            if action.disturbed and len(sharing) > 1 and not run.stop_code:
+        for action in sharing if len(sharing) > 1 else ():
+            if action.result == "FAILED" and DISTURBED.search(action.cause) and not run.stop_code:
                 action.attempt, action.version, action.words = 2, f"{action.version}.2", "queued"
                 action.result = action.ended = action.proof = None
                 in_workers([action], run, show)
@@ -2775,7 +2773,6 @@ def carry_out(action: Action, run: Run) -> None:
         known = isinstance(error, ApplicationError)
         action.trace = str(error) if known else traceback.format_exc()
         logs = failure_logs(action, run.cluster)
-        action.disturbed = any(map(DISTURBED.search, [action.trace, *logs]))
         run.end(action, "FAILED", *root_cause(action.trace, logs))
 
 
