@@ -1880,9 +1880,8 @@ def hint_for(text: str) -> str:
 PHASES: tuple[tuple[str, str], ...] = (
     (r"Downloading|Fetching \d+ files", "downloading"),
     (r"Starting to load model|Loading safetensors|Loading weights took", "loading weights"),
-    (r"Dynamo bytecode|Compiling a graph|torch\.compile (?:took|and)", "compiling"),
+    (r"Dynamo bytecode|Compiling a graph|torch\.compile took", "compiling"),
     (r"Capturing .*graph|Graph capturing|Warming up model", "warming up"),
-    (r"init engine \(profile, create kv cache|Started vLLM engine", "starting the server"),
 )
 """What an engine's log has -> the phase that its start is in, in the order of a start."""
 
@@ -2666,7 +2665,8 @@ def deploy(actions: list[Action], run: Run, show: Callable[[Run], None]) -> None
         in_workers([a for a in left if a.change == "delete"], run, show)
         in_workers([a for a in left if a.change != "delete"], run, show)
         for action in sharing if len(sharing) > 1 else ():
-            if action.result == "FAILED" and DISTURBED.search(action.cause) and not run.stop_code:
+            disturbed = action.result == "FAILED" and DISTURBED.search(action.cause)
+            if disturbed and not run.stop_code:
                 action.attempt, action.version, action.words = 2, f"{action.version}.2", "queued"
                 action.result = action.ended = action.proof = None
                 in_workers([action], run, show)
