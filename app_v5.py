@@ -1766,9 +1766,8 @@ NEXT_MESSAGE = re.compile(r"Traceback|During |The above|The deployment|A replica
 """What ends the lines that belong to an exception."""
 
 WRAPPERS = re.compile(
-    r"^RuntimeError: (?:Traceback|Failed to update the deployments)|"
-    r"^(?:ray\.exceptions\.)?RayTaskError|^(?:\w+\.)*CancelledError|^SystemExit: |"
-    r"See root cause above|in a background process|"
+    r"^RuntimeError: Traceback|^(?:ray\.exceptions\.)?RayTaskError|^(?:\w+\.)*CancelledError|"
+    r"^SystemExit: |See root cause above|in a background process|"
     # How Serve ends a replica whose constructor raised, and the engine's workers with it.
     r"killed by `ray\.kill`|its owner has died|^ActorDiedError:?$"
 )
