@@ -1383,8 +1383,7 @@ class Plan:
         before, begin = list(self.free), len(self.slots)
         bundles = bundles_of(demand)
         # The scarcest first, as GCS does (bundle_scheduling_policy.cc, SortRequiredResources).
-        named = {str(r) for needs, _ in bundles for r in needs} - {"GPU", "memory", "CPU"}
-        scarcest = ("GPU", *sorted(named), "memory", "CPU")
+        scarcest = sorted(demand.reserved, key=lambda r: (r == "CPU", r == "memory", r != "GPU", r))
         bundles.sort(key=lambda bundle: [-bundle[0][r] for r in scarcest])
         for wanted in [bundles] if demand.strategy == "STRICT_PACK" else [[b] for b in bundles]:
             if not self.grant(demand, wanted, [node for _, node, _ in self.slots[begin:]]):
@@ -1464,21 +1463,17 @@ def shortage(plan: Plan, demand: Demand) -> str:
     limit = f", max_replicas_per_node: {most}" if most else ""
     free = {r: sum(free[r] for free in plan.free) / STEPS for r in demand.reserved}
     needed = f"{format_resources(demand.reserved)} in {bundles} ({demand.strategy}{limit})"
-    return f"needs {needed}; free on all nodes: {format_resources(free)}"
+    return f"needs {needed}; free on all nodes, in pieces: {format_resources(free)}"
 
 
 def lack_of(plan: Plan, resource: str, need: int, nodes: Sequence[int]) -> str:
     """The nearest that a node comes to what is needed of a resource, and who holds the rest, or ""
-    where one has enough. A share has to come from one GPU, more from whole ones."""
-    places: list[tuple[int, int, str | int]] = []
+    where one has enough; a share has to come from one GPU."""
+    places = []
     for n in nodes:
-        free = plan.free[n]
-        shares = [(free[gpu], n, gpu) for gpu in gpus_of(free)] if resource == "GPU" else []
-        if shares and need <= STEPS:
-            places += shares
-        else:
-            whole = sum(share == STEPS for share, _, _ in shares) * STEPS
-            places.append((whole if shares else free[resource], n, resource))
+        gpus = gpus_of(plan.free[n]) if resource == "GPU" and need <= STEPS else []
+        keys: Sequence[str | int] = gpus or [resource]
+        places += [(plan.free[n][key], n, key) for key in keys]
     most, index, key = max(places, key=lambda place: (place[0], place[2] != "GPU"))
     if most >= need:
         return ""
@@ -1586,9 +1581,7 @@ LIGHTWEIGHT_OPTIONS = {
 DEPLOYMENT_CONFIGS = ("deployment_config", "ingress_deployment_config")
 BUILDER_ARGS = (*LLM_ARGS, "llm_configs", "ingress_deployment_config")
 NOT_GIVEN = object()
-BY_SERVE_DEPLOY = (
-    "it was deployed by `serve deploy`: it comes back when Serve's controller restarts"
-)
+BY_SERVE_DEPLOY = "it was deployed by `serve deploy`: comes back when Serve's controller restarts"
 """The controller applies its checkpoint of the declarative config again (seen on Ray 2.60;
 ray/serve/_private/controller.py `_recover_state_from_checkpoint`)."""
 

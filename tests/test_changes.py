@@ -159,7 +159,7 @@ def test_what_serve_deploy_brought_comes_back_and_that_is_said() -> None:
     assert action.change == "RESTART"
     [reason] = action.reasons
     assert reason.startswith(
-        "it was deployed by `serve deploy`: it comes back when Serve's controller restarts"
+        "it was deployed by `serve deploy`: comes back when Serve's controller restarts"
     )
     assert app.deletion(edited(), before, "--delete").reasons == ("--delete", reason)
     assert app.deletion(edited(), running(edited(), 1), "--delete").reasons == ("--delete",)

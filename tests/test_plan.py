@@ -293,7 +293,7 @@ def test_the_text_of_a_tight_cluster() -> None:
         pytest.param(
             [demand("x", {"GPU": 0.7}), demand("y", {"GPU": 2})],
             [A],
-            "needs 2 GPU; the most free in one place is 1 (node A, held by x/D 0.70)",
+            "needs 2 GPU; the most free in one place is 1.30 (node A, held by x/D 0.70)",
             id="whole ones of which a share is gone",
         ),
         pytest.param(
@@ -325,20 +325,20 @@ def test_the_text_of_a_tight_cluster() -> None:
             [demand("x", {"CPU": 0.1}, replicas=2, max_replicas_per_node=1)],
             TWINS[:1],
             "1 of 2 replicas fit; needs 0.1 CPUs in 1 bundle(s) (PACK, max_replicas_per_node: 1); "
-            "free on all nodes: 3.9 CPUs",
+            "free on all nodes, in pieces: 3.9 CPUs",
             id="a limit of replicas a node",
         ),
         pytest.param(
             [demand("x", CPU, CPU, CPU, strategy="STRICT_SPREAD")],
             TWINS,
-            "needs 3.0 CPUs in 3 bundle(s) (STRICT_SPREAD); free on all nodes: 8.0 CPUs",
+            "needs 3.0 CPUs in 3 bundle(s) (STRICT_SPREAD); free on all nodes, in pieces: 8.0 CPUs",
             id="each bundle fits, and they do not together",
         ),
         pytest.param(
             [demand("x", {"CPU": 5, "GPU": 1})],
             [node("C", CPU=8), node("G", CPU=4, GPU=1)],
             "needs 5.0 CPUs, 1.0 GPUs in 1 bundle(s) (PACK); "
-            "free on all nodes: 12.0 CPUs, 1.0 GPUs",
+            "free on all nodes, in pieces: 12.0 CPUs, 1.0 GPUs",
             id="each resource is there, and not on one node",
         ),
     ],
