@@ -2351,15 +2351,13 @@ class RayCluster:
             name = address if addresses[address] == 1 else f"{address}/{node_id[:6]}"
             held = [(label, amounts) for where, label, amounts in holdings if where == node_id]
             staying = tuple(item for item in held if item[0].rpartition("/")[0] not in giving_way)
-            free, total = Counter(available.get(node_id, {})), row["Resources"]
-            for item in held:
-                free.update(item[1] if item not in staying else {})
+            going = [Counter(item[1]) for item in held if item not in staying]
+            free, total = sum(going, Counter(available.get(node_id, {}))), row["Resources"]
             # On a laptop without a GPU, too, which stands for the cluster that is to come.
             count = max(1, int(total.get("GPU", 0))) if self.options.gpu_memory else 0
             mine = cards.get(node_id) or (Card(self.options.gpu_memory),) * count
             # What gives way holds memory, too, and nobody knows on which card.
-            if len(staying) < len(held):
-                mine = tuple(replace(card, used=0) for card in mine)
+            mine = tuple(replace(card, used=0) if going else card for card in mine)
             matches = partial(self.ray._raylet.node_labels_match_selector, row.get("Labels") or {})
             nodes.append(Node(name, total, free, matches, staying, mine))
         return nodes

@@ -1,4 +1,4 @@
-"""Section 5, pure: Ray's rules one by one, verdicts, who holds what, and the text."""
+"""The section Plan, pure: Ray's rules one by one, verdicts, who holds what, and the text."""
 
 from __future__ import annotations
 
