@@ -162,22 +162,21 @@ class ApplicationSpec:
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU's memory in bytes: all of it, what is in use, and by whom, in words."""
+    """A GPU's memory in bytes: all of it, and what is in use."""
 
     total: int
     used: int = 0
-    users: str = ""
 
 
 @dataclass(frozen=True)
 class Node:
-    """One live node. `holders` are ("application/deployment", what it holds there), `cards` its
-    GPUs where their size is known."""
+    """One live node; it `matches` label selectors as Ray says. `holders` are
+    ("application/deployment", what it holds there), `cards` its GPUs where their size is known."""
 
     name: str
     total: Resources
     free: Resources
-    labels: Mapping[str, str] = field(default_factory=dict)
+    matches: Callable[[Mapping[str, str]], bool] = lambda selector: not selector
     holders: tuple[tuple[str, Resources], ...] = ()
     cards: tuple[Card, ...] = ()
 
@@ -209,7 +208,6 @@ class Demand:
     strategy: str = "PACK"  # or SPREAD, STRICT_PACK, STRICT_SPREAD
     min_replicas: int = 1
     max_replicas: int = 1
-    autoscaling: bool = False
     ingress: bool = False
     max_replicas_per_node: int | None = None
     label_selectors: tuple[Mapping[str, str], ...] = ()  # one per bundle, or empty
@@ -1257,21 +1255,15 @@ def cache_of(config: Any) -> Config:
 BAR, BAR_WIDTH = "█▓▒", 20
 SLOW = "fits, but Ray, which sees only sums of GPU shares, may be slow to place it (ray#52133)"
 
-Devices = tuple[int, ...]
-"""What is free of a resource, device by device; what is no GPU is one "device"."""
+Amounts = Counter[str | int]
+"""Of each resource, and of each single GPU by its index, in Ray's steps."""
 
-Bundle = tuple[Mapping[str, int], Mapping[str, str]]
-"""What a bundle needs of each resource, in Ray's steps, and the labels its node must have."""
+Bundle = tuple[Amounts, Mapping[str, str]]
+"""What a bundle needs, and the labels that its node must have."""
 
 
-@dataclass(frozen=True)
-class Slot:
-    """What one bundle of a demand takes of a node, and of which GPUs."""
-
-    demand: Demand
-    node: int
-    resources: Resources
-    gpus: Mapping[int, float]
+Slot = tuple[Demand, int, Amounts]
+"""What one bundle of a demand takes of a node (its index)."""
 
 
 @dataclass
@@ -1285,32 +1277,30 @@ class Fit:
     misfit: str
 
 
-def take(devices: Devices, need: int) -> Devices:
-    """What a raylet leaves of each device: it takes whole free ones for the whole part of a need,
-    the rest from the one that it fits best (NodeResourceInstanceSet::TryAllocate). () when they
-    refuse."""
-    left = list(devices)
-    while need >= STEPS and STEPS in left:
-        left[left.index(STEPS)] = 0
-        need -= STEPS
-    fitting = [(free, index) for index, free in enumerate(left) if free >= need]
-    if not fitting:
-        return ()
-    left[min(fitting)[1]] -= need
-    return tuple(left)
+def gpus_of(amounts: Amounts) -> list[int]:
+    return [key for key in amounts if isinstance(key, int)]
+
+
+def take(free: Amounts, need: int) -> Amounts | None:
+    """The GPUs that a raylet takes: whole free ones for the whole part of a need, the rest from the
+    one that it fits best (NodeResourceInstanceSet::TryAllocate). None when they refuse."""
+    gpus = gpus_of(free)
+    whole = [gpu for gpu in gpus if free[gpu] == STEPS][: need // STEPS]
+    taken, rest = Amounts(dict.fromkeys(whole, STEPS)), need - STEPS * len(whole)
+    fitting = [(free[gpu], gpu) for gpu in gpus if free[gpu] >= rest and gpu not in whole]
+    if rest and fitting:
+        taken[min(fitting)[1]] = rest
+    return taken if taken.total() == need else None
 
 
 def read_cards(summary: Config) -> dict[str, tuple[Card, ...]]:
     """The GPUs of each node (id) in the dashboard's `GET /nodes?view=summary`, which has MiB."""
     found = {}
     for row in as_list(as_dict(summary.get("data")).get("summary")):
-        cards = []
-        for gpu in row.get("gpus") or ():
-            processes = gpu.get("processesPids") or ()
-            users = [f"process {p['pid']} ({gib(p['gpuMemoryUsage'] * 2**20)})" for p in processes]
-            sizes = (int(gpu["memoryTotal"]) * 2**20, int(gpu["memoryUsed"]) * 2**20)
-            cards.append(Card(*sizes, ", ".join(users[:MOST_LOGS])))
-        found[as_dict(row.get("raylet")).get("nodeId", "")] = tuple(cards)
+        gpus = row.get("gpus") or ()
+        sizes = [(int(gpu["memoryTotal"]), int(gpu["memoryUsed"])) for gpu in gpus]
+        cards = tuple(Card(total * 2**20, used * 2**20) for total, used in sizes)
+        found[as_dict(row.get("raylet")).get("nodeId", "")] = cards
     return found
 
 
@@ -1333,41 +1323,31 @@ def describe_deployment(name: str, info: Any) -> Config:
         "target_ongoing_requests": scaling.get_target_ongoing_requests() if scaling else 0,
         "min_replicas": scaling.min_replicas if scaling else options.num_replicas,
         "max_replicas": scaling.max_replicas if scaling else options.num_replicas,
-        "autoscaling": scaling is not None,
     }
 
 
-def stock(node: Node) -> dict[str, Devices]:
-    """What is free of each resource of a node. Ray reports only sums, so for single GPUs this is
-    a guess from what runs there, in the order in which it came. What nobody is known to hold is
-    taken from the freest devices, so that the guess promises too little."""
-    devices: Devices = (STEPS,) * int(node.total.get("GPU", 0.0))
+def stock(node: Node) -> Amounts:
+    """What is free on a node. Ray reports only sums, so for single GPUs this is a guess from what
+    runs there, in the order in which it came. What nobody is known to hold is taken from the freest
+    ones, so that the guess promises too little."""
+    gpus = Amounts(dict.fromkeys(range(int(node.total.get("GPU", 0.0))), STEPS))
     for _, amounts in node.holders:
-        devices = take(devices, int(amounts.get("GPU", 0.0) * STEPS)) or devices
-    left, free = list(devices), round(node.free.get("GPU", 0.0) * STEPS)
-    for index in sorted(range(len(left)), key=lambda index: (left[index], -index)):
-        left[index] = min(free, left[index])
-        free -= left[index]
+        gpus.subtract(take(gpus, int(amounts.get("GPU", 0.0) * STEPS)) or {})
+    left = round(node.free.get("GPU", 0.0) * STEPS)
+    for gpu in sorted(gpus_of(gpus), key=lambda gpu: (gpus[gpu], -gpu)):
+        gpus[gpu] = min(left, gpus[gpu])
+        left -= gpus[gpu]
     # Ray leaves out what is used up.
-    found = {r: (round(node.free.get(r, 0.0) * STEPS),) for r in node.total}
-    return {**found, "GPU": tuple(left)}
+    sums = Amounts({r: round(node.free.get(r, 0.0) * STEPS) for r in node.total})
+    return Amounts({**gpus, **sums, "GPU": gpus.total()})
 
 
 def bundles_of(demand: Demand) -> list[Bundle]:
     """What each of a replica's bundles needs. Ray cuts off what is below its step, so seven
     replicas of 1/7 do fit on one node (fixed_point.h)."""
-    needs = [{r: int(n * STEPS) for r, n in b.items() if n * STEPS >= 1} for b in demand.bundles]
-    return list(zip(needs, demand.label_selectors or ({},) * len(needs), strict=True))
-
-
-def matches(node: Node, selector: Mapping[str, str]) -> bool:
-    """Ray's label selectors: "v", "!v", "in(a,b)", "!in(a,b)"; a missing label is not anything."""
-    for key, wanted in selector.items():
-        text = wanted.removeprefix("!").removeprefix("in(").removesuffix(")")
-        is_one = node.labels.get(key) in [value.strip() for value in text.split(",")]
-        if is_one == wanted.startswith("!"):
-            return False
-    return True
+    bundles = [{r: int(n * STEPS) for r, n in b.items() if n * STEPS >= 1} for b in demand.bundles]
+    selectors = demand.label_selectors or ({},) * len(bundles)
+    return list(zip(map(Amounts, bundles), selectors, strict=True))
 
 
 @dataclass
@@ -1376,7 +1356,7 @@ class Plan:
     enough in sum and its devices refused."""
 
     nodes: Sequence[Node]
-    free: list[dict[str, Devices]]
+    free: list[Amounts]
     slots: list[Slot] = field(default_factory=list)
     fits: list[Fit] = field(default_factory=list)
     slow: bool = False
@@ -1390,45 +1370,43 @@ class Plan:
         before, begin = list(self.free), len(self.slots)
         bundles = bundles_of(demand)
         # The scarcest first, as GCS does (bundle_scheduling_policy.cc, SortRequiredResources).
-        named = sorted({r for needs, _ in bundles for r in needs} - {"GPU", "memory", "CPU"})
-        scarcest = ("GPU", *named, "memory", "CPU")
-        bundles.sort(key=lambda bundle: [-bundle[0].get(r, 0) for r in scarcest])
+        scarcest = sorted(demand.reserved, key=lambda r: (r == "CPU", r == "memory", r != "GPU", r))
+        bundles.sort(key=lambda bundle: [-bundle[0][r] for r in scarcest])
         for wanted in [bundles] if demand.strategy == "STRICT_PACK" else [[b] for b in bundles]:
-            used = list(dict.fromkeys(slot.node for slot in self.slots[begin:]))
-            unused = [node for node in range(len(self.nodes)) if node not in used]
-            # The groups of nodes that are tried, one after the other.
-            tries = {"PACK": [*([node] for node in used), unused], "SPREAD": [unused, used]}
-            groups = tries.get(demand.strategy, [unused])
-            if not any(self.grant(demand, wanted, nodes) for nodes in groups):
+            if not self.grant(demand, wanted, [node for _, node, _ in self.slots[begin:]]):
                 self.free, self.slots = before, self.slots[:begin]
                 return False
         return True
 
-    def grant(self, demand: Demand, wanted: Sequence[Bundle], nodes: Iterable[int]) -> bool:
-        """Put some bundles together on that of the nodes which keeps most of what is free there
-        (scorer.cc, LeastResourceScorer; rounded, since Ray adds in any order)."""
-        total = sum((Counter(needs) for needs, _ in wanted), Counter[str]())
-        most, label = demand.max_replicas_per_node or math.inf, demand.label
-        mine = Counter(s.node for s in self.slots if most < math.inf and s.demand.label == label)
-        scored = []
-        for node in nodes:
-            sums = {r: sum(self.free[node].get(r, ())) for r in total}
-            fits = mine[node] < most and all(sums[r] >= need for r, need in total.items())
-            if fits and all(matches(self.nodes[node], selector) for _, selector in wanted):
-                scored.append((round(sum(need / sums[r] for r, need in total.items()), 9), node))
-        for _, node in sorted(scored):
-            free, slots = dict(self.free[node]), []
+    def grant(self, demand: Demand, wanted: Sequence[Bundle], used: Sequence[int]) -> bool:
+        """Put some bundles of a replica together on a node, in the order in which GCS tries them:
+        with regard to those that are used for it already, as its strategy says, and then that first
+        which keeps most of what is free there (scorer.cc, LeastResourceScorer; rounded, since Ray
+        adds in any order)."""
+        total = sum((needs for needs, _ in wanted), Amounts())
+        here = Counter(node for other, node, _ in self.slots if other is demand)
+        most, ranked = demand.max_replicas_per_node or math.inf, []
+        for node, free in enumerate(self.free):
+            fits = here[node] < most and all(free[r] >= need for r, need in total.items())
+            if fits and all(self.nodes[node].matches(selector) for _, selector in wanted):
+                rank = {"PACK": [*used, node].index(node), "SPREAD": used.count(node) > 0}
+                score = round(sum(need / free[r] for r, need in total.items()), 9)
+                ranked.append((rank.get(demand.strategy, 0), score, node))
+        for _, _, node in sorted(ranked):
+            if demand.strategy == "STRICT_SPREAD" and node in used:
+                continue
+            free, slots = Amounts(self.free[node]), list[Slot]()
             for needs, _ in wanted:
-                gpus = free["GPU"]
-                free |= {r: take(free[r], need) for r, need in needs.items()}
-                left = enumerate(zip(gpus, free["GPU"], strict=False))
-                taken = {gpu: (had - has) / STEPS for gpu, (had, has) in left if had > has}
-                slots.append(Slot(demand, node, {r: n / STEPS for r, n in needs.items()}, taken))
-            if all(free[r] for r in total):  # else its devices refused
+                gpus = take(free, needs["GPU"])
+                if gpus is None:
+                    self.slow = True
+                    break
+                free.subtract(needs + gpus)
+                slots.append((demand, node, needs + gpus))
+            else:
                 self.free[node] = free
                 self.slots += slots
                 return True
-            self.slow = True
         return False
 
 
@@ -1462,55 +1440,50 @@ def shortage(plan: Plan, demand: Demand) -> str:
     """Why one more replica does not fit: the first resource that no node has enough of, or all that
     it needs together."""
     for needs, selector in bundles_of(demand):
-        nodes = [n for n, node in enumerate(plan.nodes) if matches(node, selector)]
+        nodes = [n for n, node in enumerate(plan.nodes) if node.matches(selector)]
         if not nodes:
-            labels = ", ".join(f"{key}: {value}" for key, value in selector.items())
-            return f"no node matches the labels {labels}" if labels else "there is no live node"
-        for resource in sorted(needs, key=lambda r: (r == "CPU", r != "GPU", r)):
-            devices = {n: plan.free[n].get(resource) or (0,) for n in nodes}
-            if not any(take(each, needs[resource]) for each in devices.values()):
-                return nearest(plan, resource, needs[resource], devices)
-    amounts = " + ".join(f"{format_amount(r, a)} {r}" for r, a in sorted(demand.reserved.items()))
-    where = "on one node" if len(demand.bundles) == 1 else f"in {len(demand.bundles)} bundles"
-    most = demand.max_replicas_per_node
+            return f"no node matches the labels {dict(selector)}"
+        for resource in sorted(map(str, needs), key=lambda r: (r == "CPU", r != "GPU", r)):
+            if lack := lack_of(plan, resource, needs[resource], nodes):
+                return lack
+    most, bundles = demand.max_replicas_per_node, f"{len(demand.bundles)} bundle(s)"
     limit = f", max_replicas_per_node: {most}" if most else ""
-    have = {r: sum(node.total.get(r, 0.0) for node in plan.nodes) for r in demand.reserved}
-    lack = [f"{format_amount(r, have[r])} {r}" for r, n in demand.reserved.items() if have[r] < n]
-    all_have = f"; all nodes have {' + '.join(lack)}" if lack else ""
-    return f"needs {amounts} {where} ({demand.strategy}{limit}){all_have}"
+    free = {r: sum(free[r] for free in plan.free) / STEPS for r in demand.reserved}
+    needed = f"{format_resources(demand.reserved)} in {bundles} ({demand.strategy}{limit})"
+    return f"needs {needed}; free on all nodes, in pieces: {format_resources(free)}"
 
 
-def nearest(plan: Plan, resource: str, need: int, free: Mapping[int, Devices]) -> str:
-    """The nearest that a node comes to what is needed of a resource, and who holds the rest."""
-    if resource == "GPU" and need >= STEPS:
-        free = {n: (devices.count(STEPS) * STEPS,) for n, devices in free.items()}
-    index = max(free, key=lambda n: (max(free[n]), resource in plan.nodes[n].total))
-    node, most, amount = plan.nodes[index], max(free[index]), partial(format_amount, resource)
-    wanted, found, where = f"{amount(need / STEPS)} {resource}", amount(most / STEPS), node.name
-    if max(plan.nodes[n].total.get(resource, 0.0) for n in free) < need / STEPS:
-        return f"needs {wanted}; no node has {wanted}: the largest has {found} (node {where})"
-    gpu, kind = None, "most that one node has free"
-    if resource == "GPU" and need < STEPS:
-        gpu, kind = free[index].index(most), "largest free share"
-        where += f", GPU {gpu}"
-    held: Counter[str] = Counter()
-    for slot in (slot for slot in plan.slots if slot.node == index):
-        taken = slot.resources.get(resource, 0.0) if gpu is None else slot.gpus.get(gpu, 0.0)
-        held.update({slot.demand.label: taken})
-    for label, amounts in node.holders:
-        held.update({label: amounts.get(resource, 0.0)})
-    texts = [f"{label} {amount(n)}" for label, n in held.most_common() if n]
+def lack_of(plan: Plan, resource: str, need: int, nodes: Sequence[int]) -> str:
+    """The nearest that a node comes to what is needed of a resource, and who holds the rest, or ""
+    where one has enough; a share has to come from one GPU."""
+    places = []
+    for n in nodes:
+        gpus = gpus_of(plan.free[n]) if resource == "GPU" and need <= STEPS else []
+        keys: Sequence[str | int] = gpus or [resource]
+        places += [(plan.free[n][key], n, key) for key in keys]
+    most, index, key = max(places, key=lambda place: (place[0], place[2] != "GPU"))
+    if most >= need:
+        return ""
+    held = Counter[str]()
+    for demand, node, taken in plan.slots:
+        held[demand.label] += taken[key] if node == index else 0
+    for label, amounts in plan.nodes[index].holders:
+        held[label] += round(amounts.get(resource, 0.0) * STEPS)
+    amount = {n: format_amount(resource, n / STEPS) for n in (need, most, *held.values())}
+    texts = [f"{label} {amount[n]}" for label, n in held.most_common() if n]
     others = [f"{len(texts) - MOST_LOGS} others"] * (len(texts) > MOST_LOGS)
+    where = plan.nodes[index].name if key == resource else f"{plan.nodes[index].name}, GPU {key}"
     where += f", held by {' + '.join(texts[:MOST_LOGS] + others)}" if texts else ""
-    return f"needs {wanted}; the {kind} is {found} (node {where})"
+    said = f"needs {amount[need]} {resource}; the most free in one place is {amount[most]}"
+    return f"{said} (node {where})"
 
 
 def room_in(plan: Plan, demand: Demand, activations: int = ACTIVATIONS_BYTES) -> Room | None:
     """What an engine has room for on the smallest of the cards that a plan gives it; where it gives
     none, on the largest that there is."""
-    slots = [slot for slot in plan.slots if slot.demand.label == demand.label]
+    slots = [(node, taken) for other, node, taken in plan.slots if other.label == demand.label]
     totals = [card.total for node in plan.nodes for card in node.cards]
-    cards = [plan.nodes[slot.node].cards[i : i + 1] for slot in slots for i in slot.gpus]
+    cards = [plan.nodes[n].cards[i : i + 1] for n, taken in slots for i in gpus_of(taken)]
     sizes = [card.total for each in cards for card in each] if slots else [max(totals, default=0)]
     card = min(sizes, default=0) if gpu_shares(demand) else 0
     return room_of(demand.memory, card, activations)
@@ -1519,12 +1492,13 @@ def room_in(plan: Plan, demand: Demand, activations: int = ACTIVATIONS_BYTES) ->
 def card_misfit(plan: Plan, demand: Demand) -> str:
     """Which node has no card with as much memory free as an engine demands at its start, or ""; on
     which of its cards Ray puts it, is a guess."""
-    for slot in (s for s in plan.slots if s.gpus and s.demand.label == demand.label):
-        node, fraction = plan.nodes[slot.node], demand.memory.fraction if demand.memory else 0.0
+    fraction = demand.memory.fraction if demand.memory else 0.0
+    mine = [index for other, index, taken in plan.slots if other is demand and gpus_of(taken)]
+    for node in (plan.nodes[index] for index in mine):
         card = max(node.cards, key=lambda card: card.total - card.used, default=Card(0))
         asked, free = card.total * fraction, card.total - card.used
         if asked > free:
-            most = f"{gib(free)} are, at the most, in use by {card.users or 'others'}"
+            most = f"others leave {gib(free)} at the most"
             return f"needs {gib(asked)} free on a GPU of node {node.name}; {most}"
     return ""
 
@@ -1551,35 +1525,31 @@ def format_prediction(plan: Plan) -> list[str]:
 def format_node(plan: Plan, index: int) -> list[str]:
     """One line a GPU, and one for the CPUs: who has which share, and what is free. A bar has one
     pattern a holder, and dots for what is free."""
-    node, free, amount = plan.nodes[index], plan.free[index], partial(format_amount, "GPU")
-    slots = [slot for slot in plan.slots if slot.node == index]
+    node, free = plan.nodes[index], plan.free[index]
+    slots = [(demand, taken) for demand, where, taken in plan.slots if where == index]
     lines = []
-    for gpu, left in enumerate(free["GPU"]):
-        mine = [slot for slot in slots if gpu in slot.gpus]
-        shares = Counter((slot.demand.label, slot.gpus[gpu]) for slot in mine)
-        running = round(1 - left / STEPS - sum(slot.gpus[gpu] for slot in mine), 4)
-        shares.update([("already running", running)] * (running > 0))
-        bar, held, parts = "", 0.0, []
-        for ((label, share), count), pattern in zip(shares.items(), itertools.cycle(BAR)):
-            held += share * count
-            bar = bar.ljust(round(held * BAR_WIDTH), pattern)
-            parts.append(f"{label} {f'{count} x ' if count > 1 else ''}{amount(share)}")
-        text = " · ".join(filter(None, [" + ".join(parts), f"{amount(left / STEPS)} free"]))
+    for gpu in gpus_of(free):
+        shares, asked = Counter[str](), 0.0
+        for demand, taken in slots:
+            shares[demand.label] += taken[gpu]
+            asked += demand.memory.fraction if demand.memory and taken[gpu] else 0.0
+        shares += Counter({"already running": STEPS - free[gpu] - shares.total()})
+        bar, held = "", 0
+        for share, pattern in zip(shares.values(), itertools.cycle(BAR)):
+            held += share
+            bar = bar.ljust(round(held / STEPS * BAR_WIDTH), pattern)
+        parts = [f"{who} {format_amount('GPU', share / STEPS)}" for who, share in shares.items()]
+        unused = f"{format_amount('GPU', free[gpu] / STEPS)} free"
+        text = " · ".join(filter(None, [" + ".join(parts), unused]))
         line = f"node {node.name} · GPU {gpu} {bar.ljust(BAR_WIDTH, '·')} {text}"
-        asked = sum(slot.demand.memory.fraction for slot in mine if slot.demand.memory)
         for card in node.cards[gpu : gpu + 1] if asked else ():
-            # Of an engine that runs, its bytes count, and where nobody tells them, its share.
-            asked += 0 if card.used else running * WHOLE_GPU_MEMORY_FRACTION
             used = f"{gib(card.used)} in use, " if card.used else ""
             line += f" · memory: {used}{gib(asked * card.total)} of {gib(card.total)} asked for"
         lines.append(line)
     if total := node.total.get("CPU"):
-        planned = sum(slot.resources.get("CPU", 0.0) for slot in slots)
-        idle = free["CPU"][0] / STEPS
-        running = round(total - idle - planned, 4)
-        others = f", {amount(running)} by what runs" if running > 0 else ""
-        text = f"{amount(planned)} of {amount(total)} used by this plan{others}"
-        lines.append(f"node {node.name} · CPU: {text}, {amount(idle)} free")
+        planned, idle = sum(taken["CPU"] for _, taken in slots) / STEPS, free["CPU"] / STEPS
+        text = f"{short(planned)} of {short(total)} used by this plan, {short(idle)} free"
+        lines.append(f"node {node.name} · CPU: {text}")
     return lines
 
 
@@ -1598,10 +1568,7 @@ LIGHTWEIGHT_OPTIONS = {
 DEPLOYMENT_CONFIGS = ("deployment_config", "ingress_deployment_config")
 BUILDER_ARGS = (*LLM_ARGS, "llm_configs", "ingress_deployment_config")
 NOT_GIVEN = object()
-BY_SERVE_DEPLOY = (
-    "it was deployed by `serve deploy`: it comes back when Serve's controller restarts, until "
-    "`serve deploy` runs with a file without it"
-)
+BY_SERVE_DEPLOY = "it was deployed by `serve deploy`: comes back when Serve's controller restarts"
 """The controller applies its checkpoint of the declarative config again (seen on Ray 2.60;
 ray/serve/_private/controller.py `_recover_state_from_checkpoint`)."""
 
@@ -1686,15 +1653,13 @@ def apply_edits(action: Action, before: Config, version: str, status: str) -> No
 
 def differences(before: Any, after: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
     """What was edited: its path, and "args.llm_configs[0].engine_kwargs.seed: 1 → 2"."""
-    sides = before, after
-    if all(isinstance(side, list) for side in sides) and len(before) == len(after):
-        sides = dict(enumerate(before)), dict(enumerate(after))
+    sides = [dict(enumerate(s)) if isinstance(s, list) else s for s in (before, after)]
     old, new = ({} if side is NOT_GIVEN else side for side in sides)
     if isinstance(old, dict) and isinstance(new, dict) and (old or new):
         for key in dict.fromkeys([*old, *new]):
             yield from differences(old.get(key, NOT_GIVEN), new.get(key, NOT_GIVEN), (*path, key))
     elif before != after:
-        texts = ["(not given)" if side is NOT_GIVEN else json.dumps(side) for side in sides]
+        texts = ["(not given)" if s is NOT_GIVEN else json.dumps(s) for s in (before, after)]
         texts = [re.sub(f'"{FINGERPRINT}[0-9a-f]+"', HIDDEN, text) for text in texts]
         edit = " → ".join(shortened(text, MOST_VALUE_CHARACTERS) for text in texts)
         yield path, f"{format_key(path)}: {edit}"
@@ -1716,14 +1681,11 @@ def gap(action: Action) -> str:
     """What a restart means for those who send requests; empty when nothing restarts."""
     deployments = action.before.deployments.values() if action.before else ()
     restarted = [d for d in deployments if d.name in action.restarting and running_replicas(d)]
-    if not restarted:
-        return ""
-    if action.surge:
+    if restarted and action.surge:
         return "no gap, where there is room: new replicas start before the old ones stop"
     if alone := " and of ".join(d.name for d in restarted if d.target_num_replicas <= 1):
-        text = f"with a gap: Serve stops the one replica of {alone} before it starts the new one "
-        return f"{text}(--no-downtime starts the new one first, where there is room)"
-    return "rolling: Serve stops a fifth of the replicas at a time, and at least one"
+        return f"with a gap: Serve stops the one replica of {alone} first (see --no-downtime)"
+    return "rolling: Serve stops a fifth of the replicas at a time" if restarted else ""
 
 
 def demands_at_once(action: Action) -> list[Demand]:
@@ -1731,8 +1693,7 @@ def demands_at_once(action: Action) -> list[Demand]:
     deployment that restarts, since an old one stops when that runs."""
     if not action.surge or action.before is None:
         return list(action.demands)
-    before = action.before.deployments
-    new = [demand for demand in action.demands if demand.deployment not in before]
+    new = [d for d in action.demands if d.deployment not in action.before.deployments]
     again = [d for d in action.demands if d.deployment in action.restarting]
     return new + [replace(demand, min_replicas=min(1, demand.min_replicas)) for demand in again]
 
@@ -1744,10 +1705,8 @@ def taken_routes(
     for spec, holder in itertools.product(applications, others.values()):
         if holder.route_prefix == (spec.route_prefix or "") and holder.name != spec.name:
             path, name = ("applications", spec.index, "route_prefix"), holder.name
-            origin = " (deployed by `serve deploy`)" if holder.source == "declarative" else ""
-            message = f"{holder.route_prefix} is the route of {name}, which is running{origin}"
-            hint = f"choose another route, or delete {name} first; to swap them, give {name} a free"
-            hint += " route in one run, and both their new ones in a second"
+            message = f"{holder.route_prefix} is the route of {name}, which is running"
+            hint = f"choose another route, delete {name}, or first give it another one"
             yield Problem(path, message, hint)
 
 
@@ -2349,16 +2308,15 @@ class RayCluster:
             name = address if addresses[address] == 1 else f"{address}/{node_id[:6]}"
             held = [(label, amounts) for where, label, amounts in holdings if where == node_id]
             staying = tuple(item for item in held if item[0].rpartition("/")[0] not in giving_way)
-            free, total = Counter(available.get(node_id, {})), row["Resources"]
-            for item in held:
-                free.update(item[1] if item not in staying else {})
+            going = [Counter(item[1]) for item in held if item not in staying]
+            free, total = sum(going, Counter(available.get(node_id, {}))), row["Resources"]
             # On a laptop without a GPU, too, which stands for the cluster that is to come.
             count = max(1, int(total.get("GPU", 0))) if self.options.gpu_memory else 0
             mine = cards.get(node_id) or (Card(self.options.gpu_memory),) * count
             # What gives way holds memory, too, and nobody knows on which card.
-            if len(staying) < len(held):
-                mine = tuple(replace(card, users="", used=0) for card in mine)
-            nodes.append(Node(name, total, free, row.get("Labels") or {}, staying, mine))
+            mine = tuple(replace(card, used=0) if going else card for card in mine)
+            matches = partial(self.ray._raylet.node_labels_match_selector, row.get("Labels") or {})
+            nodes.append(Node(name, total, free, matches, staying, mine))
         return nodes
 
     def held(self) -> dict[str, list[tuple[str, Resources, set[int]]]]:
@@ -2927,7 +2885,7 @@ def format_demand(demand: Demand, layout: str = OF_A_DEPLOYMENT) -> str:
     if len(demand.bundles) > 1:
         bundles = " + ".join(f"[{format_resources(bundle)}]" for bundle in demand.bundles)
         amounts += f" in all: {bundles}, {demand.strategy}"
-    if demand.autoscaling:
+    if demand.min_replicas != demand.max_replicas:
         count = f"{demand.min_replicas} → {count} (autoscaling)"
     return layout.format(name=name, amounts=amounts, count=count)
 

@@ -547,11 +547,11 @@ def test_what_can_never_fit_fails_before_it_is_submitted_and_what_waits_is_deplo
     assert results(run) == {"first": "RUNNING", "never": "FAILED", "waits": "RUNNING"}
     assert cluster.submitted == ["first", "waits"]
     assert causes(run) == [
-        "never/D: predicted: can never fit; needs 5 CPU; no node has 5 CPU: the largest has 4 "
+        "never/D: predicted: can never fit; needs 5 CPU; the most free in one place is 4 "
         "(node node)"
     ]
     waiting = (
-        "waits/D: predicted: does not fit now; needs 2 CPU; the most that one node has free is 1 "
+        "waits/D: predicted: does not fit now; needs 2 CPU; the most free in one place is 1 "
         "(node node, held by first/D 3)"
     )
     assert ("waiting for resources", waiting) in seen

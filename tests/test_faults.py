@@ -284,11 +284,11 @@ FAILURES: dict[str, tuple[Config, list[str]]] = {
     "B4 constructor raises": (app("f", "failing"), ["ZeroDivisionError: this constructor"]),
     "B8 99 GPUs": (
         app("g", "wants", args={"actor": {"num_gpus": 99}}),
-        ["no node has 99 GPU: the largest has 2"],
+        ["needs 99 GPU; the most free in one place is 2"],
     ),
     "B8 no such resource": (
         app("c", "wants", args={"actor": {"resources": {"quantum": 1}}}),
-        ["no node has 1 quantum"],
+        ["needs 1 quantum; the most free in one place is 0"],
     ),
     "B8 no such card": (
         app("g", "wants", args={"actor": {"num_gpus": 1, "accelerator_type": "A10G"}}),
@@ -296,7 +296,7 @@ FAILURES: dict[str, tuple[Config, list[str]]] = {
     ),
     "B8 bundles over 2 GPUs": (
         app("d", "wants", args={"bundles": [{"CPU": 1, "GPU": 2}, {"CPU": 1, "GPU": 1}]}),
-        ["can never fit; needs 2 CPU + 3 GPU in 2 bundles (PACK); all nodes have 2 GPU"],
+        ["can never fit; needs 2.0 CPUs, 3.0 GPUs in 2 bundle(s) (PACK); free on", " 2.0 GPUs"],
     ),
     "B10 replica dies": (app("k", "killed"), ["died"]),
     "B11 bad runtime_env": (

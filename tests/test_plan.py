@@ -1,4 +1,4 @@
-"""Section 5, pure: Ray's rules one by one, verdicts, who holds what, and the text."""
+"""The section Plan, pure: Ray's rules one by one, verdicts, who holds what, and the text."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray._raylet import node_labels_match_selector
 
 from app_v5 import (
     SLOW,
     STEPS,
+    Amounts,
     Demand,
     Node,
     Options,
@@ -21,7 +24,7 @@ from app_v5 import (
     Resources,
     format_amount,
     format_prediction,
-    matches,
+    gpus_of,
     predict,
     stock,
     take,
@@ -49,7 +52,7 @@ def where(demands: Sequence[Demand], nodes: Sequence[Node]) -> list[str]:
     for fit in plan.fits:
         count = 0 if fit.misfit else fit.demand.min_replicas
         mine = itertools.islice(slots, count * len(fit.demand.bundles))
-        places = [nodes[slot.node].name + "".join(map(str, slot.gpus)) for slot in mine]
+        places = [nodes[n].name + "".join(map(str, gpus_of(taken))) for _, n, taken in mine]
         verdict = "NEVER" if fit.never else "NOT NOW"
         assert bool(fit.misfit) or not fit.never
         found.append(verdict if fit.misfit else " ".join(places))
@@ -73,10 +76,9 @@ def where(demands: Sequence[Demand], nodes: Sequence[Node]) -> list[str]:
 def test_a_raylet_allocates_gpus_one_by_one(
     free: tuple[float, ...], wanted: float, taken: tuple[float, ...]
 ) -> None:
-    devices = tuple(round(share * STEPS) for share in free)
-    left = take(devices, round(wanted * STEPS))
-    found = tuple(had - has for had, has in zip(devices, left, strict=False))
-    assert found == tuple(round(share * STEPS) for share in taken)
+    gpus = Amounts({gpu: round(share * STEPS) for gpu, share in enumerate(free)})
+    expected = Amounts({gpu: round(share * STEPS) for gpu, share in enumerate(taken)})
+    assert take(gpus, round(wanted * STEPS)) == (expected if taken else None)
 
 
 A, B = node("A", CPU=8, GPU=2), node("B", CPU=8, GPU=1)
@@ -84,6 +86,7 @@ HALF_A = replace(node("A", (0.55, 0.55), CPU=8, GPU=2), holders=(("old/D", {"GPU
 TWINS = (node("A", CPU=4), node("B", CPU=4))
 G45 = demand("x", {"CPU": 1, "GPU": 0.45}, replicas=2)
 CPU = {"CPU": 1}
+IN_B = Node("Z", CPU, CPU, partial(node_labels_match_selector, {"zone": "b"}))
 
 
 @pytest.mark.parametrize(
@@ -148,13 +151,13 @@ CPU = {"CPU": 1}
         ),
         pytest.param(
             [demand("x", CPU, label_selectors=({"zone": "b"},))],
-            [A, Node("Z", CPU, CPU, labels={"zone": "b"})],
+            [A, IN_B],
             ["Z"],
             id="labels",
         ),
         pytest.param(
             [demand("x", CPU, CPU, label_selectors=({"zone": "b"}, {}), strategy="STRICT_SPREAD")],
-            [A, Node("Z", CPU, CPU, labels={"zone": "b"})],
+            [A, IN_B],
             ["Z A"],
             id="labels of one bundle",
         ),
@@ -194,22 +197,6 @@ def test_bundles_that_ray_packs_on_a_node_whose_gpus_refuse_may_take_long() -> N
     assert not predict([two], [nodes[0], node("B", (1, 1), CPU=4, GPU=2)]).fits[0].slow
 
 
-@pytest.mark.parametrize(
-    ("wanted", "label", "expected"),
-    [
-        pytest.param("a", "a", True, id="equal"),
-        pytest.param("!a", "a", False, id="not equal"),
-        pytest.param("in(a, b)", "b", True, id="one of"),
-        pytest.param("!in(a,b)", "b", False, id="none of"),
-        pytest.param("!in(a,b)", None, True, id="a missing label is none of them"),
-        pytest.param("a", None, False, id="a missing label equals nothing"),
-    ],
-)
-def test_label_selectors(wanted: str, label: str | None, expected: bool) -> None:
-    labels = {} if label is None else {"zone": label}
-    assert matches(Node("n", {}, {}, labels=labels), {"zone": wanted}) is expected
-
-
 # -- what is free --------------------------------------------------------------------------------
 
 
@@ -229,8 +216,9 @@ def test_free_gpus_are_guessed_with_care(
     total: float, running: list[float], free: float, expected: tuple[float, ...]
 ) -> None:
     held = tuple((f"a{index}/D", {"GPU": share}) for index, share in enumerate(running))
-    guessed = stock(Node("n", {"GPU": total}, {"GPU": free}, holders=held))["GPU"]
-    assert guessed == tuple(round(share * STEPS) for share in expected)
+    guessed = stock(Node("n", {"GPU": total}, {"GPU": free}, holders=held))
+    assert [guessed[gpu] for gpu in gpus_of(guessed)] == [round(n * STEPS) for n in expected]
+    assert guessed["GPU"] == round(sum(expected) * STEPS)
 
 
 def test_what_gives_way_counts_as_free() -> None:
@@ -245,14 +233,18 @@ def test_what_gives_way_counts_as_free() -> None:
     cluster: Any = RayCluster(Options("c"))
     available = {"1": {"CPU": 5.0, "GPU": 0.25}}
     state = SimpleNamespace(available_resources_per_node=lambda: available)
-    cluster.ray = SimpleNamespace(nodes=lambda: [row], _private=SimpleNamespace(state=state))
+    raylet = SimpleNamespace(node_labels_match_selector=node_labels_match_selector)
+    private = SimpleNamespace(state=state)
+    cluster.ray = SimpleNamespace(nodes=lambda: [row], _private=private, _raylet=raylet)
     cluster.holdings = lambda: [("1", *item) for item in held]
     cluster.ask_dashboard = lambda *_, **__: "not JSON"
     [stays], [goes] = cluster.nodes(), cluster.nodes({"x/old"})
-    assert (stays.free["CPU"], stock(stays)["GPU"]) == (5.0, (2_500,))
-    assert (goes.free["CPU"], stock(goes)["GPU"]) == (7.0, (7_000,))
+    assert (stays.free["CPU"], stock(stays)[0]) == (5.0, 2_500)
+    assert (goes.free["CPU"], stock(goes)[0]) == (7.0, 7_000)
     assert (stays.holders, goes.holders) == (tuple(held), tuple(held[1:]))
-    assert (goes.name, goes.labels) == ("n", {"zone": "a"})
+    assert goes.name == "n"
+    assert goes.matches({"zone": "in(a,b)"})
+    assert not goes.matches({"zone": "!a"})
 
 
 # -- the text ------------------------------------------------------------------------------------
@@ -274,16 +266,16 @@ def test_the_text_of_a_tight_cluster() -> None:
     plan = predict(demands, [node("10.0.0.1", CPU=16, GPU=1), old])
     assert [fit.demand.label for fit in plan.misfits] == ["falcon-h1-2/D", "huge/D"]
     assert format_prediction(plan)[1:] == [
-        "node 10.0.0.1 · GPU 0 ██████████████████·· falcon3/D 2 x 0.45 · 0.10 free",
+        "node 10.0.0.1 · GPU 0 ██████████████████·· falcon3/D 0.90 · 0.10 free",
         "node 10.0.0.1 · CPU: 2 of 16 used by this plan, 14 free",
         "node 10.0.0.2 · GPU 0 █████████▓▓▓▓▓▓▓▓▓▓· falcon-h1/D 0.45 + already running 0.50"
         " · 0.05 free",
-        "node 10.0.0.2 · CPU: 1 of 4 used by this plan, 1 by what runs, 2 free",
+        "node 10.0.0.2 · CPU: 1 of 4 used by this plan, 2 free",
         "falcon3/D: room for 2 of 3 replicas",
         "falcon-h1/D: room for 1 of 9 replicas",
-        "falcon-h1-2/D: predicted: does not fit now; needs 0.45 GPU; the largest free share is "
+        "falcon-h1-2/D: predicted: does not fit now; needs 0.45 GPU; the most free in one place is "
         "0.10 (node 10.0.0.1, GPU 0, held by falcon3/D 0.90)",
-        "huge/D: predicted: can never fit; needs 99 GPU; no node has 99 GPU: the largest has 1 "
+        "huge/D: predicted: can never fit; needs 99 GPU; the most free in one place is 1 "
         "(node 10.0.0.1)",
     ]
 
@@ -294,57 +286,59 @@ def test_the_text_of_a_tight_cluster() -> None:
         pytest.param(
             [demand("x", {"GPU": 0.45})],
             [Node("A", {"GPU": 1}, {"GPU": 0.4}, holders=(("old/D", {"GPU": 0.6}),))],
-            "needs 0.45 GPU; the largest free share is 0.40 (node A, GPU 0, held by old/D 0.60)",
+            "needs 0.45 GPU; the most free in one place is 0.40 "
+            "(node A, GPU 0, held by old/D 0.60)",
             id="a share that something running holds",
         ),
         pytest.param(
             [demand("x", {"GPU": 0.7}), demand("y", {"GPU": 2})],
             [A],
-            "needs 2 GPU; the most that one node has free is 1 (node A, held by x/D 0.70)",
+            "needs 2 GPU; the most free in one place is 1.30 (node A, held by x/D 0.70)",
             id="whole ones of which a share is gone",
         ),
         pytest.param(
             [demand(n, CPU) for n in "abcd"] + [demand("x", CPU)],
             TWINS[:1],
-            "needs 1 CPU; the most that one node has free is 0 "
+            "needs 1 CPU; the most free in one place is 0 "
             "(node A, held by a/D 1 + b/D 1 + c/D 1 + 1 others)",
             id="many holders",
         ),
         pytest.param(
             [demand("x", {"CPU": 1, "tpu-slice": 1})],
             [A],
-            "needs 1 tpu-slice; no node has 1 tpu-slice: the largest has 0 (node A)",
+            "needs 1 tpu-slice; the most free in one place is 0 (node A)",
             id="unknown resource",
         ),
         pytest.param(
             [demand("x", CPU, label_selectors=({"zone": "b"},))],
             [A],
-            "no node matches the labels zone: b",
+            "no node matches the labels {'zone': 'b'}",
             id="labels",
         ),
-        pytest.param([demand("x", CPU)], [], "there is no live node", id="no node"),
         pytest.param(
             [demand("x", {"GPU": 0.1})],
             [node("A", CPU=8), node("B", (0,), CPU=8, GPU=1)],
-            "needs 0.10 GPU; the largest free share is 0 (node B, GPU 0)",
+            "needs 0.10 GPU; the most free in one place is 0 (node B, GPU 0)",
             id="a node without a GPU does not count",
         ),
         pytest.param(
             [demand("x", {"CPU": 0.1}, replicas=2, max_replicas_per_node=1)],
             TWINS[:1],
-            "1 of 2 replicas fit; needs 0.10 CPU on one node (PACK, max_replicas_per_node: 1)",
+            "1 of 2 replicas fit; needs 0.1 CPUs in 1 bundle(s) (PACK, max_replicas_per_node: 1); "
+            "free on all nodes, in pieces: 3.9 CPUs",
             id="a limit of replicas a node",
         ),
         pytest.param(
             [demand("x", CPU, CPU, CPU, strategy="STRICT_SPREAD")],
             TWINS,
-            "needs 3 CPU in 3 bundles (STRICT_SPREAD)",
+            "needs 3.0 CPUs in 3 bundle(s) (STRICT_SPREAD); free on all nodes, in pieces: 8.0 CPUs",
             id="each bundle fits, and they do not together",
         ),
         pytest.param(
             [demand("x", {"CPU": 5, "GPU": 1})],
             [node("C", CPU=8), node("G", CPU=4, GPU=1)],
-            "needs 5 CPU + 1 GPU on one node (PACK)",
+            "needs 5.0 CPUs, 1.0 GPUs in 1 bundle(s) (PACK); "
+            "free on all nodes, in pieces: 12.0 CPUs, 1.0 GPUs",
             id="each resource is there, and not on one node",
         ),
     ],
@@ -361,8 +355,8 @@ def test_some_replicas_fit() -> None:
     assert format_prediction(plan)[1:] == [
         "node A · GPU 0 ██████████████████·· x/D 0.90 · 0.10 free",
         "node B · GPU 0 ████████████████████ already running 1 · 0 free",
-        "x/D: predicted: does not fit now; 1 of 2 replicas fit; needs 0.90 GPU; the largest free "
-        "share is 0.10 (node A, GPU 0, held by x/D 0.90)",
+        "x/D: predicted: does not fit now; 1 of 2 replicas fit; needs 0.90 GPU; the most free "
+        "in one place is 0.10 (node A, GPU 0, held by x/D 0.90)",
     ]
 
 

@@ -89,7 +89,7 @@ def test_what_does_not_fit_and_what_is_not_built_leaves_the_rest_planned(
     assert finished.returncode == 1
     out = finished.stdout
     assert "second/LLMServer:b: predicted: does not fit now; needs 0.45 GPU; " in out
-    assert "; the largest free share is 0 (node " in out
+    assert "; the most free in one place is 0 (node " in out
     assert ", GPU 0, held by first/LLMServer:a 1)" in out
     assert "big/LLMServer:c: predicted: can never fit; needs " in out
     assert "Cause: LookupError: the builder found nothing" in out

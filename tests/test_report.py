@@ -39,7 +39,7 @@ def falcon(name: str, model: str, source: str, most: int) -> app.Action:
         ended=61.0,
         sent=True,
         demands=(
-            app.Demand(name, f"LLMServer:{label}", (share,), max_replicas=most, autoscaling=True),
+            app.Demand(name, f"LLMServer:{label}", (share,), max_replicas=most),
             app.Demand(name, "OpenAiIngress", ({"CPU": 1.0},), ingress=True),
         ),
     )
@@ -238,7 +238,8 @@ def test_what_else_runs_and_a_lost_cluster_are_said() -> None:
 
 
 def test_other_applications_say_where_they_answer_and_what_they_hold() -> None:
-    demand = app.Demand("a", "D", ({"CPU": 1.0, "GPU": 0.45}, {"GPU": 0.45}), max_replicas=2)
+    demand = app.Demand("a", "D", ({"CPU": 1.0, "GPU": 0.45}, {"GPU": 0.45}))
+    demand = replace(demand, min_replicas=2, max_replicas=2)
     plain = replace(running(), demands=(demand,), application=app.ApplicationSpec(0, "a", "/", {}))
     assert app.format_running(plain, report()) == [
         "• a",
@@ -341,7 +342,7 @@ def test_a_plan_says_what_would_go_where() -> None:
         f"node n · GPU 0 █████████▓▓▓▓▓▓▓▓▓▓· {one} 0.45 + already running 0.50 · 0.05 free",
         "node n · CPU: 1 of 8 used by this plan, 7 free",
         f"{one}: room for 1 of 3 replicas",
-        f"{two}: predicted: does not fit now; needs 0.45 GPU; the largest free share is 0.05 "
+        f"{two}: predicted: does not fit now; needs 0.45 GPU; the most free in one place is 0.05 "
         f"(node n, GPU 0, held by {one} 0.45)",
         "=" * 80,
     ]

@@ -293,7 +293,7 @@ def test_what_serve_deploy_brought_is_recognised_and_taken_over(user: User) -> N
     serve_deploy(user.head, config)
     wait_until(lambda: says(user, "/x", "one") and says(user, "/y", "one"), 60, "serve deploy")
     taken = user.write({**versioned("z"), "route_prefix": "/x"}, name="taken.yaml")
-    assert "is running (deployed by `serve deploy`)" in user.run(config=taken).stderr
+    assert "/x is the route of x, which is running" in user.run(config=taken).stderr
     before = get_text(user, "/y")
     finished = user.run("--only", "x", config=config)
     assert finished.returncode == 0, finished.stdout + finished.stderr

@@ -65,7 +65,7 @@ FAILURES: dict[str, tuple[Config, list[str]]] = {
             "import_path": "fixture_apps:good",
             "deployments": [{"name": "Good", "num_gpus": 99}],
         },
-        ["no node has 99 GPU: the largest has 2"],
+        ["needs 99 GPU; the most free in one place is 2"],
     ),
 }
 
