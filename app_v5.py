@@ -89,7 +89,6 @@ MOST_VALUE_CHARACTERS = 60
 MOST_CAUSE_CHARACTERS = 300
 MOST_BODY_BYTES = 2**20
 MOST_LOGS, LOG_LINES = 3, 400
-MANY_REQUESTS = 1_000_000  # Ray's max_ongoing_requests for LLMs is above that: no limit
 
 WHOLE_GPU_MEMORY_FRACTION = 0.9
 """What an engine takes of a card that it has to itself; vLLM's own default is 0.92, and engines
@@ -195,7 +194,6 @@ class Memory:
     sequences: int = 0
     fraction: float = 0.0
     pinned: int = 0
-    platform: str = ""
     unknown: str = ""
 
 
@@ -213,8 +211,6 @@ class Demand:
     ingress: bool = False
     max_replicas_per_node: int | None = None
     label_selectors: tuple[Mapping[str, str], ...] = ()  # one per bundle, or empty
-    max_ongoing_requests: int = 0
-    target_ongoing_requests: float = 0.0
     memory: Memory | None = None  # of an LLM's engine
 
     @property
@@ -939,12 +935,11 @@ def fit_engine(llm: Config, path: KeyPath, application: Config) -> Problems:
     (1 GPU each by default), so `num_gpus: 0.45` alone reserves 1.45 GPU (measured on Ray 2.60). The
     share therefore moves to the workers' bundles, and the replica actor keeps the CPUs.
     """
-    options, place = actor_options(llm), (*path, "deployment_config")
-    gpus, accelerator = options.get("num_gpus"), str(llm.get("accelerator_type") or "")
-    implied = "tpu" if accelerator.startswith("TPU") else "gpu" if accelerator else ""
-    kind = as_dict(llm.get("accelerator_config")).get("kind") or implied
-    if llm.get("server_cls") or kind == "tpu":
+    options, kind = actor_options(llm), as_dict(llm.get("accelerator_config")).get("kind")
+    is_tpu = kind == "tpu" or str(llm.get("accelerator_type")).startswith("TPU")
+    if llm.get("server_cls") or is_tpu:
         return []
+    gpus = options.get("num_gpus")
     problems: Problems = []
     if llm.get("placement_group_config"):
         # The user's own stays as it is.
@@ -953,11 +948,6 @@ def fit_engine(llm: Config, path: KeyPath, application: Config) -> Problems:
             message = f"with num_gpus: {short(gpus)} a replica reserves {short(held + gpus)} GPU"
             hint = "set num_gpus: 0, or leave out placement_group_config"
             problems = [Problem((*path, "placement_group_config"), message, hint, warning=True)]
-    elif kind == "gpu" and gpus == 0:
-        key = "accelerator_type" if accelerator else "accelerator_config"
-        message = f"num_gpus: 0 asks for the CPU engine, but {key} asks for GPUs"
-        hint = "remove one of them, or give num_gpus the share that a replica takes"
-        problems = [Problem(place, message, hint)]
     elif kind == "cpu" or gpus == 0:
         # One bundle with nothing in it for the workers: they are local processes of the replica.
         llm["accelerator_config"], worker = {"kind": "cpu"}, {"CPU": 0}
@@ -970,23 +960,21 @@ def fit_engine(llm: Config, path: KeyPath, application: Config) -> Problems:
         share = math.floor(round(gpus / workers * STEPS, 3)) / STEPS
         options["num_gpus"] = 0.0
         llm["placement_group_config"] = {"bundle_per_worker": {"GPU": share}}
-        problems = list(check_share(gpus, workers, share, place))
+        problems = check_share(gpus, workers, share, (*path, "deployment_config"))
     return problems + share_memory(llm, path, application)
 
 
-def check_share(gpus: float, workers: int, share: float, path: KeyPath) -> Iterator[Problem]:
+def check_share(gpus: float, workers: int, share: float, path: KeyPath) -> Problems:
     """What is wrong with a worker's share, when `gpus` are spread evenly over an engine's."""
-    each = f"num_gpus: {short(gpus)} over {workers} engine worker(s) is {short(share)} GPU a worker"
-    if share > 1 and share != int(share):
-        hint = f"use {int(share) * workers} or {(int(share) + 1) * workers}"
-        yield Problem(path, f"{each}; above 1 Ray takes whole GPUs only", hint)
-    elif share > 1:
-        hint = f"set engine_kwargs.tensor_parallel_size: {int(gpus)}"
-        yield Problem(path, f"{each}, and a worker uses one", hint, warning=True)
-    elif workers > 1 and 2 * share <= 1:
+    if share > 1:  # of which Ray takes whole ones only
+        message = f"num_gpus: {short(gpus)} for {workers} engine worker(s), and each uses one GPU"
+        hint = f"use {workers}, or set engine_kwargs.tensor_parallel_size: {math.ceil(gpus)}"
+        return [Problem(path, message, hint, warning=share == int(share))]
+    if workers > 1 and 2 * share <= 1:
         message = f"Ray may put two workers of {short(share)} GPU on one card, where NCCL fails"
         hint = "give each worker more than half a GPU, or use one worker"
-        yield Problem(path, message, hint, warning=True)
+        return [Problem(path, message, hint, warning=True)]
+    return []
 
 
 def share_memory(llm: Config, path: KeyPath, application: Config) -> Problems:
@@ -1077,12 +1065,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Room:
-    """What an engine's share of a card, of `card` bytes, holds: one worker's bytes in all, for
-    activations and for the KV cache, and the tokens and full requests that go into that."""
+    """What one worker of an engine has room for in its share of a card, of `card` bytes: the KV
+    cache, in bytes, and the tokens and full requests that go into that."""
 
     card: int
-    budget: int
-    activations: int
     cache: int
     tokens: int
     requests: float
@@ -1093,57 +1079,40 @@ def gib(amount: float) -> str:
     return f"{amount / 2**20:.3g} MiB" if small else f"{short(round(amount / GIB, 2))} GiB"
 
 
-def room_of(memory: Memory | None, card: int, activations: int) -> Room | None:
-    """What an engine has room for; None where nobody knows, as without the size of a card. The
-    figures are those that the engine logs at its start (vllm/v1/core/kv_cache_utils.py)."""
-    if memory is None or not memory.block or not (memory.pinned or card):
-        return None
-    budget = int(card * memory.fraction)
-    cache = memory.pinned or max(0, budget - memory.weights - activations)
-    length, blocks = memory.requests[0]
-    requests = cache // memory.block / blocks
-    return Room(card, budget, activations, cache, int(requests * length), requests)
-
-
-def least_gpus(demand: Demand, room: Room, requests: float) -> str:
-    """The smallest num_gpus with room for so many full requests, in words."""
-    memory, workers = demand.memory or Memory(), len(gpu_shares(demand))
-    cache = (math.ceil(requests * memory.requests[0][1]) + 1) * memory.block
-    fraction = max(WHOLE_GPU_MEMORY_FRACTION, memory.fraction)
-    needed = (memory.weights + room.activations + cache) / (room.card * fraction)
-    least = math.ceil(needed * 100) / 100
-    return short(least * workers) if least <= 1 else "more than a card a worker"
-
-
 def gpu_shares(demand: Demand) -> list[float]:
     return [bundle["GPU"] for bundle in demand.bundles if bundle.get("GPU")]
 
 
 def memory_misfit(demand: Demand, room: Room) -> str:
-    """Why an engine would not start in its room, or ""; one block of it is never used."""
+    """Why an engine would not start in its room, and what would help, or "". One block of the room
+    is never used (vllm/v1/core/kv_cache_utils.py)."""
     memory = demand.memory or Memory()
     blocks, held = room.cache // memory.block, memory.weights + room.cache
     length, needed = memory.requests[0]
     if memory.pinned and held > room.card > 0:
         return f"weights and kv_cache_memory_bytes are {gib(held)}, a card has {gib(room.card)}"
     if blocks <= needed:
-        left = room.cache - memory.block
-        need, there = (round(size / GIB, 2) for size in (needed * memory.block, left))
-        # In the engine's own words (vllm/v1/core/kv_cache_utils.py), for which there are hints.
-        text = f"To serve at least one request with the model's max seq len ({length}), ({need} "
-        text += "GiB KV cache is needed, which is larger than the available KV cache memory "
-        text += f"({there} GiB)."
-        if fits := next((tokens for tokens, count in memory.requests if count < blocks), 0):
-            text += f" Based on the available memory, the estimated maximum model length is {fits}"
-        text = text if left > 0 else "No available memory for the cache blocks"
-        share = WHOLE_GPU_MEMORY_FRACTION * min([1.0, *gpu_shares(demand)])
-        if not memory.pinned and memory.fraction > share - 0.01:
-            text = f"num_gpus that would do: {least_gpus(demand, room, 1)}; {text}"
-        return text
+        left = gib(max(0, room.cache - memory.block))
+        text = f"a request of {length:,} tokens needs {gib(needed * memory.block)} of KV cache, "
+        return "; ".join([f"{text}and there is room for {left}", *remedies(demand, room)])
     if memory.sequences > blocks:
         text = f"max_num_seqs is {memory.sequences}, and its share holds {blocks} Mamba blocks"
         return f"{text}; set engine_kwargs.max_num_seqs to {blocks} or less"
     return ""
+
+
+def remedies(demand: Demand, room: Room) -> Iterator[str]:
+    """What would let an engine start that has no room for a full request."""
+    memory, shares = demand.memory or Memory(), gpu_shares(demand)
+    blocks = room.cache // memory.block
+    if fits := next((tokens for tokens, count in memory.requests if count < blocks), 0):
+        yield f"max_model_len {fits} would do"
+    if not memory.pinned:
+        cache = (memory.requests[0][1] + 1) * memory.block
+        needed = (memory.weights + ACTIVATIONS_BYTES + cache) / WHOLE_GPU_MEMORY_FRACTION
+        least = math.ceil(needed / room.card * 100) / 100
+        if shares[0] < least <= 1:
+            yield f"num_gpus {short(least * len(shares))} would do"
 
 
 def format_memory(demand: Demand, room: Room | None) -> list[str]:
@@ -1151,13 +1120,9 @@ def format_memory(demand: Demand, room: Room | None) -> list[str]:
     memory, shares = demand.memory, gpu_shares(demand)
     if memory is None or memory.unknown:
         return [f"memory: not known: {memory.unknown}"] if memory else []
-    lines = [f"memory: weights {gib(memory.weights)}"]
-    if not memory.block:
-        return lines
     length, blocks = memory.requests[0]
-    lines[0] += f" · a request of {length:,} tokens needs {gib(blocks * memory.block)} of KV cache"
-    if memory.platform == "cpu" and shares:
-        lines[0] += " (as a CPU build has it: blocks are smaller on a GPU)"
+    request = f"a request of {length:,} tokens needs {gib(blocks * memory.block)} of KV cache"
+    lines = [f"memory: weights {gib(memory.weights)} · {request}"]
     if room is None:  # of main memory the engine itself takes what is free
         hint = "  no card's size is known here: --gpu-memory 80GiB would plan with one"
         return [*lines, hint] if shares else lines
@@ -1166,17 +1131,10 @@ def format_memory(demand: Demand, room: Room | None) -> list[str]:
         lines.append(f"  {cache}: kv_cache_memory_bytes")
     else:
         share = f"{short(shares[0])} of {gib(room.card)}, at gpu_memory_utilization "
-        share += f"{short(memory.fraction)}: {gib(room.budget)}; {cache}"
-        lines.append(f"  {share} ({gib(room.activations)} kept for activations, a guess)")
-    most, full = demand.max_ongoing_requests, math.floor(room.requests)
-    queue = f" (max_ongoing_requests is {most}: the last {most - full} would queue)"
-    lines.append(f"  room for {room.tokens:,} tokens, {full:,} full requests at once")
-    lines[-1] += queue if full < most < MANY_REQUESTS else ""
-    target = demand.target_ongoing_requests
-    if 0 < target < MANY_REQUESTS and not memory.pinned:
-        what = "the smallest num_gpus that serves target_ongoing_requests"
-        lines.append(f"  {what} {short(target)} in full: {least_gpus(demand, room, target)}")
-    return lines
+        share += f"{short(memory.fraction)}: {gib(room.card * memory.fraction)}; {cache}"
+        lines.append(f"  {share} ({gib(ACTIVATIONS_BYTES)} kept for activations, a guess)")
+    full = math.floor(room.requests)
+    return [*lines, f"  room for {room.tokens:,} tokens, {full:,} full requests at once"]
 
 
 def measure_memory(options: Callable[[], Config], variables: Mapping[str, str]) -> Config:
@@ -1200,7 +1158,7 @@ def ask_vllm(options: Config) -> Config:
     weights, and from that the layout of the KV cache. Of several workers it is the first one's:
     `world_size` alone makes a shard. Compared with started engines for Llama and Falcon-H1."""
     import torch
-    from huggingface_hub import errors, try_to_load_from_cache
+    from huggingface_hub import snapshot_download
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -1209,12 +1167,11 @@ def ask_vllm(options: Config) -> Config:
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     options = {k: v for k, v in options.items() if k != "distributed_executor_backend"}
-    workers, revision = options.pop("tensor_parallel_size", 1), options.get("revision")
-    with contextlib.suppress(errors.HFValidationError):  # a path
-        # A whole model that lies in the cache: the network is not asked whether it has changed.
-        found = try_to_load_from_cache(options["model"], "config.json", revision=revision)
-        if isinstance(found, str) and list(Path(found).parent.glob("*.safetensors")):
-            options["model"] = str(Path(found).parent)
+    workers = options.pop("tensor_parallel_size", 1)
+    with contextlib.suppress(ValueError, OSError):  # a path, or it is not in the cache
+        # Of what is, the network is not asked whether it has changed.
+        find = partial(snapshot_download, revision=options.get("revision"), local_files_only=True)
+        options["model"] = find(options["model"], allow_patterns=["*.json", "*.safetensors"])
     config = AsyncEngineArgs(**options).create_engine_config()
     with set_current_vllm_config(config):
         if not parallel_state.model_parallel_is_initialized():
@@ -1227,7 +1184,7 @@ def ask_vllm(options: Config) -> Config:
             model = initialize_model(config)
         current_platform.update_block_size_for_backend(config)
         weights = sum(part.numel() * part.element_size() for part in model.parameters())
-        return {"weights": weights, "platform": current_platform.device_type, **cache_of(config)}
+        return {"weights": weights, **cache_of(config)}
 
 
 def cache_of(config: Any) -> Config:
@@ -1238,7 +1195,7 @@ def cache_of(config: Any) -> Config:
     from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
 
     if not (specs := get_kv_cache_spec(config)):
-        return {}
+        raise ValueError("it has no KV cache")
     layouts = backends.get_supported_kv_cache_layouts(get_current_attn_backends(config))
     backends.resolve_kv_cache_layout(config, [[layout.name for layout in layouts]], specs.values())
     groups = caches.get_kv_cache_groups(config, specs)
@@ -1342,8 +1299,6 @@ def describe_deployment(name: str, info: Any) -> Config:
         "label_selectors": tuple(selectors),
         "strategy": replica.placement_group_strategy or "PACK",
         "max_replicas_per_node": replica.max_replicas_per_node,
-        "max_ongoing_requests": options.max_ongoing_requests,
-        "target_ongoing_requests": scaling.get_target_ongoing_requests() if scaling else 0,
         "min_replicas": scaling.min_replicas if scaling else options.num_replicas,
         "max_replicas": scaling.max_replicas if scaling else options.num_replicas,
         "autoscaling": scaling is not None,
@@ -1519,14 +1474,21 @@ def nearest(plan: Plan, resource: str, need: int, free: Mapping[int, Devices]) -
 
 
 def room_in(plan: Plan, demand: Demand, activations: int = ACTIVATIONS_BYTES) -> Room | None:
-    """What an engine has room for on the smallest of the cards that a plan gives it; where it gives
-    none, on the largest that there is."""
-    slots = [slot for slot in plan.slots if slot.demand.label == demand.label]
-    totals = [card.total for node in plan.nodes for card in node.cards]
-    cards = [plan.nodes[slot.node].cards[i : i + 1] for slot in slots for i in slot.gpus]
-    sizes = [card.total for each in cards for card in each] if slots else [max(totals, default=0)]
-    card = min(sizes, default=0) if gpu_shares(demand) else 0
-    return room_of(demand.memory, card, activations)
+    """What an engine has room for on the smallest card of the nodes to which a plan gives it; where
+    it gives it to none, on the largest that there is. None where nobody knows. The figures are
+    those that the engine logs at its start (vllm/v1/core/kv_cache_utils.py)."""
+    memory, card = demand.memory, 0
+    if gpu_shares(demand):
+        mine = [plan.nodes[slot.node] for slot in plan.slots if slot.demand.label == demand.label]
+        sizes = [card.total for node in mine or plan.nodes for card in node.cards]
+        card = (min if mine else max)(sizes, default=0)
+    if memory is None or memory.unknown or not (memory.pinned or card):
+        return None
+    budget = int(card * memory.fraction)
+    cache = memory.pinned or max(0, budget - memory.weights - activations)
+    length, blocks = memory.requests[0]
+    requests = cache // memory.block / blocks
+    return Room(card, cache, int(requests * length), requests)
 
 
 def card_misfit(plan: Plan, demand: Demand) -> str:
