@@ -923,9 +923,11 @@ def worker_bundles(llm: Config) -> list[Config]:
     return (config.get("bundles") or []) if each is None else [each] * engine_workers(llm)
 
 
-def worker_share(llm: Config) -> float:
-    """The GPU share of a worker, 0 when there is none."""
-    return next((float(b["GPU"]) for b in worker_bundles(llm) if b.get("GPU")), 0.0)
+def part_of_card(llm: Config) -> float:
+    """The part of a GPU that a worker gets; 0 for none or a whole one, and for the CPU engine."""
+    share = next((float(b["GPU"]) for b in worker_bundles(llm) if b.get("GPU")), 0.0)
+    on_cpu = as_dict(llm.get("accelerator_config")).get("kind") == "cpu"
+    return share if share < 1 and not on_cpu else 0.0
 
 
 def fit_engine(llm: Config, path: KeyPath, application: Config) -> Problems:
@@ -935,12 +937,11 @@ def fit_engine(llm: Config, path: KeyPath, application: Config) -> Problems:
     (1 GPU each by default), so `num_gpus: 0.45` alone reserves 1.45 GPU (measured on Ray 2.60). The
     share therefore moves to the workers' bundles, and the replica actor keeps the CPUs.
     """
-    options, kind = actor_options(llm), as_dict(llm.get("accelerator_config")).get("kind")
-    is_tpu = kind == "tpu" or str(llm.get("accelerator_type")).startswith("TPU")
-    if llm.get("server_cls") or is_tpu:
+    if llm.get("server_cls"):
         return []
-    gpus = options.get("num_gpus")
     problems: Problems = []
+    options, accelerator = actor_options(llm), as_dict(llm.get("accelerator_config"))
+    gpus = options.get("num_gpus")
     if llm.get("placement_group_config"):
         # The user's own stays as it is.
         held = sum(float(bundle.get("GPU") or 0) for bundle in worker_bundles(llm))
@@ -948,13 +949,11 @@ def fit_engine(llm: Config, path: KeyPath, application: Config) -> Problems:
             message = f"with num_gpus: {short(gpus)} a replica reserves {short(held + gpus)} GPU"
             hint = "set num_gpus: 0, or leave out placement_group_config"
             problems = [Problem((*path, "placement_group_config"), message, hint, warning=True)]
-    elif kind == "cpu" or gpus == 0:
-        # One bundle with nothing in it for the workers: they are local processes of the replica.
-        llm["accelerator_config"], worker = {"kind": "cpu"}, {"CPU": 0}
-        if gpus:
-            worker["GPU"], options["num_gpus"] = gpus, 0.0
-        if (options.get("num_cpus"), gpus) != (None, None):
-            llm["placement_group_config"] = {"bundles": [worker]}
+    elif accelerator.get("kind") == "cpu" or gpus == 0:
+        llm["accelerator_config"] = {"kind": "cpu"}
+        if options.get("num_cpus") is not None or gpus is not None:
+            # Nothing for the workers, which are local processes of the replica.
+            llm["placement_group_config"] = {"bundles": [{"CPU": 0}]}
     elif gpus is not None:
         workers = engine_workers(llm)
         share = math.floor(round(gpus / workers * STEPS, 3)) / STEPS
@@ -984,8 +983,8 @@ def share_memory(llm: Config, path: KeyPath, application: Config) -> Problems:
     (ray-project/ray#63875); without the fraction each engine takes 0.9 of the card, and it demands
     that much free memory even where `kv_cache_memory_bytes` is given (vllm/v1/worker/utils.py).
     """
-    share = worker_share(llm)
-    if not 0 < share < 1:
+    share = part_of_card(llm)
+    if not share:
         return []
     # LLMServer lays the LLM's runtime_env over the actor's and the application's key by key, so
     # an `env_vars` here would hide theirs: it has to repeat them.
@@ -993,40 +992,40 @@ def share_memory(llm: Config, path: KeyPath, application: Config) -> Problems:
     inherited: Config = next((each["env_vars"] for each in sources if each.get("env_vars")), {})
     variables = {"VLLM_RAY_PER_WORKER_GPUS": str(share), **inherited}
     llm["runtime_env"] = {**sources[0], "env_vars": variables}
-    if as_dict(llm.get("accelerator_config")).get("kind") == "cpu":
-        return []
     engine = llm["engine_kwargs"] = as_dict(llm.get("engine_kwargs"))
     fitting, key = round(WHOLE_GPU_MEMORY_FRACTION * share, 4), "gpu_memory_utilization"
     engine[key] = asked = float(engine.get(key) or fitting)
-    if asked <= share:
-        return []
     message = f"{short(asked)} of the card's memory is more than the {short(share)} GPU of a worker"
     hint = f"leave it out (it becomes {short(fitting)}) or lower it"
-    return [Problem((*path, "engine_kwargs", key), message, hint, warning=True)]
+    problem = Problem((*path, "engine_kwargs", key), message, hint, warning=True)
+    return [problem] if asked > share else []
 
 
 def describe_model(llm: Config) -> ModelSpec:
     """What people read about a fitted LLM, and what it promises: nothing of what it leaves to Ray.
     The deployment's name is made as Ray's builder makes it."""
-    loading, deployment = llm["model_loading_config"], llm["deployment_config"]
+    loading, name = llm["model_loading_config"], llm["deployment_config"].get("name")
     model_id, engine = str(loading["model_id"]), as_dict(llm.get("engine_kwargs"))
     source = loading.get("model_source") or model_id
     ours = {} if llm.get("server_cls") else llm  # another engine's arguments mean other things
-    options, share, workers = actor_options(ours), worker_share(ours), worker_bundles(ours)
-    shares = 0 < share < 1 and as_dict(llm.get("accelerator_config")).get("kind") != "cpu"
+    options, share = actor_options(ours), part_of_card(ours)
     asked = {"CPU": options.get("num_cpus"), "GPU": options.get("num_gpus")}
     asked |= {"memory": options.get("memory"), **(options.get("resources") or {})}
-    held = {r: round(sum(float(b.get(r) or 0) for b in (asked, *workers)), 4) for r in asked}
+    promised = {}
+    for resource, own in asked.items():
+        held = sum(float(bundle.get(resource) or 0) for bundle in (asked, *worker_bundles(ours)))
+        # Where no CPUs are given, the actor has its default of 1 besides its engine's.
+        if own is not None or (held and resource != "CPU"):
+            promised[resource] = round(held, 4)
     fraction = engine.get("gpu_memory_utilization")
     note = f"gpu_memory_utilization {fraction} for a share of {short(share)} GPU a worker"
     return ModelSpec(
         model_id,
         source=str(source.get("bucket_uri", "") if isinstance(source, dict) else source),
-        deployment_name=deployment.get("name") or model_id.replace("/", "--").replace(".", "_"),
-        # Where no CPUs are given, the actor has its default of 1 besides its engine's.
-        promised={r: n for r, n in held.items() if asked[r] is not None or (n and r != "CPU")},
-        measures_memory=shares and not engine.get("kv_cache_memory_bytes"),
-        notes=(note,) if shares and fraction else (),
+        deployment_name=name or model_id.replace("/", "--").replace(".", "_"),
+        promised=promised,
+        measures_memory=bool(share) and not engine.get("kv_cache_memory_bytes"),
+        notes=(note,) if share else (),
     )
 
 

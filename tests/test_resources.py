@@ -157,8 +157,8 @@ def test_normalising_never_changes_its_input_nor_shares_an_object() -> None:
         ),
         pytest.param(
             llm({"num_cpus": 1, "num_gpus": 0.45}, accelerator_config={"kind": "cpu"}),
-            {"bundles": [{"CPU": 0, "GPU": 0.45}]},
-            {"num_cpus": 1.0, "num_gpus": 0.0},
+            {"bundles": [{"CPU": 0}]},
+            {"num_cpus": 1.0, "num_gpus": 0.45},
             id="a CPU engine that holds a logical GPU",
         ),
         pytest.param(
