@@ -1128,17 +1128,18 @@ def format_memory(demand: Demand, room: Room | None) -> list[str]:
     return [*lines, f"  room for {room.tokens:,} tokens, {full:,} full requests at once"]
 
 
-def measure_memory(options: Callable[[], Config], variables: Mapping[str, str]) -> Config:
-    """The fields of a `Memory` for an engine with these arguments, in an environment with these
-    variables, in 0.5 s. Whatever goes wrong, the engine itself will say: this is a help only."""
+def measure_memory(llm: Config) -> Config:
+    """The fields of a `Memory` for an LLM's engine, in 0.5 s. Whatever goes wrong, the engine
+    itself will say: this is a help only."""
     from unittest import mock
 
+    variables = as_dict(as_dict(llm.get("runtime_env")).get("env_vars"))
     # Ray hides a node's GPUs from who reserves none, and vLLM's platform is then no GPU's.
     if not os.environ.get("CUDA_VISIBLE_DEVICES"):
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     try:
         with mock.patch.dict(os.environ, variables):
-            return ask_vllm(options())
+            return ask_vllm(engine_options(llm))
     except Exception as error:  # noqa: BLE001
         text = " ".join(str(error).split()) or repr(error)
         return {"unknown": shortened(text, MOST_CAUSE_CHARACTERS)}
@@ -1909,9 +1910,6 @@ class Builder:
     `RequestRouterConfig` needs (it edits a process-global pickling table, measured on Ray 2.60).
     """
 
-    def __init__(self) -> None:
-        self.answers: dict[str, Config] = {}
-
     def warm_up(self, module: str) -> None:
         """Import a builder's module ahead of its first use; errors are the build's to report. Not
         in the constructor: of one that dies there Ray says only that the actor never ran."""
@@ -1953,17 +1951,8 @@ class Builder:
         return demands, (rows, arguments.SerializeToString())
 
     def memory(self, config: Config) -> list[Config]:
-        """The fields of a `Memory` for each LLM of an application; equal models are asked once."""
-        found = []
-        for _, llm, _ in llm_places({"applications": [config]}):
-            variables = as_dict(as_dict(llm.get("runtime_env")).get("env_vars"))
-            model = as_dict(llm["model_loading_config"])
-            rest = {"model_loading_config": model.get("model_source") or model["model_id"]}
-            key = json.dumps(llm | rest | {"deployment_config": None}, default=str)
-            if key not in self.answers:
-                self.answers[key] = measure_memory(partial(engine_options, llm), variables)
-            found.append(self.answers[key])
-        return found
+        """The fields of a `Memory` for each LLM of an application."""
+        return [measure_memory(llm) for _, llm, _ in llm_places({"applications": [config]})]
 
 
 def engine_options(llm: Config) -> Config:
