@@ -185,7 +185,7 @@ class Node:
 class Memory:
     """What vLLM says of one worker of an engine before it loads a weight, in bytes and in blocks of
     its KV cache. `requests` has the longest requests, in tokens, for the blocks that max_model_len
-    needs and, in steps of 4%, for less; `sequences` is max_num_seqs where each needs a block
+    needs and, in steps of 1%, for less; `sequences` is max_num_seqs where each needs a block
     (Mamba); `pinned` is kv_cache_memory_bytes. `unknown` says why there is nothing of all that."""
 
     weights: int = 0
@@ -1194,7 +1194,7 @@ def cache_of(config: Any) -> Config:
     block = caches._pool_bytes_per_block(groups)
     cache = caches.get_kv_cache_config_from_groups(config, groups, block)
     most = caches._max_memory_usage_bytes_from_groups(config, groups) // block
-    counts = sorted({int(most / 2 ** (step / 16)) for step in range(113)}, reverse=True)
+    counts = range(most, 0, -max(1, most // 100))
     longest = partial(caches._estimate_max_model_len_from_groups, config, groups)
     requests = [(tokens, count) for count in counts if (tokens := longest(count * block))]
     # A CPU engine has no graphs, and starts with more (vllm/config/compilation.py).
