@@ -1128,9 +1128,9 @@ def format_memory(demand: Demand, room: Room | None) -> list[str]:
     return [*lines, f"  room for {room.tokens:,} tokens, {full:,} full requests at once"]
 
 
-def measure_memory(llm: Config) -> Config:
-    """The fields of a `Memory` for an LLM's engine, in 0.5 s. Whatever goes wrong, the engine
-    itself will say: this is a help only."""
+def measure_memory(llm: Config, options_of: Callable[[Config], Config]) -> Config:
+    """The fields of a `Memory` for an LLM's engine, in 0.5 s; `options_of` gives what the engine is
+    started with. Whatever goes wrong, the engine itself will say: this is a help only."""
     from unittest import mock
 
     variables = as_dict(as_dict(llm.get("runtime_env")).get("env_vars"))
@@ -1139,7 +1139,7 @@ def measure_memory(llm: Config) -> Config:
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     try:
         with mock.patch.dict(os.environ, variables):
-            return ask_vllm(engine_options(llm))
+            return ask_vllm(options_of(llm))
     except Exception as error:  # noqa: BLE001
         text = " ".join(str(error).split()) or repr(error)
         return {"unknown": shortened(text, MOST_CAUSE_CHARACTERS)}
@@ -1952,7 +1952,8 @@ class Builder:
 
     def memory(self, config: Config) -> list[Config]:
         """The fields of a `Memory` for each LLM of an application."""
-        return [measure_memory(llm) for _, llm, _ in llm_places({"applications": [config]})]
+        places = llm_places({"applications": [config]})
+        return [measure_memory(llm, engine_options) for _, llm, _ in places]
 
 
 def engine_options(llm: Config) -> Config:
