@@ -929,10 +929,10 @@ def fit_engine(llm: Config, path: KeyPath, application: Config) -> Problems:
     (1 GPU each by default), so `num_gpus: 0.45` alone reserves 1.45 GPU (measured on Ray 2.60). The
     share therefore moves to the workers' bundles, and the replica actor keeps the CPUs.
     """
-    if llm.get("server_cls"):
+    kind = as_dict(llm.get("accelerator_config")).get("kind")
+    if llm.get("server_cls") or kind == "tpu":
         return []
-    problems: Problems = []
-    options, accelerator = actor_options(llm), as_dict(llm.get("accelerator_config"))
+    options, problems = actor_options(llm), Problems()
     gpus = options.get("num_gpus")
     if llm.get("placement_group_config"):
         # The user's own stays as it is.
@@ -941,7 +941,7 @@ def fit_engine(llm: Config, path: KeyPath, application: Config) -> Problems:
             message = f"with num_gpus: {short(gpus)} a replica reserves {short(held + gpus)} GPU"
             hint = "set num_gpus: 0, or leave out placement_group_config"
             problems = [Problem((*path, "placement_group_config"), message, hint, warning=True)]
-    elif accelerator.get("kind") == "cpu" or gpus == 0:
+    elif kind == "cpu" or gpus == 0:
         llm["accelerator_config"] = {"kind": "cpu"}
         if options.get("num_cpus") is not None or gpus is not None:
             # Nothing for the workers, which are local processes of the replica.
