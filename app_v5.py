@@ -89,7 +89,6 @@ MOST_VALUE_CHARACTERS = 60
 MOST_CAUSE_CHARACTERS = 300
 MOST_BODY_BYTES = 2**20
 MOST_LOGS, LOG_LINES = 3, 400
-MANY_REQUESTS = 1_000_000  # Ray's max_ongoing_requests for LLMs is above that: no limit
 
 WHOLE_GPU_MEMORY_FRACTION = 0.9
 """What an engine takes of a card that it has to itself; vLLM's own default is 0.92, and engines
@@ -185,7 +184,7 @@ class Node:
 class Memory:
     """What vLLM says of one worker of an engine before it loads a weight, in bytes and in blocks of
     its KV cache. `requests` has the longest requests, in tokens, for the blocks that max_model_len
-    needs and, in steps of 4%, for less; `sequences` is max_num_seqs where each needs a block
+    needs and, in steps of 1%, for less; `sequences` is max_num_seqs where each needs a block
     (Mamba); `pinned` is kv_cache_memory_bytes. `unknown` says why there is nothing of all that."""
 
     weights: int = 0
@@ -194,7 +193,6 @@ class Memory:
     sequences: int = 0
     fraction: float = 0.0
     pinned: int = 0
-    platform: str = ""
     unknown: str = ""
 
 
@@ -211,8 +209,6 @@ class Demand:
     ingress: bool = False
     max_replicas_per_node: int | None = None
     label_selectors: tuple[Mapping[str, str], ...] = ()  # one per bundle, or empty
-    max_ongoing_requests: int = 0
-    target_ongoing_requests: float = 0.0
     memory: Memory | None = None  # of an LLM's engine
 
     @property
@@ -337,14 +333,6 @@ def option(default: Any, text: str, **how: Any) -> Any:
     return field(default=default, metadata={"help": text, **how})
 
 
-def parse_bytes(text: str) -> int:
-    """ "80GiB", "80G" or "24576MiB" in bytes. Raises ArgumentTypeError."""
-    found = re.fullmatch(r"(\d+) ?([MG])i?B?", text.strip())
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 80GiB or 24576MiB")
-    return int(found[1]) << {"M": 20, "G": 30}[found[2]]
-
-
 @dataclass(frozen=True)
 class Options:
     """The command line: every field but the first is an option."""
@@ -361,7 +349,7 @@ class Options:
     timeout: float = option(1800.0, "seconds for an application (1800; 0: for ever)")
     detailed_exitcode: bool = option(False, "with --plan: 5 when a run would change something")
     export: str = option("", "print the config with exact shares", choices=("serve",))
-    gpu_memory: int = option(0, "size of a GPU, where Ray knows none: 80GiB", type=parse_bytes)
+    gpu_memory: float = option(0.0, "a GPU's GiB, where Ray knows none: 80")
     no_smoke_test: bool = option(False, "do not ask the applications anything over HTTP")
     address: str = option("", "HOST:PORT of the cluster (RAY_ADDRESS, or this machine's)")
     json: bool = option(False, "print one JSON document to stdout, all else to stderr")
@@ -912,9 +900,11 @@ def worker_bundles(llm: Config) -> list[Config]:
     return (config.get("bundles") or []) if each is None else [each] * engine_workers(llm)
 
 
-def worker_share(llm: Config) -> float:
-    """The GPU share of a worker, 0 when there is none."""
-    return next((float(b["GPU"]) for b in worker_bundles(llm) if b.get("GPU")), 0.0)
+def part_of_card(llm: Config) -> float:
+    """The part of a GPU that a worker gets; 0 for none or a whole one, and for the CPU engine."""
+    share = next((float(b["GPU"]) for b in worker_bundles(llm) if b.get("GPU")), 0.0)
+    on_cpu = as_dict(llm.get("accelerator_config")).get("kind") == "cpu"
+    return share if share < 1 and not on_cpu else 0.0
 
 
 def fit_engine(llm: Config, path: KeyPath, application: Config) -> Problems:
@@ -924,13 +914,11 @@ def fit_engine(llm: Config, path: KeyPath, application: Config) -> Problems:
     (1 GPU each by default), so `num_gpus: 0.45` alone reserves 1.45 GPU (measured on Ray 2.60). The
     share therefore moves to the workers' bundles, and the replica actor keeps the CPUs.
     """
-    options, place = actor_options(llm), (*path, "deployment_config")
-    gpus, accelerator = options.get("num_gpus"), str(llm.get("accelerator_type") or "")
-    implied = "tpu" if accelerator.startswith("TPU") else "gpu" if accelerator else ""
-    kind = as_dict(llm.get("accelerator_config")).get("kind") or implied
+    kind = as_dict(llm.get("accelerator_config")).get("kind")
     if llm.get("server_cls") or kind == "tpu":
         return []
-    problems: Problems = []
+    options, problems = actor_options(llm), Problems()
+    gpus = options.get("num_gpus")
     if llm.get("placement_group_config"):
         # The user's own stays as it is.
         held = sum(float(bundle.get("GPU") or 0) for bundle in worker_bundles(llm))
@@ -938,40 +926,31 @@ def fit_engine(llm: Config, path: KeyPath, application: Config) -> Problems:
             message = f"with num_gpus: {short(gpus)} a replica reserves {short(held + gpus)} GPU"
             hint = "set num_gpus: 0, or leave out placement_group_config"
             problems = [Problem((*path, "placement_group_config"), message, hint, warning=True)]
-    elif kind == "gpu" and gpus == 0:
-        key = "accelerator_type" if accelerator else "accelerator_config"
-        message = f"num_gpus: 0 asks for the CPU engine, but {key} asks for GPUs"
-        hint = "remove one of them, or give num_gpus the share that a replica takes"
-        problems = [Problem(place, message, hint)]
     elif kind == "cpu" or gpus == 0:
-        # One bundle with nothing in it for the workers: they are local processes of the replica.
-        llm["accelerator_config"], worker = {"kind": "cpu"}, {"CPU": 0}
-        if gpus:
-            worker["GPU"], options["num_gpus"] = gpus, 0.0
-        if (options.get("num_cpus"), gpus) != (None, None):
-            llm["placement_group_config"] = {"bundles": [worker]}
+        llm["accelerator_config"] = {"kind": "cpu"}
+        if options.get("num_cpus") is not None or gpus is not None:
+            # Nothing for the workers, which are local processes of the replica.
+            llm["placement_group_config"] = {"bundles": [{"CPU": 0}]}
     elif gpus is not None:
         workers = engine_workers(llm)
         share = math.floor(round(gpus / workers * STEPS, 3)) / STEPS
         options["num_gpus"] = 0.0
         llm["placement_group_config"] = {"bundle_per_worker": {"GPU": share}}
-        problems = list(check_share(gpus, workers, share, place))
+        problems = check_share(gpus, workers, share, (*path, "deployment_config"))
     return problems + share_memory(llm, path, application)
 
 
-def check_share(gpus: float, workers: int, share: float, path: KeyPath) -> Iterator[Problem]:
+def check_share(gpus: float, workers: int, share: float, path: KeyPath) -> Problems:
     """What is wrong with a worker's share, when `gpus` are spread evenly over an engine's."""
-    each = f"num_gpus: {short(gpus)} over {workers} engine worker(s) is {short(share)} GPU a worker"
-    if share > 1 and share != int(share):
-        hint = f"use {int(share) * workers} or {(int(share) + 1) * workers}"
-        yield Problem(path, f"{each}; above 1 Ray takes whole GPUs only", hint)
-    elif share > 1:
-        hint = f"set engine_kwargs.tensor_parallel_size: {int(gpus)}"
-        yield Problem(path, f"{each}, and a worker uses one", hint, warning=True)
-    elif workers > 1 and 2 * share <= 1:
+    if share > 1:  # of which Ray takes whole ones only
+        message = f"num_gpus: {short(gpus)} for {workers} engine worker(s), and each uses one GPU"
+        hint = f"use {workers}, or set engine_kwargs.tensor_parallel_size: {math.ceil(gpus)}"
+        return [Problem(path, message, hint, warning=share == int(share))]
+    if workers > 1 and 2 * share <= 1:
         message = f"Ray may put two workers of {short(share)} GPU on one card, where NCCL fails"
         hint = "give each worker more than half a GPU, or use one worker"
-        yield Problem(path, message, hint, warning=True)
+        return [Problem(path, message, hint, warning=True)]
+    return []
 
 
 def share_memory(llm: Config, path: KeyPath, application: Config) -> Problems:
@@ -981,8 +960,8 @@ def share_memory(llm: Config, path: KeyPath, application: Config) -> Problems:
     (ray-project/ray#63875); without the fraction each engine takes 0.9 of the card, and it demands
     that much free memory even where `kv_cache_memory_bytes` is given (vllm/v1/worker/utils.py).
     """
-    share = worker_share(llm)
-    if not 0 < share < 1:
+    share = part_of_card(llm)
+    if not share:
         return []
     # LLMServer lays the LLM's runtime_env over the actor's and the application's key by key, so
     # an `env_vars` here would hide theirs: it has to repeat them.
@@ -990,40 +969,40 @@ def share_memory(llm: Config, path: KeyPath, application: Config) -> Problems:
     inherited: Config = next((each["env_vars"] for each in sources if each.get("env_vars")), {})
     variables = {"VLLM_RAY_PER_WORKER_GPUS": str(share), **inherited}
     llm["runtime_env"] = {**sources[0], "env_vars": variables}
-    if as_dict(llm.get("accelerator_config")).get("kind") == "cpu":
-        return []
     engine = llm["engine_kwargs"] = as_dict(llm.get("engine_kwargs"))
     fitting, key = round(WHOLE_GPU_MEMORY_FRACTION * share, 4), "gpu_memory_utilization"
     engine[key] = asked = float(engine.get(key) or fitting)
-    if asked <= share:
-        return []
     message = f"{short(asked)} of the card's memory is more than the {short(share)} GPU of a worker"
     hint = f"leave it out (it becomes {short(fitting)}) or lower it"
-    return [Problem((*path, "engine_kwargs", key), message, hint, warning=True)]
+    problem = Problem((*path, "engine_kwargs", key), message, hint, warning=True)
+    return [problem] if asked > share else []
 
 
 def describe_model(llm: Config) -> ModelSpec:
     """What people read about a fitted LLM, and what it promises: nothing of what it leaves to Ray.
     The deployment's name is made as Ray's builder makes it."""
-    loading, deployment = llm["model_loading_config"], llm["deployment_config"]
+    loading, name = llm["model_loading_config"], llm["deployment_config"].get("name")
     model_id, engine = str(loading["model_id"]), as_dict(llm.get("engine_kwargs"))
     source = loading.get("model_source") or model_id
     ours = {} if llm.get("server_cls") else llm  # another engine's arguments mean other things
-    options, share, workers = actor_options(ours), worker_share(ours), worker_bundles(ours)
-    shares = 0 < share < 1 and as_dict(llm.get("accelerator_config")).get("kind") != "cpu"
+    options, share = actor_options(ours), part_of_card(ours)
     asked = {"CPU": options.get("num_cpus"), "GPU": options.get("num_gpus")}
     asked |= {"memory": options.get("memory"), **(options.get("resources") or {})}
-    held = {r: round(sum(float(b.get(r) or 0) for b in (asked, *workers)), 4) for r in asked}
+    promised = {}
+    for resource, own in asked.items():
+        held = sum(float(bundle.get(resource) or 0) for bundle in (asked, *worker_bundles(ours)))
+        # Where no CPUs are given, the actor has its default of 1 besides its engine's.
+        if own is not None or (held and resource != "CPU"):
+            promised[resource] = round(held, 4)
     fraction = engine.get("gpu_memory_utilization")
     note = f"gpu_memory_utilization {fraction} for a share of {short(share)} GPU a worker"
     return ModelSpec(
         model_id,
         source=str(source.get("bucket_uri", "") if isinstance(source, dict) else source),
-        deployment_name=deployment.get("name") or model_id.replace("/", "--").replace(".", "_"),
-        # Where no CPUs are given, the actor has its default of 1 besides its engine's.
-        promised={r: n for r, n in held.items() if asked[r] is not None or (n and r != "CPU")},
-        measures_memory=shares and not engine.get("kv_cache_memory_bytes"),
-        notes=(note,) if shares and fraction else (),
+        deployment_name=name or model_id.replace("/", "--").replace(".", "_"),
+        promised=promised,
+        measures_memory=bool(share) and not engine.get("kv_cache_memory_bytes"),
+        notes=(note,) if share else (),
     )
 
 
@@ -1062,12 +1041,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Room:
-    """What an engine's share of a card, of `card` bytes, holds: one worker's bytes in all, for
-    activations and for the KV cache, and the tokens and full requests that go into that."""
+    """What one worker of an engine has room for in its share of a card, of `card` bytes: the KV
+    cache, in bytes, and the tokens and full requests that go into that."""
 
     card: int
-    budget: int
-    activations: int
     cache: int
     tokens: int
     requests: float
@@ -1078,57 +1055,40 @@ def gib(amount: float) -> str:
     return f"{amount / 2**20:.3g} MiB" if small else f"{short(round(amount / GIB, 2))} GiB"
 
 
-def room_of(memory: Memory | None, card: int, activations: int) -> Room | None:
-    """What an engine has room for; None where nobody knows, as without the size of a card. The
-    figures are those that the engine logs at its start (vllm/v1/core/kv_cache_utils.py)."""
-    if memory is None or not memory.block or not (memory.pinned or card):
-        return None
-    budget = int(card * memory.fraction)
-    cache = memory.pinned or max(0, budget - memory.weights - activations)
-    length, blocks = memory.requests[0]
-    requests = cache // memory.block / blocks
-    return Room(card, budget, activations, cache, int(requests * length), requests)
-
-
-def least_gpus(demand: Demand, room: Room, requests: float) -> str:
-    """The smallest num_gpus with room for so many full requests, in words."""
-    memory, workers = demand.memory or Memory(), len(gpu_shares(demand))
-    cache = (math.ceil(requests * memory.requests[0][1]) + 1) * memory.block
-    fraction = max(WHOLE_GPU_MEMORY_FRACTION, memory.fraction)
-    needed = (memory.weights + room.activations + cache) / (room.card * fraction)
-    least = math.ceil(needed * 100) / 100
-    return short(least * workers) if least <= 1 else "more than a card a worker"
-
-
 def gpu_shares(demand: Demand) -> list[float]:
     return [bundle["GPU"] for bundle in demand.bundles if bundle.get("GPU")]
 
 
 def memory_misfit(demand: Demand, room: Room) -> str:
-    """Why an engine would not start in its room, or ""; one block of it is never used."""
+    """Why an engine would not start in its room, and what would help, or "". One block of the room
+    is never used (vllm/v1/core/kv_cache_utils.py)."""
     memory = demand.memory or Memory()
     blocks, held = room.cache // memory.block, memory.weights + room.cache
     length, needed = memory.requests[0]
     if memory.pinned and held > room.card > 0:
         return f"weights and kv_cache_memory_bytes are {gib(held)}, a card has {gib(room.card)}"
     if blocks <= needed:
-        left = room.cache - memory.block
-        need, there = (round(size / GIB, 2) for size in (needed * memory.block, left))
-        # In the engine's own words (vllm/v1/core/kv_cache_utils.py), for which there are hints.
-        text = f"To serve at least one request with the model's max seq len ({length}), ({need} "
-        text += "GiB KV cache is needed, which is larger than the available KV cache memory "
-        text += f"({there} GiB)."
-        if fits := next((tokens for tokens, count in memory.requests if count < blocks), 0):
-            text += f" Based on the available memory, the estimated maximum model length is {fits}"
-        text = text if left > 0 else "No available memory for the cache blocks"
-        share = WHOLE_GPU_MEMORY_FRACTION * min([1.0, *gpu_shares(demand)])
-        if not memory.pinned and memory.fraction > share - 0.01:
-            text = f"num_gpus that would do: {least_gpus(demand, room, 1)}; {text}"
-        return text
+        left = gib(max(0, room.cache - memory.block))
+        text = f"a request of {length:,} tokens needs {gib(needed * memory.block)} of KV cache, "
+        return "; ".join([f"{text}and there is room for {left}", *remedies(demand, room)])
     if memory.sequences > blocks:
         text = f"max_num_seqs is {memory.sequences}, and its share holds {blocks} Mamba blocks"
         return f"{text}; set engine_kwargs.max_num_seqs to {blocks} or less"
     return ""
+
+
+def remedies(demand: Demand, room: Room) -> Iterator[str]:
+    """What would let an engine start that has no room for a full request."""
+    memory, shares = demand.memory or Memory(), gpu_shares(demand)
+    blocks = room.cache // memory.block
+    if fits := next((tokens for tokens, count in memory.requests if count < blocks), 0):
+        yield f"max_model_len {fits} would do"
+    if not memory.pinned:
+        cache = (memory.requests[0][1] + 1) * memory.block
+        needed = (memory.weights + ACTIVATIONS_BYTES + cache) / WHOLE_GPU_MEMORY_FRACTION
+        least = math.ceil(needed / room.card * 100) / 100
+        if shares[0] < least <= 1:
+            yield f"num_gpus {short(least * len(shares))} would do"
 
 
 def format_memory(demand: Demand, room: Room | None) -> list[str]:
@@ -1136,45 +1096,35 @@ def format_memory(demand: Demand, room: Room | None) -> list[str]:
     memory, shares = demand.memory, gpu_shares(demand)
     if memory is None or memory.unknown:
         return [f"memory: not known: {memory.unknown}"] if memory else []
-    lines = [f"memory: weights {gib(memory.weights)}"]
-    if not memory.block:
-        return lines
     length, blocks = memory.requests[0]
-    lines[0] += f" · a request of {length:,} tokens needs {gib(blocks * memory.block)} of KV cache"
-    if memory.platform == "cpu" and shares:
-        lines[0] += " (as a CPU build has it: blocks are smaller on a GPU)"
+    request = f"a request of {length:,} tokens needs {gib(blocks * memory.block)} of KV cache"
+    lines = [f"memory: weights {gib(memory.weights)} · {request}"]
     if room is None:  # of main memory the engine itself takes what is free
-        hint = "  no card's size is known here: --gpu-memory 80GiB would plan with one"
+        hint = "  no card's size is known here: --gpu-memory 80 would plan with one"
         return [*lines, hint] if shares else lines
     cache = f"{gib(room.cache)} for the KV cache"
     if memory.pinned:
         lines.append(f"  {cache}: kv_cache_memory_bytes")
     else:
         share = f"{short(shares[0])} of {gib(room.card)}, at gpu_memory_utilization "
-        share += f"{short(memory.fraction)}: {gib(room.budget)}; {cache}"
-        lines.append(f"  {share} ({gib(room.activations)} kept for activations, a guess)")
-    most, full = demand.max_ongoing_requests, math.floor(room.requests)
-    queue = f" (max_ongoing_requests is {most}: the last {most - full} would queue)"
-    lines.append(f"  room for {room.tokens:,} tokens, {full:,} full requests at once")
-    lines[-1] += queue if full < most < MANY_REQUESTS else ""
-    target = demand.target_ongoing_requests
-    if 0 < target < MANY_REQUESTS and not memory.pinned:
-        what = "the smallest num_gpus that serves target_ongoing_requests"
-        lines.append(f"  {what} {short(target)} in full: {least_gpus(demand, room, target)}")
-    return lines
+        share += f"{short(memory.fraction)}: {gib(room.card * memory.fraction)}; {cache}"
+        lines.append(f"  {share} ({gib(ACTIVATIONS_BYTES)} kept for activations, a guess)")
+    full = math.floor(room.requests)
+    return [*lines, f"  room for {room.tokens:,} tokens, {full:,} full requests at once"]
 
 
-def measure_memory(options: Callable[[], Config], variables: Mapping[str, str]) -> Config:
-    """The fields of a `Memory` for an engine with these arguments, in an environment with these
-    variables, in 0.5 s. Whatever goes wrong, the engine itself will say: this is a help only."""
+def measure_memory(llm: Config, options_of: Callable[[Config], Config]) -> Config:
+    """The fields of a `Memory` for an LLM's engine, in 0.5 s; `options_of` gives what the engine is
+    started with. Whatever goes wrong, the engine itself will say: this is a help only."""
     from unittest import mock
 
+    variables = as_dict(as_dict(llm.get("runtime_env")).get("env_vars"))
     # Ray hides a node's GPUs from who reserves none, and vLLM's platform is then no GPU's.
     if not os.environ.get("CUDA_VISIBLE_DEVICES"):
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     try:
         with mock.patch.dict(os.environ, variables):
-            return ask_vllm(options())
+            return ask_vllm(options_of(llm))
     except Exception as error:  # noqa: BLE001
         text = " ".join(str(error).split()) or repr(error)
         return {"unknown": shortened(text, MOST_CAUSE_CHARACTERS)}
@@ -1185,7 +1135,7 @@ def ask_vllm(options: Config) -> Config:
     weights, and from that the layout of the KV cache. Of several workers it is the first one's:
     `world_size` alone makes a shard. Compared with started engines for Llama and Falcon-H1."""
     import torch
-    from huggingface_hub import errors, try_to_load_from_cache
+    from huggingface_hub import snapshot_download
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -1194,12 +1144,11 @@ def ask_vllm(options: Config) -> Config:
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     options = {k: v for k, v in options.items() if k != "distributed_executor_backend"}
-    workers, revision = options.pop("tensor_parallel_size", 1), options.get("revision")
-    with contextlib.suppress(errors.HFValidationError):  # a path
-        # A whole model that lies in the cache: the network is not asked whether it has changed.
-        found = try_to_load_from_cache(options["model"], "config.json", revision=revision)
-        if isinstance(found, str) and list(Path(found).parent.glob("*.safetensors")):
-            options["model"] = str(Path(found).parent)
+    workers = options.pop("tensor_parallel_size", 1)
+    with contextlib.suppress(ValueError, OSError):  # a path, or it is not in the cache
+        # Of what is, the network is not asked whether it has changed.
+        find = partial(snapshot_download, revision=options.get("revision"), local_files_only=True)
+        options["model"] = find(options["model"], allow_patterns=["*.json", "*.safetensors"])
     config = AsyncEngineArgs(**options).create_engine_config()
     with set_current_vllm_config(config):
         if not parallel_state.model_parallel_is_initialized():
@@ -1212,7 +1161,7 @@ def ask_vllm(options: Config) -> Config:
             model = initialize_model(config)
         current_platform.update_block_size_for_backend(config)
         weights = sum(part.numel() * part.element_size() for part in model.parameters())
-        return {"weights": weights, "platform": current_platform.device_type, **cache_of(config)}
+        return {"weights": weights, **cache_of(config)}
 
 
 def cache_of(config: Any) -> Config:
@@ -1223,14 +1172,14 @@ def cache_of(config: Any) -> Config:
     from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
 
     if not (specs := get_kv_cache_spec(config)):
-        return {}
+        raise ValueError("it has no KV cache")
     layouts = backends.get_supported_kv_cache_layouts(get_current_attn_backends(config))
     backends.resolve_kv_cache_layout(config, [[layout.name for layout in layouts]], specs.values())
     groups = caches.get_kv_cache_groups(config, specs)
     block = caches._pool_bytes_per_block(groups)
     cache = caches.get_kv_cache_config_from_groups(config, groups, block)
     most = caches._max_memory_usage_bytes_from_groups(config, groups) // block
-    counts = sorted({int(most / 2 ** (step / 16)) for step in range(113)}, reverse=True)
+    counts = range(most, 0, -max(1, most // 100))
     longest = partial(caches._estimate_max_model_len_from_groups, config, groups)
     requests = [(tokens, count) for count in counts if (tokens := longest(count * block))]
     # A CPU engine has no graphs, and starts with more (vllm/config/compilation.py).
@@ -1319,8 +1268,6 @@ def describe_deployment(name: str, info: Any) -> Config:
         "label_selectors": tuple(selectors),
         "strategy": replica.placement_group_strategy or "PACK",
         "max_replicas_per_node": replica.max_replicas_per_node,
-        "max_ongoing_requests": options.max_ongoing_requests,
-        "target_ongoing_requests": scaling.get_target_ongoing_requests() if scaling else 0,
         "min_replicas": scaling.min_replicas if scaling else options.num_replicas,
         "max_replicas": scaling.max_replicas if scaling else options.num_replicas,
     }
@@ -1479,14 +1426,21 @@ def lack_of(plan: Plan, resource: str, need: int, nodes: Sequence[int]) -> str:
 
 
 def room_in(plan: Plan, demand: Demand, activations: int = ACTIVATIONS_BYTES) -> Room | None:
-    """What an engine has room for on the smallest of the cards that a plan gives it; where it gives
-    none, on the largest that there is."""
-    slots = [(node, taken) for other, node, taken in plan.slots if other.label == demand.label]
-    totals = [card.total for node in plan.nodes for card in node.cards]
-    cards = [plan.nodes[n].cards[i : i + 1] for n, taken in slots for i in gpus_of(taken)]
-    sizes = [card.total for each in cards for card in each] if slots else [max(totals, default=0)]
-    card = min(sizes, default=0) if gpu_shares(demand) else 0
-    return room_of(demand.memory, card, activations)
+    """What an engine has room for on the smallest card of the nodes to which a plan gives it; where
+    it gives it to none, on the largest that there is. None where nobody knows. The figures are
+    those that the engine logs at its start (vllm/v1/core/kv_cache_utils.py)."""
+    memory, card = demand.memory, 0
+    if gpu_shares(demand):
+        mine = [plan.nodes[node] for other, node, _ in plan.slots if other.label == demand.label]
+        sizes = [card.total for node in mine or plan.nodes for card in node.cards]
+        card = (min if mine else max)(sizes, default=0)
+    if memory is None or memory.unknown or not (memory.pinned or card):
+        return None
+    budget = int(card * memory.fraction)
+    cache = memory.pinned or max(0, budget - memory.weights - activations)
+    length, blocks = memory.requests[0]
+    requests = cache // memory.block / blocks
+    return Room(card, cache, int(requests * length), requests)
 
 
 def card_misfit(plan: Plan, demand: Demand) -> str:
@@ -1871,9 +1825,6 @@ class Builder:
     `RequestRouterConfig` needs (it edits a process-global pickling table, measured on Ray 2.60).
     """
 
-    def __init__(self) -> None:
-        self.answers: dict[str, Config] = {}
-
     def warm_up(self, module: str) -> None:
         """Import a builder's module ahead of its first use; errors are the build's to report. Not
         in the constructor: of one that dies there Ray says only that the actor never ran."""
@@ -1915,17 +1866,9 @@ class Builder:
         return demands, (rows, arguments.SerializeToString())
 
     def memory(self, config: Config) -> list[Config]:
-        """The fields of a `Memory` for each LLM of an application; equal models are asked once."""
-        found = []
-        for _, llm, _ in llm_places({"applications": [config]}):
-            variables = as_dict(as_dict(llm.get("runtime_env")).get("env_vars"))
-            model = as_dict(llm["model_loading_config"])
-            rest = {"model_loading_config": model.get("model_source") or model["model_id"]}
-            key = json.dumps(llm | rest | {"deployment_config": None}, default=str)
-            if key not in self.answers:
-                self.answers[key] = measure_memory(partial(engine_options, llm), variables)
-            found.append(self.answers[key])
-        return found
+        """The fields of a `Memory` for each LLM of an application."""
+        places = llm_places({"applications": [config]})
+        return [measure_memory(llm, engine_options) for _, llm, _ in places]
 
 
 def engine_options(llm: Config) -> Config:
@@ -2312,7 +2255,7 @@ class RayCluster:
             free, total = sum(going, Counter(available.get(node_id, {}))), row["Resources"]
             # On a laptop without a GPU, too, which stands for the cluster that is to come.
             count = max(1, int(total.get("GPU", 0))) if self.options.gpu_memory else 0
-            mine = cards.get(node_id) or (Card(self.options.gpu_memory),) * count
+            mine = cards.get(node_id) or (Card(int(self.options.gpu_memory * GIB)),) * count
             # What gives way holds memory, too, and nobody knows on which card.
             mine = tuple(replace(card, used=0) if going else card for card in mine)
             matches = partial(self.ray._raylet.node_labels_match_selector, row.get("Labels") or {})
@@ -3230,8 +3173,9 @@ def parse_options(argv: Sequence[str] | None) -> Options:
         name = f"--{item.name.replace('_', '-')}"
         parser.add_argument(name, default=item.default, **item.metadata)
     given = parser.parse_args(argv)
-    if given.max_workers < 0 or not 0 <= given.timeout < math.inf:
-        parser.error("--max-workers and --timeout are numbers, 0 or more")
+    numbers = given.max_workers, given.timeout, given.gpu_memory
+    if not all(0 <= number < math.inf for number in numbers):
+        parser.error("--max-workers, --timeout and --gpu-memory are numbers, 0 or more")
     if given.delete and (given.prune or given.force or given.no_downtime):
         parser.error("--delete excludes --prune, --force and --no-downtime")
     if given.export and (given.plan or given.delete or given.json):

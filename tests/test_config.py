@@ -554,16 +554,9 @@ BROKEN = [
     pytest.param(
         LLM + "      deployment_config: {num_gpus: 1.5}\n",
         [
-            ":6:7: applications[0].args.llm_configs[0].deployment_config: num_gpus: 1.5 over 1 engine worker(s) is 1.5 GPU a worker; above 1 Ray takes whole GPUs only; use 1 or 2"
+            ":6:7: applications[0].args.llm_configs[0].deployment_config: num_gpus: 1.5 for 1 engine worker(s), and each uses one GPU; use 1, or set engine_kwargs.tensor_parallel_size: 2"
         ],
         id="fraction above one",
-    ),
-    pytest.param(
-        LLM + "      deployment_config: {num_gpus: 0}\n      accelerator_type: A10G\n",
-        [
-            ":6:7: applications[0].args.llm_configs[0].deployment_config: num_gpus: 0 asks for the CPU engine, but accelerator_type asks for GPUs; remove one of them, or give num_gpus the share that a replica takes"
-        ],
-        id="CPU engine on an accelerator",
     ),
     pytest.param(
         LLM + "      engine_kwargs: {tensor_parallel_size: 0}\n",
