@@ -37,13 +37,13 @@ DELIBERATE = {
     "env_vars: ": "variables that are no mapping fail when the environment is made",
     "is not taken for single applications": "Serve takes it only for all applications at once",
     "is not a port": "no proxy can listen there",
-    "is there twice": "of two equal names Ray takes one without a word",
+    "unknown key": "Ray ignores it without a word",
     "disagree; give one of them": "short keys are this program's own",
     "asks for the CPU engine, but": "num_gpus: 0 is this program's word for the CPU engine",
     "above 1 Ray takes whole GPUs only": "Ray refuses it when a replica starts",
     "is not a number, 0 or more": "`true` is no amount, and no machine has 2**70",
     "is not above 0, 1 at most": "vLLM refuses it when the engine starts",
-    "is not a whole number, 1 to 9999": "vLLM refuses it when the engine starts",
+    "is not a number, 1 to 9999": "vLLM refuses it when the engine starts",
 }
 """What the program refuses and Ray takes, on purpose: how the message reads, and why."""
 
