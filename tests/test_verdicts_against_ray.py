@@ -366,18 +366,12 @@ TOLD_AT_ONCE = frozenset(
     {
         "a deployment option",
         "a placement option",
-        "adapters on a disk",
+        "an actor option",
         "an ingress option",
         "an option of the ingress class",
-        "an unknown engine",
-        "an unknown placement strategy",
-        "an unknown strategy",
         "another argument",
-        "at most none on a node",
-        "no adapters",
         "no list of applications",
         "the old router_cls",
-        "two actors of a name",
     }
 )
 """Which of them the program refuses itself, with their lines; the others are left to the builder,
