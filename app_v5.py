@@ -664,7 +664,7 @@ CHILDREN = {
 }
 """Key -> the schema of its value, where Ray's annotations do not tell it."""
 
-REQUIRED = {LLM: "model_loading_config", "ModelLoadingConfig": "model_id"}
+REQUIRED = {LLM: ["model_loading_config"], "ModelLoadingConfig": ["model_id"]}
 LISTS = ("applications", "deployments", "deployment_actors", "llm_configs", "bundles")
 PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
 
@@ -701,9 +701,8 @@ def known_schemas() -> dict[str, dict[str, str]]:
         spec = importlib.util.find_spec(package)
         for folder in (spec.submodule_search_locations or ()) if spec else ():
             for file in sorted(Path(folder).glob(pattern)):
-                with contextlib.suppress(OSError, SyntaxError):
-                    body = ast.parse(file.read_text("utf-8")).body
-                    nodes |= {node.name: node for node in body if isinstance(node, ast.ClassDef)}
+                body = ast.parse(file.read_text("utf-8")).body
+                nodes |= {node.name: node for node in body if isinstance(node, ast.ClassDef)}
     known = defaultdict[str, dict[str, str]](dict)
     for schema in filter(TAKEN.fullmatch, nodes):
         for base in map(ast.unparse, nodes[schema].bases):
@@ -722,8 +721,8 @@ def check_keys(value: Any, schema: str, path: KeyPath) -> Problems:
     fields = known_schemas().get(schema, {})
     if not isinstance(value, dict):
         return [Problem(path, f"{show_value(value)} is not a mapping")]
-    missing = [key for key in [REQUIRED.get(schema)] if key and value.get(key) is None]
-    problems = [Problem((*path, key), "is missing") for key in missing]
+    needed = [key for key in REQUIRED.get(schema, ()) if value.get(key) is None]
+    problems = [Problem((*path, key), "is missing") for key in needed]
     for key, item in value.items():
         here = (*path, key)
         child = CHILDREN.get(key) or fields.get(key)
@@ -768,9 +767,8 @@ def unknown_key(key: Any, schema: str, path: KeyPath) -> Problem:
             return Problem(path, "does not belong here", f"move it into {parent}, or beside it")
     if close := difflib.get_close_matches(str(key), schemas[schema], n=1, cutoff=0.7):
         return Problem(path, f"unknown key, did you mean {close[0]!r}?")
-    if schema == TOP:
-        return Problem(path, "unknown key; Ray ignores it", warning=True)
-    return Problem(path, "unknown key, which the installed Ray and vLLM do not take")
+    message = "unknown key, which the installed Ray and vLLM do not take"
+    return Problem(path, message, warning=schema == TOP)
 
 
 def deployment_options(data: Config) -> Iterator[tuple[KeyPath, Config]]:

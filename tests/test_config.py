@@ -1241,7 +1241,9 @@ def test_a_route_that_is_not_ascii() -> None:
 )
 def test_other_tools_keys_at_the_top_are_warnings(key: str) -> None:
     found = problems(f"{key}: x\napplications:\n- import_path: m:a\n")
-    assert found == [f":1:1: warning: {key}: unknown key; Ray ignores it"]
+    assert found == [
+        f":1:1: warning: {key}: unknown key, which the installed Ray and vLLM do not take"
+    ]
 
 
 def test_a_missing_file_does_not_hide_the_rest() -> None:
