@@ -417,9 +417,10 @@ class Document:
             raise ConfigError(Problem((), said, place=(file, 1, 1)))
         for path, llm, holder in llm_places(self.data):
             if isinstance(llm, str):
-                beside = filter(os.path.exists, [f"{Path(file).parent / llm}"])
+                beside = str(Path(file).absolute().parent / llm)
+                found = next(filter(os.path.exists, (beside, llm)), beside)
                 try:
-                    holder[path[-1]] = self.load(next(beside, llm), path)
+                    holder[path[-1]] = self.load(found, path)
                 except ConfigError as error:
                     self.problems += error.args
 

@@ -1001,7 +1001,7 @@ def test_llm_configs_may_be_paths_and_problems_point_into_them() -> None:
     )
     (problem,) = problems(naming("llm.yaml"))
     assert problem == (
-        "llm.yaml:2:21: applications[0].args.llm_configs[0]"
+        f"{Path('llm.yaml').absolute()}:2:21: applications[0].args.llm_configs[0]"
         ".deployment_config.num_gpu: unknown key, did you mean 'num_gpus'?"
     )
 
@@ -1011,7 +1011,7 @@ def test_llm_configs_may_be_paths_and_problems_point_into_them() -> None:
     [
         pytest.param(
             None,
-            f":3:24: {PATH}: can't be read: [Errno 2] No such file or directory: 'llm.yaml'",
+            f":3:24: {PATH}: can't be read: [Errno 2] No such file or directory: '/",
             id="gone",
         ),
         pytest.param("", f"llm.yaml:1:1: {PATH}: null is not a mapping", id="empty"),
@@ -1035,7 +1035,7 @@ def test_llm_configs_may_be_paths_and_problems_point_into_them() -> None:
         ),
         pytest.param(
             "#" * (app.MAX_FILE_BYTES + 1),
-            "no regular file of at most 2097152 bytes: llm.yaml",
+            "no regular file of at most 2097152 bytes: /",
             id="huge",
         ),
     ],

@@ -284,6 +284,16 @@ LATER = {
         "builder",
         "Invalid lora_config",
     ),
+    "two models of a name": (
+        f"{MODEL}    - model_loading_config: {{model_id: m}}\n",
+        "builder",
+        "Duplicate models found",
+    ),
+    "bundles of an LLM": (
+        f"{MODEL}      deployment_config: {{placement_group_bundles: [{{GPU: 1}}]}}\n",
+        "builder",
+        "must not be specified in deployment_config",
+    ),
     "an unknown engine": (f"{MODEL}      llm_engine: SGLang\n", "builder", "Unsupported engine"),
     "a retired experiment": (
         f"{MODEL}      experimental_configs: {{num_router_replicas: 2}}\n",
