@@ -758,7 +758,7 @@ def check_value(value: Any, rule: str, path: KeyPath) -> Problems:
     return [] if fits else [Problem(path, f"{show_value(value)} is not {needed}")]
 
 
-def unknown_key(key: Any, schema: str, path: KeyPath) -> Problem:
+def unknown_key(key: str, schema: str, path: KeyPath) -> Problem:
     """What to say about a key that a schema does not have: where it belongs, or what it resembles.
     At the top it may be another tool's."""
     schemas = known_schemas()
@@ -766,7 +766,7 @@ def unknown_key(key: Any, schema: str, path: KeyPath) -> Problem:
     for parent, child in pairs if schema != TOP else ():
         if key in schemas.get(child, ()):
             return Problem(path, "does not belong here", f"move it into {parent}, or beside it")
-    if close := difflib.get_close_matches(str(key), schemas[schema], n=1, cutoff=0.7):
+    if close := difflib.get_close_matches(key, schemas[schema], n=1, cutoff=0.7):
         return Problem(path, f"unknown key, did you mean {close[0]!r}?")
     message = "unknown key, which the installed Ray and vLLM do not take"
     return Problem(path, message, warning=schema == TOP)
@@ -3191,11 +3191,7 @@ def for_others(text: str, document: Document) -> str:
 def export_config(document: Document, apps: Sequence[ApplicationSpec]) -> tuple[str, list[str]]:
     """A checked config as this program would deploy it, for `serve deploy`: YAML, with comments
     that name all that was moved or added; and the variables that nobody will fill in there."""
-    lines = [
-        f"{Path(document.file).name}, changed so that plain Ray reserves what a replica asks for:",
-        "its GPUs are in the bundles of the engine's workers, which else get a whole one each, and",
-        "engines that share a card get VLLM_RAY_PER_WORKER_GPUS and gpu_memory_utilization.",
-    ]
+    lines = [f"{Path(document.file).name}, changed so that plain Ray reserves the exact shares:"]
     rewrite = partial(for_others, document=document)
     data = copied(document.data, rewrite)
     before, data["applications"] = data["applications"], []
