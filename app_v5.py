@@ -403,7 +403,7 @@ class Document:
     makes all of the file unusable."""
 
     def __init__(self, file: str, environ: Mapping[str, str]) -> None:
-        self.file, self.environ = file, environ
+        self.environ = environ
         self.yaml = yaml.SafeLoader("")
         self.places: dict[KeyPath, Place] = {(): (file, 0, 0)}
         self.secrets: frozenset[str] = frozenset()
@@ -3191,7 +3191,7 @@ def for_others(text: str, document: Document) -> str:
 def export_config(document: Document, apps: Sequence[ApplicationSpec]) -> tuple[str, list[str]]:
     """A checked config as this program would deploy it, for `serve deploy`: YAML, with comments
     that name all that was moved or added; and the variables that nobody will fill in there."""
-    lines = [f"{Path(document.file).name}, changed so that plain Ray reserves the exact shares:"]
+    lines = ["Changed so that plain Ray reserves the exact shares:"]
     rewrite = partial(for_others, document=document)
     data = copied(document.data, rewrite)
     before, data["applications"] = data["applications"], []
