@@ -361,6 +361,7 @@ class Options:
 # ======================================================================================
 
 TEXT_TAG, MERGE_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+VALUE_ERRORS = (ValueError, KeyError, AttributeError, OverflowError, TypeError)  # PyYAML's, too
 VARIABLE = re.compile(r"\$(?:\$\{|\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\})")
 
 LLM_ARGS = ("llm_config", "prefill_config", "decode_config")
@@ -370,106 +371,99 @@ LLM_ARGS = ("llm_config", "prefill_config", "decode_config")
 class Document:
     """A config file as plain data: environment variables are filled in, and `llm_configs` entries
     that are paths are replaced by what those files hold. Beside it the place of every key and list
-    item, the texts that no output may show, values with variables and how they are `written`, and
-    what is wrong. PyYAML alone takes the last of two equal keys, and has no limits. Raises
-    ConfigError for what makes all of the file unusable."""
+    item, the texts that no output may show, how texts are `written` for others, and what is wrong.
+    PyYAML alone takes the last of two equal keys, and has no limits. Raises ConfigError for what
+    makes all of the file unusable."""
 
     def __init__(self, file: str, environ: Mapping[str, str]) -> None:
-        self.file, self.environ = file, environ
+        self.environ = environ
         self.yaml = yaml.SafeLoader("")
-        self.places: dict[KeyPath, Place] = {}
+        self.places: dict[KeyPath, Place] = {(): (file, 0, 0)}
         self.secrets: frozenset[str] = frozenset()
-        self.written: dict[KeyPath, tuple[Any, str]] = {}
+        self.written: dict[Any, str] = {}
         self.problems: Problems = []
         self.values = 0
         self.data: Config = self.load(file, ())
-        if "applications" not in as_dict(self.data):
+        if as_dict(self.data).get("applications") is None:
             what = "the old form is one item of it; of a RayService it is what serveConfigV2 holds"
             said = f"expected a mapping with `applications` ({what})"
             raise ConfigError(Problem((), said, place=(file, 1, 1)))
-        folders = list(dict.fromkeys([Path(file).absolute().parent, Path.cwd()]))
         for path, llm, holder in llm_places(self.data):
-            files = [f"{folder / llm}" for folder in folders if isinstance(llm, str)]
-            if found := next(filter(os.path.exists, files), ""):
+            if isinstance(llm, str):
+                beside = str(Path(file).absolute().parent / llm)
+                found = next(filter(os.path.exists, (beside, llm)), beside)
                 try:
                     holder[path[-1]] = self.load(found, path)
                 except ConfigError as error:
                     self.problems += error.args
-            elif files:
-                hint = f"looked in {' and in '.join(map(str, folders))}"
-                self.problems.append(Problem(path, f"there is no file {llm!r}", hint))
 
     def load(self, file: str, path: KeyPath) -> Any:
         """A file's data, None when there is none. Raises ConfigError when all of it is unusable."""
-        self.source, self.places[path] = file, (file, 1, 1)
-        self.at = place = (file, 0, 0)
+        self.at = self.places[path]
         try:
-            size = Path(file).stat().st_size
-            if size > MAX_FILE_BYTES:
-                raise OSError(f"{size} bytes are more than the limit of {MAX_FILE_BYTES}")
-            if not Path(file).is_file():
-                raise OSError("this is no regular file")
-            node = yaml.compose(Path(file).read_bytes(), Loader=yaml.SafeLoader)
-            if node is None:
-                return None
-            self.walk(node, path)
-            return copied(self.yaml.construct_document(node))
-        except OSError as error:
-            said = f"can't be read: {error.strerror or error}"
+            if Path(file).stat().st_size > MAX_FILE_BYTES or not Path(file).is_file():
+                raise OSError(f"no regular file of at most {MAX_FILE_BYTES} bytes: {file}")
+            text = Path(file).read_bytes()
+            self.source, self.at, self.places[path] = file, (file, 0, 0), (file, 1, 1)
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
+            return self.walk(node, path) if node else None
         except yaml.MarkedYAMLError as error:
             # Without the line itself, since a secret may stand in it.
-            mark, place = error.context_mark, self.place(error.problem_mark)
+            mark, self.at = error.context_mark, self.place(error.problem_mark)
             context = f"{error.context} from line {mark.line + 1}, " if mark else ""
-            tabs = " (indent with spaces, not tabs)" if "\\t" in str(error.problem) else ""
             problem = re.sub("(alias|tag) '(?!tag:).*", r"\1", str(error.problem))
-            said = f"not YAML: {context}{problem}{tabs}"
-        except yaml.reader.ReaderError as error:
-            said = f"not YAML in UTF-8: byte {error.position}: {first_line(str(error))}"
-        except RecursionError:
-            most = f"more than {MAX_DEPTH} levels, or {MAX_VALUES} values"
-            said = f"excessive nesting or aliasing: {most}"
-        except (ValueError, KeyError, AttributeError, OverflowError) as error:
-            said, place = f"a value can't be read: {error}", self.at
-        raise ConfigError(Problem(path, said, place=place))
+            said = f"not YAML: {context}{problem}"
+        except (OSError, yaml.YAMLError, RecursionError, *VALUE_ERRORS) as error:
+            reason = " ".join(str(error).split())
+            said = f"can't be read: {shortened(reason, MOST_CAUSE_CHARACTERS)}"
+        raise ConfigError(Problem(path, said, place=self.at))
 
     def place(self, mark: yaml.Mark | None) -> Place:
         return (self.source, mark.line + 1, mark.column + 1) if mark else (self.source, 0, 0)
 
-    def walk(self, node: yaml.Node, path: KeyPath) -> None:
-        """Note the places of what lies in a node, fill in environment variables, once for all
-        aliases (what is unquoted gets its type anew), and look for what YAML lets through. Raises
-        RecursionError, and what reading a value raises."""
+    def walk(self, node: yaml.Node, path: KeyPath) -> Any:
+        """The plain data of a node; variables are filled in, and what is unquoted gets its type
+        anew. Raises RecursionError, and what reading a value raises."""
         self.values += 1
         if self.values > MAX_VALUES or len(path) > MAX_DEPTH:
-            raise RecursionError
+            raise RecursionError(f"more than {MAX_DEPTH} levels, or {MAX_VALUES} values")
         self.at = self.place(node.start_mark)
-        if isinstance(node, yaml.ScalarNode):
-            is_new, written = node not in self.yaml.constructed_objects, node.value
-            if is_new and "${" in written and node.tag == TEXT_TAG:
-                node.value = VARIABLE.sub(partial(self.variable, path=path), written)
-                node.tag = tag_of(node.value) if node.style is None else node.tag
-                stays = VARIABLE.sub(partial(self.variable, path=path, stays=True), written)
-                self.written[path] = self.yaml.construct_object(node), stays
-            if is_secret(value := self.yaml.construct_object(node), path):
-                self.secrets |= {value}
-        elif isinstance(node, yaml.SequenceNode):
-            for index, item in enumerate(node.value):
-                self.places[(*path, index)] = self.place(item.start_mark)
-                self.walk(item, (*path, index))
-        given: dict[tuple[str, str], int] = {}
-        pairs = node.value if isinstance(node, yaml.MappingNode) else ()
-        for key_node, value in sorted(pairs, key=lambda pair: pair[0].tag != MERGE_TAG):
+        self.places.setdefault(path, self.at)
+        known = node.tag in yaml.SafeLoader.yaml_constructors
+        if isinstance(node, yaml.MappingNode) and known:
+            return self.walk_mapping(node, path)
+        if isinstance(node, yaml.SequenceNode) and known:
+            return [self.walk(item, (*path, index)) for index, item in enumerate(node.value)]
+        value = self.yaml.construct_object(node)  # which refuses all other tags
+        if isinstance(node, yaml.ScalarNode) and "${" in str(value):
+            fill = partial(self.variable, path=path)
+            text = VARIABLE.sub(fill, node.value)
+            tag = TEXT_TAG if node.style else tag_of(text)
+            value = self.yaml.construct_object(yaml.ScalarNode(tag, text, node.start_mark))
+            self.written[value] = VARIABLE.sub(partial(fill, stays=True), node.value)
+        if is_secret(value, path):
+            self.secrets |= {value}
+            self.written.setdefault(value, f"${{{variable_name(path)}}}")
+        return value
+
+    def walk_mapping(self, node: yaml.MappingNode, path: KeyPath) -> Config:
+        """The same for a mapping. All keys are texts, as in JSON."""
+        data: Config = {}
+        lines: dict[str, int] = {}
+        for key_node, value in sorted(node.value, key=lambda pair: pair[0].tag != MERGE_TAG):
             if key_node.tag == MERGE_TAG:
-                self.walk(value, path)
+                merged = self.walk(value, path)
+                for mapping in reversed(merged if isinstance(merged, list) else [merged]):
+                    data |= mapping
                 continue
-            key, place = (key_node.tag, str(key_node.value)), self.place(key_node.start_mark)
-            here, self.at = (*path, key[1]), place
-            self.yaml.construct_object(key_node)
-            if key in given:
-                message = f"is given twice, in line {given[key]} and in line {place[1]}"
+            key, place = self.yaml.construct_scalar(key_node), self.place(key_node.start_mark)
+            here = (*path, key)
+            if key in lines:
+                message = f"is given twice, in line {lines[key]} and in line {place[1]}"
                 self.problems.append(Problem(here, message, "keep one of them", place=place))
-            given[key], self.places[here] = place[1], place
-            self.walk(value, here)
+            lines[key], self.places[here] = place[1], place
+            data[key] = self.walk(value, here)
+        return data
 
     def variable(self, match: re.Match[str], path: KeyPath, stays: bool = False) -> str:
         """A variable's value; where it `stays`, only its default, which no tool fills in."""
@@ -485,6 +479,12 @@ class Document:
             # Not a number, nor a `true`: those would be hidden wherever else they stand.
             self.secrets |= {text}
         return text or ""
+
+
+def variable_name(path: KeyPath) -> str:
+    """What a variable for a secret may be called: as its key, with its place in a list of them."""
+    last = max(index for index, key in enumerate(path) if isinstance(key, str))
+    return re.sub(r"\W+", "_", "_".join(map(str, path[last:]))).upper()
 
 
 def tag_of(text: str) -> str:
@@ -586,17 +586,12 @@ def redact(text: str, secrets: frozenset[str]) -> str:
 
 
 def copied(value: Any, change: Callable[[str], str] = str) -> Any:
-    """A copy of plain data in which no two places hold the same object (`copy.deepcopy` keeps
-    them), with each text changed, and keys as JSON has them: all are texts."""
+    """A copy of plain data, with each text changed."""
     if isinstance(value, Mapping):
-        return {json_key(key): copied(item, change) for key, item in value.items()}
+        return {key: copied(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [copied(item, change) for item in value]
     return change(value) if isinstance(value, str) else value
-
-
-def json_key(key: Any) -> str:
-    return json.dumps(key) if key is None or isinstance(key, bool) else str(key)
 
 
 def fingerprint(text: str, key: bytes) -> str:
@@ -622,9 +617,9 @@ SCHEMA_SOURCES = (
 TAKEN = re.compile(r"\w+(?:Schema|Config|Options|Args)\b|AutoscalingPolicy")
 """Which of the classes there are schemas, and neither enumerations nor what Serve tells."""
 
-TOP, DEPLOYMENT, LLM_DEPLOYMENT = "ServeDeploySchema", "DeploymentSchema", "an LLM's deployment"
-LLM, ENGINE, BUILDER = "LLMConfig", "AsyncEngineArgs", "LLMServingArgs"
-VARIABLES, AMOUNTS, INGRESS = "environment variables", "amounts of resources", "the LLMs' ingress"
+TOP, DEPLOYMENT, BUILDER = "ServeDeploySchema", "DeploymentSchema", "LLMServingArgs"
+LLM, ENGINE = "LLMConfig", "AsyncEngineArgs"
+VARIABLES, AMOUNTS = "environment variables", "amounts of resources"
 PARTS = {"FrontendArgs": ENGINE, "DPOpenAiServingArgs": BUILDER, "PDServingArgs": BUILDER}
 """Schemas whose fields may stand in another's place, too."""
 
@@ -632,8 +627,8 @@ SHORT_RESOURCES = ("num_cpus", "cpus", "num_gpus", "gpus")
 """The spellings accepted beside `ray_actor_options`."""
 
 CHILDREN = {
-    "deployment_config": LLM_DEPLOYMENT,
-    "ingress_deployment_config": INGRESS,
+    "deployment_config": DEPLOYMENT,
+    "ingress_deployment_config": DEPLOYMENT,
     "engine_kwargs": ENGINE,
     "placement_group_config": "PlacementGroupConfig",
     "args": BUILDER,
@@ -643,41 +638,16 @@ CHILDREN = {
 }
 """Key -> the schema of its value, where Ray's annotations do not tell it."""
 
-IGNORING = re.compile("Schema$|^Autoscaling|^RequestRouter|^GangScheduling|^DeploymentActor")
-"""Schemas for which Ray ignores an unknown key without a word; for the others it refuses one."""
-
-REQUIRED = {TOP: "applications", LLM: "model_loading_config", "ModelLoadingConfig": "model_id"}
+REQUIRED = {LLM: ["model_loading_config"], "ModelLoadingConfig": ["model_id"]}
 LISTS = ("applications", "deployments", "deployment_actors", "llm_configs", "bundles")
 PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
-INSTEAD = {
-    "max_concurrent_queries": "max_ongoing_requests",
-    "target_num_ongoing_requests_per_replica": "target_ongoing_requests, in autoscaling_config",
-    "placement_group_bundles": "placement_group_config, beside deployment_config",
-    "placement_group_strategy": "placement_group_config, beside deployment_config",
-}
-"""Old names, and what Ray does not take where people write it (an LLM's bundles are made for its
-engine's workers)."""
 
-RULES: Mapping[str, tuple[str, type | str | tuple[float, float, bool]]] = {
+RULES: Mapping[str, tuple[str, type | str | tuple[float, float]]] = {
     **dict.fromkeys(LISTS, ("a list", list)),
-    **dict.fromkeys(
-        (*SHORT_RESOURCES, "memory", AMOUNTS, "download_timeout_s", "max_download_tries"),
-        ("a number, 0 or more", (0, 1e18, False)),
-    ),
-    **dict.fromkeys(PARALLEL_SIZES, ("a whole number, 1 to 9999", (1, 9999, True))),
-    "port": ("a port, 1 to 65535", (1, 65535, True)),
-    "max_replicas_per_node": ("a whole number, 1 to 100", (1, 100, True)),
-    "max_num_adapters_per_replica": ("a whole number, 1 or more", (1, 1e18, True)),
-    "gpu_memory_utilization": ("above 0, 1 at most", (1e-6, 1, False)),
-    "llm_engine": ("vLLM", "vLLM"),
-    **dict.fromkeys(
-        ("strategy", "placement_group_strategy"),
-        ("PACK, SPREAD, STRICT_PACK or STRICT_SPREAD", "(STRICT_)?(PACK|SPREAD)"),
-    ),
-    "dynamic_lora_loading_path": (
-        "in the cloud: s3://, gs://, abfss:// or azure://",
-        r"((s3|gs|abfss|azure)://|pyarrow-).*",
-    ),
+    **dict.fromkeys((*SHORT_RESOURCES, "memory", AMOUNTS), ("a number, 0 or more", (0, 1e18))),
+    **dict.fromkeys(PARALLEL_SIZES, ("a number, 1 to 9999", (1, 9999))),
+    "port": ("a port, 1 to 65535", (1, 65535)),
+    "gpu_memory_utilization": ("above 0, 1 at most", (1e-6, 1)),
     # Ray's metrics take ASCII alone: another name stops Serve's controller for good. "#" separates
     # the parts of a replica's name, which, with its application's, becomes a file's (255 bytes).
     **dict.fromkeys(
@@ -692,8 +662,8 @@ RULES: Mapping[str, tuple[str, type | str | tuple[float, float, bool]]] = {
     ),
 }
 """Key, or schema of which every value counts -> what a value has to be, as in "5 is not ...", and
-its type, the pattern of a text, or the least and the most of a number and whether it is a whole
-one: where this program itself reads a value, or Ray says nothing, or too little."""
+its type, the pattern of a text, or the least and the most of a number: where this program itself
+reads a value, or Ray says nothing, or too little."""
 
 
 @cache
@@ -705,9 +675,8 @@ def known_schemas() -> dict[str, dict[str, str]]:
         spec = importlib.util.find_spec(package)
         for folder in (spec.submodule_search_locations or ()) if spec else ():
             for file in sorted(Path(folder).glob(pattern)):
-                with contextlib.suppress(OSError, SyntaxError):
-                    body = ast.parse(file.read_text("utf-8")).body
-                    nodes |= {node.name: node for node in body if isinstance(node, ast.ClassDef)}
+                body = ast.parse(file.read_text("utf-8")).body
+                nodes |= {node.name: node for node in body if isinstance(node, ast.ClassDef)}
     known = defaultdict[str, dict[str, str]](dict)
     for schema in filter(TAKEN.fullmatch, nodes):
         for base in map(ast.unparse, nodes[schema].bases):
@@ -717,9 +686,7 @@ def known_schemas() -> dict[str, dict[str, str]]:
                 named = TAKEN.findall(ast.unparse(item.annotation))
                 known[schema][name] = next((word for word in named if word in nodes), "")
         known[PARTS.get(schema, schema)] |= known[schema]
-    known[DEPLOYMENT] |= dict.fromkeys(SHORT_RESOURCES, "")
-    known[INGRESS] = known[DEPLOYMENT] | {"max_constructor_retry_count": ""}
-    known[LLM_DEPLOYMENT] = {k: child for k, child in known[INGRESS].items() if k not in INSTEAD}
+    known[DEPLOYMENT] |= dict.fromkeys((*SHORT_RESOURCES, "max_constructor_retry_count"), "")
     return known
 
 
@@ -728,8 +695,8 @@ def check_keys(value: Any, schema: str, path: KeyPath) -> Problems:
     fields = known_schemas().get(schema, {})
     if not isinstance(value, dict):
         return [Problem(path, f"{show_value(value)} is not a mapping")]
-    missing = [key for key in [REQUIRED.get(schema)] if key and value.get(key) is None]
-    problems = [Problem((*path, key), "is missing") for key in missing]
+    needed = [key for key in REQUIRED.get(schema, ()) if value.get(key) is None]
+    problems = [Problem((*path, key), "is missing") for key in needed]
     for key, item in value.items():
         here = (*path, key)
         child = CHILDREN.get(key) or fields.get(key)
@@ -744,7 +711,6 @@ def check_keys(value: Any, schema: str, path: KeyPath) -> Problems:
         elif key in LISTS:
             for index, below in enumerate(item):
                 problems += check_keys(below, str(child), (*here, index))
-            problems += check_names(item, here)
         elif child and not others:
             problems += check_keys(item, child, here)
     return problems
@@ -759,38 +725,24 @@ def check_value(value: Any, rule: str, path: KeyPath) -> Problems:
     elif isinstance(allowed, str):
         fits = isinstance(value, str) and bool(re.fullmatch(allowed, value))
     elif not isinstance(value, bool):
-        least, most, whole = allowed
+        least, most = allowed
         with contextlib.suppress(TypeError, ValueError, OverflowError):
-            fits = least <= float(value) <= most and not (whole and float(value) % 1)
+            fits = least <= float(value) <= most
     return [] if fits else [Problem(path, f"{show_value(value)} is not {needed}")]
 
 
-def check_names(items: list[Any], path: KeyPath) -> Iterator[Problem]:
-    """What has the same name in a list of deployments, or of LLMs, as something before it."""
-    first: dict[str, int] = {}
-    for index, item in enumerate(map(as_dict, items)):
-        name = as_dict(item.get("model_loading_config")).get("model_id", item.get("name"))
-        if isinstance(name, str) and first.setdefault(name, index) != index:
-            message = f"{name!r} is there twice, first in {format_key((*path, first[name]))}"
-            yield Problem((*path, index), message, "give each its own")
-
-
-def unknown_key(key: Any, schema: str, path: KeyPath) -> Problem:
-    """What to say about a key that a schema does not have: an error if it is nearly right, is meant
-    for another place, or is refused by Ray. At the top it may be another tool's."""
+def unknown_key(key: str, schema: str, path: KeyPath) -> Problem:
+    """What to say about a key that a schema does not have: where it belongs, or what it resembles.
+    At the top it may be another tool's."""
     schemas = known_schemas()
-    if schema != TOP:
-        if key in INSTEAD:
-            return Problem(path, "is not taken here", f"write {INSTEAD[key]}")
-        pairs = itertools.chain(CHILDREN.items(), *(fields.items() for fields in schemas.values()))
-        for parent, child in pairs:
-            if key in schemas.get(child, ()):
-                return Problem(path, "does not belong here", f"move it into {parent}, or beside it")
-    if close := difflib.get_close_matches(str(key), schemas[schema], n=1, cutoff=0.75):
+    pairs = itertools.chain(CHILDREN.items(), *(fields.items() for fields in schemas.values()))
+    for parent, child in pairs if schema != TOP else ():
+        if key in schemas.get(child, ()):
+            return Problem(path, "does not belong here", f"move it into {parent}, or beside it")
+    if close := difflib.get_close_matches(key, schemas[schema], n=1, cutoff=0.7):
         return Problem(path, f"unknown key, did you mean {close[0]!r}?")
-    if IGNORING.search(schema):
-        return Problem(path, "unknown key; Ray ignores it", warning=True)
-    return Problem(path, "unknown key, which the installed Ray and vLLM do not take")
+    message = "unknown key, which the installed Ray and vLLM do not take"
+    return Problem(path, message, warning=schema == TOP)
 
 
 def deployment_options(data: Config) -> Iterator[tuple[KeyPath, Config]]:
@@ -3046,35 +2998,21 @@ def action_json(action: Action, run: Run) -> Config:
 # -- a config for others ---------------------------------------------------------------------------
 
 
-def for_others(value: Any, document: Document, path: KeyPath = ()) -> Any:
-    """A copy of data of a document's: in place of what variables gave stands "${NAME}", for a text
-    wherever it is now, for other values in their own places; and a secret is named by its key."""
-    if isinstance(value, dict):
-        return {key: for_others(item, document, (*path, str(key))) for key, item in value.items()}
-    if isinstance(value, list):
-        return [for_others(item, document, (*path, i)) for i, item in enumerate(value)]
-    for place, (filled, text) in document.written.items():
-        if value == filled and (place == path or isinstance(value, str)):
-            return text
-    if not isinstance(value, str):
-        return value
-    last = next(n for n in range(len(path), 0, -1) if isinstance(path[n - 1], str))
-    name = re.sub(r"\W+", "_", format_key(path[last - 1 :])).strip("_").upper()
-    return f"${{{name}}}" if is_secret(value, path) else redact(value, frozenset())
+def for_others(text: str, document: Document) -> str:
+    """A text of a config as it is written for others: "${NAME}" in place of what a variable gave
+    and of a secret, which is named by its key."""
+    return document.written.get(text) or redact(text, frozenset())
 
 
 def export_config(document: Document, apps: Sequence[ApplicationSpec]) -> tuple[str, list[str]]:
     """A checked config as this program would deploy it, for `serve deploy`: YAML, with comments
     that name all that was moved or added; and the variables that nobody will fill in there."""
-    lines = [
-        f"{Path(document.file).name}, changed so that plain Ray reserves what a replica asks for:",
-        "its GPUs are in the bundles of the engine's workers, which else get a whole one each, and",
-        "engines that share a card get VLLM_RAY_PER_WORKER_GPUS and gpu_memory_utilization.",
-    ]
-    data = for_others(document.data, document)
+    lines = ["Changed so that plain Ray reserves the exact shares:"]
+    rewrite = partial(for_others, document=document)
+    data = copied(document.data, rewrite)
     before, data["applications"] = data["applications"], []
     for app in apps:
-        row = for_others(app.config, document, ("applications", app.index))
+        row = copied(app.config, rewrite)
         lines += [f"  {app.name}: {text}" for _, text in differences(before[app.index], row)]
         data["applications"].append(row)
     names = sorted(set(re.findall(r"\$\{(\w+)\}", json.dumps(data))))

@@ -8,7 +8,6 @@ import inspect
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -51,9 +50,7 @@ BROKEN = [
     ),
     pytest.param(
         "applications:\n\t- name: a\n",
-        [
-            ":2:1: not YAML: found character '\\t' that cannot start any token (indent with spaces, not tabs)"
-        ],
+        [":2:1: not YAML: found character '\\t' that cannot start any token"],
         id="tab indent",
     ),
     pytest.param(
@@ -100,36 +97,38 @@ BROKEN = [
     ),
     pytest.param(
         b"applications: []\n# caf\xe9\n",
-        [": not YAML in UTF-8: byte 22: unacceptable character #x00e9: invalid continuation byte"],
+        [
+            ': can\'t be read: unacceptable character #x00e9: invalid continuation byte in "<byte string>", position 22'
+        ],
         id="latin-1",
     ),
     pytest.param(
         "applications: []".encode("utf-16-le"),
         [
-            ": not YAML in UTF-8: byte 1: unacceptable character #x0000: special characters are not allowed"
+            ': can\'t be read: unacceptable character #x0000: special characters are not allowed in "<byte string>", position 1'
         ],
         id="UTF-16",
     ),
     pytest.param(
         b"applications: []\x00",
         [
-            ": not YAML in UTF-8: byte 16: unacceptable character #x0000: special characters are not allowed"
+            ': can\'t be read: unacceptable character #x0000: special characters are not allowed in "<byte string>", position 16'
         ],
         id="NUL",
     ),
     pytest.param(
-        "[" * 2_000,
-        [": excessive nesting or aliasing: more than 100 levels, or 100000 values"],
+        "a: " + "[" * 101 + "]" * 101,
+        [":1:103: can't be read: more than 100 levels, or 100000 values"],
         id="nested too deep",
     ),
     pytest.param(
         ALIAS_BOMB,
-        [": excessive nesting or aliasing: more than 100 levels, or 100000 values"],
+        [":1:8: can't be read: more than 100 levels, or 100000 values"],
         id="alias bomb",
     ),
     pytest.param(
         "applications: &x\n- b: *x\n",
-        [": excessive nesting or aliasing: more than 100 levels, or 100000 values"],
+        [":2:3: can't be read: more than 100 levels, or 100000 values"],
         id="alias of itself",
     ),
     pytest.param(
@@ -259,7 +258,9 @@ BROKEN = [
     ),
     pytest.param(
         ONE + ", route_prefix: /a}\n- {name: a, import_path: m:a, route_prefix: /b}\n",
-        [":3:3: applications[1]: 'a' is there twice, first in applications[0]; give each its own"],
+        [
+            ':1:1: applications: Found multiple configs for application "a". Please remove all duplicates.'
+        ],
         id="same name",
     ),
     pytest.param(
@@ -347,13 +348,6 @@ BROKEN = [
         ONE + ", deployments: [{num_replicas: 1}]}\n",
         [":2:45: applications[0].deployments[0]: name is missing"],
         id="deployment without name",
-    ),
-    pytest.param(
-        ONE + ", deployments: [{name: d}, {name: d}]}\n",
-        [
-            ":2:56: applications[0].deployments[1]: 'd' is there twice, first in applications[0].deployments[0]; give each its own"
-        ],
-        id="deployment twice",
     ),
     pytest.param(
         ONE + ", deployments: [{name: d, num_replica: 2}]}\n",
@@ -538,13 +532,6 @@ BROKEN = [
         id="num_gpus of the LLM",
     ),
     pytest.param(
-        LLM + "    - model_loading_config: {model_id: m}\n",
-        [
-            ":6:7: applications[0].args.llm_configs[1]: 'm' is there twice, first in applications[0].args.llm_configs[0]; give each its own"
-        ],
-        id="same model_id",
-    ),
-    pytest.param(
         LLM + "      deployment_config: {num_gpu: 0.45}\n",
         [
             ":6:27: applications[0].args.llm_configs[0].deployment_config.num_gpu: unknown key, did you mean 'num_gpus'?"
@@ -561,7 +548,7 @@ BROKEN = [
     pytest.param(
         LLM + "      engine_kwargs: {tensor_parallel_size: 0}\n",
         [
-            ":6:23: applications[0].args.llm_configs[0].engine_kwargs.tensor_parallel_size: 0 is not a whole number, 1 to 9999"
+            ":6:23: applications[0].args.llm_configs[0].engine_kwargs.tensor_parallel_size: 0 is not a number, 1 to 9999"
         ],
         id="tensor parallel zero",
     ),
@@ -660,9 +647,13 @@ def test_what_is_wrong_is_said_with_its_place_and_exit_code_2(
     ("arguments", "message"),
     [
         pytest.param(
-            ["gone.yaml"], "gone.yaml: can't be read: No such file or directory", id="gone"
+            ["gone.yaml"],
+            "gone.yaml: can't be read: [Errno 2] No such file or directory: 'gone.yaml'",
+            id="gone",
         ),
-        pytest.param(["."], ".: can't be read: this is no regular file", id="a directory"),
+        pytest.param(
+            ["."], ".: can't be read: no regular file of at most 2097152 bytes: .", id="a directory"
+        ),
     ],
 )
 def test_a_file_that_is_none(arguments: list[str], message: str) -> None:
@@ -674,7 +665,7 @@ def test_a_file_that_is_none(arguments: list[str], message: str) -> None:
 def test_a_huge_file_is_not_read() -> None:
     with Path("config.yaml").open("wb") as file:
         file.truncate(50 * 1024 * 1024)
-    with pytest.raises(app.ConfigError, match="52428800 bytes are more than the limit of 2097152"):
+    with pytest.raises(app.ConfigError, match="no regular file of at most 2097152 bytes"):
         app.Document("config.yaml", {})
 
 
@@ -757,7 +748,7 @@ ACCEPTED = [
     pytest.param("applications:\n- {import_path: m:a, route_prefix: null}\n", id="no HTTP route"),
     pytest.param("applications:\n- {import_path: m:a, args: {anything: [1, {x: 2}]}}\n", id="args"),
     pytest.param(
-        "applications:\n- {import_path: m:a, args: {1: a, '1': b, 2020-01-01: c, null: d}}\n",
+        "applications:\n- {import_path: m:a, args: {1: a, 2020-01-01: c, null: d, NO: e}}\n",
         id="keys of many types",
     ),
     pytest.param(
@@ -901,11 +892,6 @@ LLMS = "applications:\n- import_path: ray.serve.llm:build_openai_app\n  args:\n 
             "bundles[0].GPU",
             id="a bundle's amount a text",
         ),
-        pytest.param(
-            f"{LLM}      deployment_config: {{placement_group_bundles: [{{GPU: 1}}]}}\n",
-            "placement_group_bundles",
-            id="bundles of an LLM",
-        ),
         pytest.param(f"{LLM}    foo: 1\n", "args.foo", id="an argument that Ray's builder refuses"),
     ],
 )
@@ -920,7 +906,6 @@ def test_what_has_another_shape_is_refused_at_its_key(text: str, key: str) -> No
     ("value", "message"),
     [
         pytest.param("2020-13-45", "month must be in 1..12", id="no such month"),
-        pytest.param("{2020-13-45: x}", "month must be in 1..12", id="no such month, as a key"),
         pytest.param("!!int abc", "invalid literal for int", id="no number"),
         pytest.param("!!bool abc", "'abc'", id="no boolean"),
         pytest.param("!!timestamp abc", "'NoneType' object has no", id="no time"),
@@ -929,8 +914,7 @@ def test_what_has_another_shape_is_refused_at_its_key(text: str, key: str) -> No
 )
 def test_a_value_that_yaml_can_not_read_is_named(value: str, message: str) -> None:
     (found,) = problems(f"applications:\n- import_path: m:a\n  args:\n    x: {value}\n")
-    column = 9 if value.startswith("{") else 8
-    assert found.startswith(f":4:{column}: a value can't be read: {message}")
+    assert found.startswith(f":4:8: can't be read: {message}")
 
 
 def test_one_cause_is_said_once() -> None:
@@ -982,10 +966,10 @@ def test_a_switch_is_no_secret_and_a_header_is_one() -> None:
 
 
 def test_keys_are_what_serve_deploy_sends() -> None:
-    """In JSON a key is a text; a date, of which JSON knows nothing, is the text that it was."""
-    document = load("applications: []\n7: a\ntrue: b\n2.5: c\nnull: d\n2020-01-01: e\n")
+    """In JSON a key is a text; what it is not in JSON's words is the text that it was."""
+    document = load("applications: []\n7: a\ntrue: b\n2.5: c\nnull: d\n2020-01-01: e\nNO: f\n")
     sent = json.loads(json.dumps({7: "a", True: "b", 2.5: "c", None: "d"}))
-    assert document.data == {"applications": [], **sent, "2020-01-01": "e"}
+    assert document.data == {"applications": [], **sent, "2020-01-01": "e", "NO": "f"}
 
 
 def test_a_key_that_stands_beside_a_merge_has_its_own_place() -> None:
@@ -1018,7 +1002,11 @@ def test_llm_configs_may_be_paths_and_problems_point_into_them() -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        pytest.param(None, "there is no file 'llm.yaml'; looked in ", id="gone"),
+        pytest.param(
+            None,
+            f":3:24: {PATH}: can't be read: [Errno 2] No such file or directory: '/",
+            id="gone",
+        ),
         pytest.param("", f"llm.yaml:1:1: {PATH}: null is not a mapping", id="empty"),
         pytest.param("- a\n", f"llm.yaml:1:1: {PATH}: ['a'] is not a mapping", id="a list"),
         pytest.param(
@@ -1028,11 +1016,21 @@ def test_llm_configs_may_be_paths_and_problems_point_into_them() -> None:
         pytest.param(
             "a: 1\n---\nb: 1\n", f"llm.yaml:2:1: {PATH}: not YAML: expected a single", id="two"
         ),
-        pytest.param("a: \xe9 é\n", f"llm.yaml: {PATH}: not YAML in UTF-8: byte 3", id="latin-1"),
         pytest.param(
-            '\n"\\U00110000"', f"llm.yaml: {PATH}: a value can't be read", id="no character"
+            "a: \xe9 é\n",
+            f"llm.yaml: {PATH}: can't be read: unacceptable character #x00e9",
+            id="latin-1",
         ),
-        pytest.param("#" * (app.MAX_FILE_BYTES + 1), "are more than the limit of", id="huge"),
+        pytest.param(
+            '\n"\\U00110000"',
+            f"llm.yaml: {PATH}: can't be read: chr() arg not in range",
+            id="no character",
+        ),
+        pytest.param(
+            "#" * (app.MAX_FILE_BYTES + 1),
+            "no regular file of at most 2097152 bytes: /",
+            id="huge",
+        ),
     ],
 )
 def test_a_file_that_holds_no_llm_is_named(content: str | None, said: str) -> None:
@@ -1181,14 +1179,16 @@ def test_a_variable_that_is_not_utf_8_is_named() -> None:
     assert found[0].startswith(":2:32: applications[0].args.x: environment variable X is not UTF-8")
 
 
-@pytest.mark.parametrize(("config", "key"), [("fifo", ""), ("config.yaml", f"{PATH}: ")])
+@pytest.mark.parametrize(
+    ("config", "key"), [("fifo", ""), ("config.yaml", f":3:24: {PATH}")], ids=["alone", "named"]
+)
 def test_a_fifo_is_refused_at_once(tmp_path: Path, config: str, key: str) -> None:
     os.mkfifo("fifo")
     Path("config.yaml").write_text(naming("fifo"))
     finished = run_app_v5(str(tmp_path / config), timeout_s=30.0)
     assert finished.returncode == 2
-    said = "can't be read: this is no regular file"
-    assert finished.stderr.splitlines()[2:] == [f"❌ {tmp_path}/fifo: {key}{said}"]
+    said = f"can't be read: no regular file of at most 2097152 bytes: {tmp_path}/fifo"
+    assert finished.stderr.splitlines()[2:] == [f"❌ {tmp_path}/{config}{key}: {said}"]
 
 
 def test_a_variable_that_is_not_utf_8_is_named_beside_json_too(tmp_path: Path) -> None:
@@ -1230,26 +1230,13 @@ def test_a_route_that_is_not_ascii() -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("max_concurrent_queries", "max_ongoing_requests"),
-        (
-            "target_num_ongoing_requests_per_replica",
-            "target_ongoing_requests, in autoscaling_config",
-        ),
-    ],
-)
-def test_old_names_get_their_successor(old: str, new: str) -> None:
-    (found,) = problems(ONE + f", deployments: [{{name: d, {old}: 3}}]}}\n")
-    assert found.endswith(f"{old}: is not taken here; write {new}")
-
-
-@pytest.mark.parametrize(
     "key", ["name", "working_dir", "env_vars", "requirements", "compute_config", "image_uri"]
 )
 def test_other_tools_keys_at_the_top_are_warnings(key: str) -> None:
     found = problems(f"{key}: x\napplications:\n- import_path: m:a\n")
-    assert found == [f":1:1: warning: {key}: unknown key; Ray ignores it"]
+    assert found == [
+        f":1:1: warning: {key}: unknown key, which the installed Ray and vLLM do not take"
+    ]
 
 
 def test_a_missing_file_does_not_hide_the_rest() -> None:
@@ -1284,7 +1271,7 @@ def test_an_llm_has_the_options_that_ray_takes_for_a_deployment() -> None:
     from ray.serve.deployment import Deployment
 
     taken = {name for name in inspect.signature(Deployment.options).parameters if name[0] != "_"}
-    ours = set(app.known_schemas()[app.LLM_DEPLOYMENT]) | set(app.INSTEAD)
+    ours = set(app.known_schemas()[app.DEPLOYMENT])
     assert taken - {"self", "func_or_class", "version"} <= ours
 
 
@@ -1442,48 +1429,3 @@ def test_no_slip_of_the_pen_breaks_the_program() -> None:
             raise AssertionError(f"mutation {number}:\n{text}") from error
         refused += any("warning: " not in line for line in found)
     assert 150 < refused < 300
-
-
-# -- what Ray would refuse later -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "said"),
-    [
-        pytest.param("llm_engine", "SGLang", "'SGLang' is not vLLM", id="engine"),
-        pytest.param(
-            "lora_config",
-            "{max_num_adapters_per_replica: 0}",
-            "0 is not a whole number, 1 or more",
-            id="adapters",
-        ),
-        pytest.param(
-            "lora_config",
-            "{dynamic_lora_loading_path: /loras}",
-            "'/loras' is not in the cloud: s3://",
-            id="a local path for adapters",
-        ),
-        pytest.param(
-            "deployment_config",
-            "{max_replicas_per_node: 0}",
-            "0 is not a whole number, 1 to 100",
-            id="replicas per node",
-        ),
-        pytest.param(
-            "placement_group_config",
-            "{strategy: FOO, bundles: [{GPU: 1}]}",
-            "'FOO' is not PACK, SPREAD",
-            id="a strategy",
-        ),
-    ],
-)
-def test_what_ray_refuses_later_is_refused_before(option: str, value: str, said: str) -> None:
-    [problem] = problems(f"{LLM}      {option}: {value}\n")
-    assert re.match(rf":\d+:\d+: applications\[0\]\.args\.llm_configs\[0\]\.{option}", problem)
-    assert said in problem
-
-
-def test_the_engines_are_those_that_ray_has() -> None:
-    from ray.llm._internal.serve.core.configs.llm_config import LLMEngine
-
-    assert all(app.check_value(engine.value, "llm_engine", ()) == [] for engine in LLMEngine)

@@ -18,8 +18,7 @@ REMOTE_ONLY = (
     '"local://" URIs for directories that already exist on every node. Got error when parsing '
     "URI: Expected URI but received path "
 )
-IGNORED = "unknown key; Ray ignores it"
-NOT_OF_VLLM = "unknown key, which the installed Ray and vLLM do not take"
+UNKNOWN = "unknown key, which the installed Ray and vLLM do not take"
 LLM = "applications[0].args.llm_configs[0]"
 DEPLOYMENT = "applications[0].deployments[0]"
 
@@ -135,7 +134,7 @@ ON_PURPOSE = [
     pytest.param(
         f"{OPENAI}    - model_loading_config: {{model_id: m}}\n"
         "      engine_kwargs: {task: embed}\n",
-        [f":6:23: {LLM}.engine_kwargs.task: {NOT_OF_VLLM}"],
+        [f":6:23: {LLM}.engine_kwargs.task: {UNKNOWN}"],
         id="the task of an embedding model",
     ),
     pytest.param(
@@ -197,7 +196,7 @@ OF_ANYSCALE = {
 @pytest.mark.parametrize("key", OF_ANYSCALE)
 def test_a_key_of_an_anyscale_service_is_a_warning(key: str) -> None:
     text = f"{key}: {OF_ANYSCALE[key]}\napplications:\n- import_path: m:app\n"
-    assert problems(text) == [f":1:1: warning: {key}: {IGNORED}"]
+    assert problems(text) == [f":1:1: warning: {key}: {UNKNOWN}"]
 
 
 def test_a_whole_anyscale_service_is_taken() -> None:
@@ -205,7 +204,7 @@ def test_a_whole_anyscale_service_is_taken() -> None:
     lines += ["http_options: {request_timeout_s: 60}", "logging_config: {log_level: INFO}"]
     lines += ["tracing_config: {enabled: true}", "applications:", "- import_path: m:app", ""]
     assert problems("\n".join(lines)) == [
-        f":{line}:1: warning: {key}: {IGNORED}" for line, key in enumerate(OF_ANYSCALE, start=1)
+        f":{line}:1: warning: {key}: {UNKNOWN}" for line, key in enumerate(OF_ANYSCALE, start=1)
     ]
 
 
@@ -217,8 +216,8 @@ def test_an_anyscale_service_of_the_first_kind_has_no_applications() -> None:
 def test_an_anyscale_service_with_a_slip_is_told_only_of_that() -> None:
     text = "name: s\nworking_dir: .\nhttp_option: {port: 1}\napplications: [{import_path: m:app}]\n"
     assert problems(text) == [
-        f":1:1: warning: name: {IGNORED}",
-        f":2:1: warning: working_dir: {IGNORED}",
+        f":1:1: warning: name: {UNKNOWN}",
+        f":2:1: warning: working_dir: {UNKNOWN}",
         ":3:1: http_option: unknown key, did you mean 'http_options'?",
     ]
 
@@ -237,7 +236,7 @@ OF_OTHERS = {
     "other values": "llm_configs: [{model_loading_config: {model_id: m}, deployment_config: "
     "{own: 1, num_gpus: x}, engine_kwargs: [a]}]",
     "prefill and decode": "prefill_config: {a: 1}\n    decode_config: b.yaml",
-    "mixed keys": "llm_configs: [{1: a, b: 2, true: c}]",
+    "mixed keys": "llm_configs: [{7: a, b: 2, true: c}]",
     "ingress options": "ingress_deployment_config: {own: 1}\n    llm_configs: [a]",
 }
 
@@ -281,7 +280,7 @@ def test_a_foreign_builder_is_not_held_to_the_rules_of_rays(name: str) -> None:
     [
         pytest.param(
             "gone.yaml",
-            "llm_configs[0]: there is no file 'gone.yaml'; looked in ",
+            "llm_configs[0]: can't be read: [Errno 2] No such file or directory: '/",
             id="a path to nothing",
         ),
         pytest.param("5", "llm_configs[0]: 5 is not a mapping", id="a number"),
@@ -314,23 +313,14 @@ RETIRED = [
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("max_concurrent_queries", "max_ongoing_requests"),
-        (
-            "target_num_ongoing_requests_per_replica",
-            "target_ongoing_requests, in autoscaling_config",
-        ),
-    ],
+    "old", ["max_concurrent_queries", "target_num_ongoing_requests_per_replica"]
 )
 @pytest.mark.parametrize(
     ("text", "place"), RETIRED, ids=["deployment", "its autoscaling", "LLM", "its autoscaling too"]
 )
-def test_a_retired_key_is_named_with_its_successor(
-    text: str, place: str, old: str, new: str
-) -> None:
-    said = f"{place}{old}: is not taken here; write {new}"
-    assert problems(text.replace("OLD", old)) == [said]
+def test_a_retired_key_is_refused(text: str, place: str, old: str) -> None:
+    [said] = problems(text.replace("OLD", old))
+    assert said.startswith(f"{place}{old}: unknown key, ")
 
 
 def test_deprecated_keys_that_ray_still_takes_are_taken() -> None:
