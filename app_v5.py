@@ -333,6 +333,14 @@ def option(default: Any, text: str, **how: Any) -> Any:
     return field(default=default, metadata={"help": text, **how})
 
 
+def parse_bytes(text: str) -> int:
+    """ "80GiB", "80G" or "24576MiB" in bytes. Raises ArgumentTypeError."""
+    found = re.fullmatch(r"(\d+) ?([MG])i?B?", text.strip())
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 80GiB or 24576MiB")
+    return int(found[1]) << {"M": 20, "G": 30}[found[2]]
+
+
 @dataclass(frozen=True)
 class Options:
     """The command line: every field but the first is an option."""
@@ -349,7 +357,7 @@ class Options:
     timeout: float = option(1800.0, "seconds for an application (1800; 0: for ever)")
     detailed_exitcode: bool = option(False, "with --plan: 5 when a run would change something")
     export: str = option("", "print the config with exact shares", choices=("serve",))
-    gpu_memory: float = option(0.0, "a GPU's GiB, where Ray knows none: 80")
+    gpu_memory: int = option(0, "size of a GPU, where Ray knows none: 80GiB", type=parse_bytes)
     no_smoke_test: bool = option(False, "do not ask the applications anything over HTTP")
     address: str = option("", "HOST:PORT of the cluster (RAY_ADDRESS, or this machine's)")
     json: bool = option(False, "print one JSON document to stdout, all else to stderr")
@@ -1052,7 +1060,7 @@ def format_memory(demand: Demand, room: Room | None) -> list[str]:
     request = f"a request of {length:,} tokens needs {gib(blocks * memory.block)} of KV cache"
     lines = [f"memory: weights {gib(memory.weights)} · {request}"]
     if room is None:  # of main memory the engine itself takes what is free
-        hint = "  no card's size is known here: --gpu-memory 80 would plan with one"
+        hint = "  no card's size is known here: --gpu-memory 80GiB would plan with one"
         return [*lines, hint] if shares else lines
     cache = f"{gib(room.cache)} for the KV cache"
     if memory.pinned:
@@ -2207,7 +2215,7 @@ class RayCluster:
             free, total = sum(going, Counter(available.get(node_id, {}))), row["Resources"]
             # On a laptop without a GPU, too, which stands for the cluster that is to come.
             count = max(1, int(total.get("GPU", 0))) if self.options.gpu_memory else 0
-            mine = cards.get(node_id) or (Card(int(self.options.gpu_memory * GIB)),) * count
+            mine = cards.get(node_id) or (Card(self.options.gpu_memory),) * count
             # What gives way holds memory, too, and nobody knows on which card.
             mine = tuple(replace(card, used=0) if going else card for card in mine)
             matches = partial(self.ray._raylet.node_labels_match_selector, row.get("Labels") or {})
@@ -3111,9 +3119,8 @@ def parse_options(argv: Sequence[str] | None) -> Options:
         name = f"--{item.name.replace('_', '-')}"
         parser.add_argument(name, default=item.default, **item.metadata)
     given = parser.parse_args(argv)
-    numbers = given.max_workers, given.timeout, given.gpu_memory
-    if not all(0 <= number < math.inf for number in numbers):
-        parser.error("--max-workers, --timeout and --gpu-memory are numbers, 0 or more")
+    if given.max_workers < 0 or not 0 <= given.timeout < math.inf:
+        parser.error("--max-workers and --timeout are numbers, 0 or more")
     if given.delete and (given.prune or given.force or given.no_downtime):
         parser.error("--delete excludes --prune, --force and --no-downtime")
     if given.export and (given.plan or given.delete or given.json):

@@ -133,8 +133,8 @@ def main() -> None:
     unset = {"VLLM_CPU_KVCACHE_SPACE": ""}
     with RayHead(num_cpus=8, env=unset) as head, tempfile.TemporaryDirectory() as folder:
         real = real_size(Path(folder))
-        plan = on_a_terminal(head, "--plan", "--gpu-memory", "80", str(real))
-        command = "python3 app_v5.py --plan --gpu-memory 80 multi_model_config.yaml"
+        plan = on_a_terminal(head, "--plan", "--gpu-memory", "80GiB", str(real))
+        command = "python3 app_v5.py --plan --gpu-memory 80GiB multi_model_config.yaml"
         picture("plan", command, report(plan))
     with RayHead(logical_gpus=True) as head, tempfile.TemporaryDirectory() as folder:
         path, port = Path(folder), free_port()

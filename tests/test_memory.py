@@ -191,13 +191,13 @@ def test_cards_of_a_silent_node_are_not_guessed_from_another_s() -> None:
     full = replace(node(24), free={})
     plan = app.predict([demand(replace(FALCON3, fraction=0.1))], [silent, full])
     assert plan.misfits == []
-    assert in_words(plan)[-1].endswith("--gpu-memory 80 would plan with one")
+    assert in_words(plan)[-1].endswith("--gpu-memory 80GiB would plan with one")
 
 
 def test_what_is_not_known_is_said() -> None:
     unknown = demand(app.Memory(unknown="it has a draft model"))
     assert app.format_memory(unknown, None) == ["memory: not known: it has a draft model"]
-    assert app.format_memory(demand(), None)[1].endswith("--gpu-memory 80 would plan with one")
+    assert app.format_memory(demand(), None)[1].endswith("--gpu-memory 80GiB would plan with one")
     assert app.format_memory(demand(None), None) == []
 
 
@@ -208,11 +208,17 @@ def test_the_dashboard_s_cards() -> None:
     assert app.read_cards({}) == {}
 
 
-@pytest.mark.parametrize("size", ["much", "80GiB", "-1", "nan", "inf"])
-def test_a_wrong_size_is_refused(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("text", "size"), [("80GiB", 80 * GIB), ("24576MiB", 24 * GIB), ("24G", 24 * GIB)]
+)
+def test_sizes_of_cards(text: str, size: int) -> None:
+    assert app.parse_options(["c.yaml", "--gpu-memory", text]).gpu_memory == size
+
+
+def test_a_wrong_size_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        app.parse_options(["c.yaml", "--gpu-memory", size])
-    assert "--gpu-memory" in capsys.readouterr().err
+        app.parse_options(["c.yaml", "--gpu-memory", "much"])
+    assert "'much' is no size such as 80GiB" in capsys.readouterr().err
 
 
 # -- vLLM's own figures ------------------------------------------------------------------------
