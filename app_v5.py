@@ -2718,6 +2718,7 @@ def prove(action: Action, run: Run) -> None:
     assert details is not None
     action.words, action.detail, action.details, action.proof = "checking", "", details, proof
     try:
+        proof.notes = suggestions(action, run)
         proof.reservations = run.cluster.reservations(details)
         proof.mismatches = mismatches(action, proof.reservations)
         asleep = {d.name for d in details.deployments.values() if not d.target_num_replicas}
@@ -2737,6 +2738,20 @@ def prove(action: Action, run: Run) -> None:
         proof.answers, proof.notes = asked.answers, proof.notes + asked.notes
     except ClusterError as error:
         proof.unverified = str(error)
+
+
+def suggestions(action: Action, run: Run) -> tuple[str, ...]:
+    """The cache size that each engine which has just measured its memory names in its log, and
+    which ends such measuring (vllm/v1/worker/gpu_worker.py)."""
+    found = []
+    models = [m for m in action.application.models if m.measures_memory and action.submits]
+    for deployment in action.details.deployments.values() if action.details else ():
+        replicas = running_replicas(deployment)[:1]
+        for replica in replicas if any(serves(deployment.name, m) for m in models) else ():
+            with contextlib.suppress(ClusterError):
+                log = run.cluster.replica_log(replica.actor_id or "", "ALIVE")
+                found += re.findall(r"--kv-cache-memory=(\d+)` \([\d.]+ GiB\) to fit", log)[:1]
+    return tuple(f"engine_kwargs.kv_cache_memory_bytes: {n} keeps what it has" for n in found)
 
 
 def delete_application(action: Action, run: Run) -> None:

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -702,6 +703,28 @@ def test_a_stop_in_a_second_attempt_leaves_the_other_failures_as_they_are() -> N
     run = deploy(cluster, create("a", SHARING), create("b", SHARING), show=stop)
     assert results(run) == {"a": "INTERRUPTED", "b": "FAILED"}
     assert causes(run)[-1].startswith("AssertionError: Error in memory profiling")
+
+
+SUGGESTS = """\
+Desired GPU memory utilization is (0.405, 32.4 GiB). Replace gpu_memory_utilization config with \
+`--kv-cache-memory=29370000000` (27.35 GiB) to fit into requested memory, or \
+`--kv-cache-memory=79000000000` (73.5 GiB) to fully utilize gpu memory.
+"""
+
+
+def test_the_cache_size_that_an_engine_suggests_is_named() -> None:
+    rows = [deployment(f"LLMServer:{name}", "HEALTHY", replica("r")) for name in ("m", "other")]
+    cluster = ScriptedCluster({"a": [state("a", "RUNNING", "", *rows)]})
+    cluster.log = SUGGESTS
+    run = deploy(cluster, create("a", SHARING), no_smoke_test=True)
+    [action] = run.actions
+    assert action.proof
+    text = "engine_kwargs.kv_cache_memory_bytes: 29370000000 keeps what it has"
+    assert action.proof.notes == (text, "not asked over HTTP: --no-smoke-test")
+    cluster.log = app.ClusterError("no dashboard")
+    assert app.suggestions(action, run) == ()
+    cluster.log = SUGGESTS
+    assert app.suggestions(replace(action, change="unchanged"), run) == ()
 
 
 def test_a_second_attempt_may_run_out_of_time() -> None:
