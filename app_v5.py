@@ -89,6 +89,7 @@ MOST_VALUE_CHARACTERS = 60
 MOST_CAUSE_CHARACTERS = 300
 MOST_BODY_BYTES = 2**20
 MOST_LOGS, LOG_LINES = 3, 400
+MANY_REQUESTS = 1_000_000  # Ray's max_ongoing_requests for LLMs is above that: no limit
 
 WHOLE_GPU_MEMORY_FRACTION = 0.9
 """What an engine takes of a card that it has to itself; vLLM's own default is 0.92, and engines
@@ -209,6 +210,8 @@ class Demand:
     ingress: bool = False
     max_replicas_per_node: int | None = None
     label_selectors: tuple[Mapping[str, str], ...] = ()  # one per bundle, or empty
+    max_ongoing_requests: int = 0
+    target_ongoing_requests: float = 0.0
     memory: Memory | None = None  # of an LLM's engine
 
     @property
@@ -1030,25 +1033,26 @@ def memory_misfit(demand: Demand, room: Room) -> str:
     if blocks <= needed:
         left = gib(max(0, room.cache - memory.block))
         text = f"a request of {length:,} tokens needs {gib(needed * memory.block)} of KV cache, "
-        return "; ".join([f"{text}and there is room for {left}", *remedies(demand, room)])
+        text += f"and there is room for {left}"
+        if fits := next((tokens for tokens, count in memory.requests if count < blocks), 0):
+            text += f"; max_model_len that would do: {fits}"
+        share = WHOLE_GPU_MEMORY_FRACTION * min([1.0, *gpu_shares(demand)])
+        if not memory.pinned and memory.fraction > share - 0.01:
+            text += f"; num_gpus that would do: {least_gpus(demand, room.card, 1)}"
+        return text
     if memory.sequences > blocks:
         text = f"max_num_seqs is {memory.sequences}, and its share holds {blocks} Mamba blocks"
         return f"{text}; set engine_kwargs.max_num_seqs to {blocks} or less"
     return ""
 
 
-def remedies(demand: Demand, room: Room) -> Iterator[str]:
-    """What would let an engine start that has no room for a full request."""
-    memory, shares = demand.memory or Memory(), gpu_shares(demand)
-    blocks = room.cache // memory.block
-    if fits := next((tokens for tokens, count in memory.requests if count < blocks), 0):
-        yield f"max_model_len {fits} would do"
-    if not memory.pinned:
-        cache = (memory.requests[0][1] + 1) * memory.block
-        needed = (memory.weights + ACTIVATIONS_BYTES + cache) / WHOLE_GPU_MEMORY_FRACTION
-        least = math.ceil(needed / room.card * 100) / 100
-        if shares[0] < least <= 1:
-            yield f"num_gpus {short(least * len(shares))} would do"
+def least_gpus(demand: Demand, card: int, requests: float) -> str:
+    """The smallest num_gpus with room for so many full requests, in words."""
+    memory, workers = demand.memory or Memory(), len(gpu_shares(demand))
+    cache = (math.ceil(requests * memory.requests[0][1]) + 1) * memory.block
+    needed = (memory.weights + ACTIVATIONS_BYTES + cache) / WHOLE_GPU_MEMORY_FRACTION
+    least = math.ceil(needed / card * 100) / 100
+    return short(least * workers) if least <= 1 else "more than a card a worker"
 
 
 def format_memory(demand: Demand, room: Room | None) -> list[str]:
@@ -1069,8 +1073,16 @@ def format_memory(demand: Demand, room: Room | None) -> list[str]:
         share = f"{short(shares[0])} of {gib(room.card)}, at gpu_memory_utilization "
         share += f"{short(memory.fraction)}: {gib(room.card * memory.fraction)}; {cache}"
         lines.append(f"  {share} ({gib(ACTIVATIONS_BYTES)} kept for activations, a guess)")
-    full = math.floor(room.requests)
-    return [*lines, f"  room for {room.tokens:,} tokens, {full:,} full requests at once"]
+    most, full = demand.max_ongoing_requests, math.floor(room.requests)
+    queue = f" (max_ongoing_requests is {most}: the last {most - full} would queue)"
+    lines.append(f"  room for {room.tokens:,} tokens, {full:,} full requests at once")
+    lines[-1] += queue if full < most < MANY_REQUESTS else ""
+    target = demand.target_ongoing_requests
+    if 0 < target < MANY_REQUESTS and not memory.pinned:
+        least = least_gpus(demand, room.card, target)
+        what = f"serves target_ongoing_requests {short(target)} in full"
+        lines.append(f"  the smallest num_gpus that {what}: {least}")
+    return lines
 
 
 def measure_memory(llm: Config, options_of: Callable[[Config], Config]) -> Config:
@@ -1228,6 +1240,8 @@ def describe_deployment(name: str, info: Any) -> Config:
         "label_selectors": tuple(selectors),
         "strategy": replica.placement_group_strategy or "PACK",
         "max_replicas_per_node": replica.max_replicas_per_node,
+        "max_ongoing_requests": options.max_ongoing_requests,
+        "target_ongoing_requests": scaling.get_target_ongoing_requests() if scaling else 0,
         "min_replicas": scaling.min_replicas if scaling else options.num_replicas,
         "max_replicas": scaling.max_replicas if scaling else options.num_replicas,
     }

@@ -57,36 +57,35 @@ def reason(fit: app.Fit) -> str:
 
 
 def test_a_share_of_a_card_in_words() -> None:
-    plan = app.predict([demand()], [node(80)])
+    plan = app.predict([demand(max_ongoing_requests=100, target_ongoing_requests=85)], [node(80)])
     assert plan.misfits == []
     assert in_words(plan) == [
         "memory: weights 3.11 GiB · a request of 4,096 tokens needs 0.28 GiB of KV cache",
         "  0.45 of 80 GiB, at gpu_memory_utilization 0.405: 32.4 GiB; 27.79 GiB for the KV cache"
         " (1.5 GiB kept for activations, a guess)",
-        "  room for 404,608 tokens, 98 full requests at once",
+        "  room for 404,608 tokens, 98 full requests at once"
+        " (max_ongoing_requests is 100: the last 2 would queue)",
+        "  the smallest num_gpus that serves target_ongoing_requests 85 in full: 0.4",
     ]
 
 
-@pytest.mark.parametrize("card", [16, 24, 40, 80])
-def test_the_smallest_share_is_enough_and_a_smaller_one_is_not(card: int) -> None:
+@pytest.mark.parametrize("requests", [1, 7, 85, 200])
+def test_the_smallest_share_is_enough_and_a_smaller_one_is_not(requests: int) -> None:
     def full(gpus: float) -> float:
         memory = replace(FALCON3, fraction=gpus * app.WHOLE_GPU_MEMORY_FRACTION)
-        return room_in([node(card)], demand(memory)).requests
+        return room_in([node(80)], demand(memory)).requests
 
-    small = demand(replace(FALCON3, fraction=0.009), 0.01)
-    [fit] = app.predict([small], [node(card)]).misfits
-    least = float(fit.misfit.rpartition("; num_gpus ")[2].removesuffix(" would do"))
-    assert full(least) >= 1
-    assert full(least - 0.01) < 2
+    least = float(app.least_gpus(demand(), 80 * GIB, requests))
+    assert full(least) >= requests
+    assert full(least - 0.01) < requests + 1
 
 
-def test_what_would_do_is_not_said_of_what_would_not() -> None:
+def test_the_smallest_share_of_several_workers_is_their_sum() -> None:
     large = demand(replace(FALCON3, weights=22 * GIB), 0.5)
-    [fit] = app.predict([large], [node(24)]).misfits
-    assert "would do" not in fit.misfit
+    assert app.least_gpus(large, 24 * GIB, 1) == "more than a card a worker"
     two = app.Demand("a", "D", ({"GPU": 0.2}, {"GPU": 0.2}), memory=replace(FALCON3, fraction=0.18))
     [fit] = app.predict([two], [replace(node(24), total={"GPU": 2.0}, free={"GPU": 2.0})]).misfits
-    assert fit.misfit.endswith("; num_gpus 0.46 would do")
+    assert fit.misfit.endswith("; num_gpus that would do: 0.46")
 
 
 def test_a_share_without_room_for_one_request_does_not_fit() -> None:
@@ -95,13 +94,15 @@ def test_a_share_without_room_for_one_request_does_not_fit() -> None:
     assert not fit.never  # 1.5 GiB of it is a guess
     assert reason(fit) == (
         "a request of 4,096 tokens needs 0.28 GiB of KV cache, and there is room for 0.18 GiB;"
-        " max_model_len 2048 would do; num_gpus 0.23 would do"
+        " max_model_len that would do: 2048; num_gpus that would do: 0.23"
     )
 
 
 def test_without_any_room_no_length_would_do() -> None:
     [fit] = app.predict([demand(replace(FALCON3, fraction=0.16), 0.18)], [node(24)]).misfits
-    assert reason(fit).endswith(" of KV cache, and there is room for 0 GiB; num_gpus 0.23 would do")
+    assert reason(fit).endswith(
+        " of KV cache, and there is room for 0 GiB; num_gpus that would do: 0.23"
+    )
 
 
 def test_only_what_is_sure_is_refused_by_a_deployment() -> None:
@@ -178,7 +179,7 @@ def test_a_fixed_cache_has_to_fit_on_a_card_beside_the_weights() -> None:
 
 def test_a_fraction_of_the_user_s_own_gets_no_advice_about_num_gpus() -> None:
     [fit] = app.predict([demand(replace(FALCON3, fraction=0.2))], [node(24)]).misfits
-    assert reason(fit).endswith("max_model_len 2048 would do")
+    assert reason(fit).endswith("max_model_len that would do: 2048")
 
 
 def test_a_whole_card_has_what_vllm_takes_of_it() -> None:
@@ -372,7 +373,7 @@ def test_what_a_started_engine_says_of_too_small_a_cache(
     length, need, left, fits = engine.groups()
     texts = [f"a request of {int(length):,} tokens needs {need} GiB of KV cache"]
     if kilobytes == 300_000:
-        texts.append(f" and there is room for {left} GiB; max_model_len {fits} would do")
+        texts.append(f" and there is room for {left} GiB; max_model_len that would do: {fits}")
     else:
         assert (left, fits) == ("0.0", None)
         texts.append(" and there is room for 2.15 MiB")
