@@ -397,16 +397,16 @@ LLM_ARGS = ("llm_config", "prefill_config", "decode_config")
 class Document:
     """A config file as plain data: environment variables are filled in, and `llm_configs` entries
     that are paths are replaced by what those files hold. Beside it the place of every key and list
-    item, the texts that no output may show, values with variables and how they are `written`, and
-    what is wrong. PyYAML alone takes the last of two equal keys, and has no limits. Raises
-    ConfigError for what makes all of the file unusable."""
+    item, the texts that no output may show, how a text with variables, or a secret, is `written`
+    for others, and what is wrong. PyYAML alone takes the last of two equal keys, and has no limits.
+    Raises ConfigError for what makes all of the file unusable."""
 
     def __init__(self, file: str, environ: Mapping[str, str]) -> None:
         self.file, self.environ = file, environ
         self.yaml = yaml.SafeLoader("")
         self.places: dict[KeyPath, Place] = {}
         self.secrets: frozenset[str] = frozenset()
-        self.written: dict[KeyPath, tuple[Any, str]] = {}
+        self.written: dict[str, str] = {}
         self.problems: Problems = []
         self.values = 0
         self.data: Config = self.load(file, ())
@@ -476,9 +476,11 @@ class Document:
                 node.value = VARIABLE.sub(partial(self.variable, path=path), written)
                 node.tag = tag_of(node.value) if node.style is None else node.tag
                 stays = VARIABLE.sub(partial(self.variable, path=path, stays=True), written)
-                self.written[path] = self.yaml.construct_object(node), stays
+                if node.tag == TEXT_TAG and stays != node.value:
+                    self.written[node.value] = stays
             if is_secret(value := self.yaml.construct_object(node), path):
                 self.secrets |= {value}
+                self.written.setdefault(value, variable_for(path))
         elif isinstance(node, yaml.SequenceNode):
             for index, item in enumerate(node.value):
                 self.places[(*path, index)] = self.place(item.start_mark)
@@ -585,6 +587,12 @@ def is_secret(value: Any, path: KeyPath) -> bool:
     # DISABLE_TOKEN: "1" is none, and would be hidden wherever else a 1 stands.
     named = isinstance(value, str) and any(SECRET_WORD.fullmatch(word.lower()) for word in words)
     return named and (len(value) > SHORTEST_NUMBER or tag_of(value) == TEXT_TAG)
+
+
+def variable_for(path: KeyPath) -> str:
+    """What stands for a secret in a config for others: "${HF_TOKEN}", or "${API_KEYS_0}"."""
+    keys = path[-1:] if isinstance(path[-1], str) else path[-2:]
+    return "${" + re.sub(r"\W+", "_", "_".join(map(str, keys))).upper() + "}"
 
 
 @cache
@@ -3230,41 +3238,28 @@ def action_json(action: Action, run: Run) -> Config:
 # -- a config for others ---------------------------------------------------------------------------
 
 
-def for_others(value: Any, document: Document, path: KeyPath = ()) -> Any:
-    """A copy of data of a document's: in place of what variables gave stands "${NAME}", for a text
-    wherever it is now, for other values in their own places; and a secret is named by its key."""
-    if isinstance(value, dict):
-        return {key: for_others(item, document, (*path, str(key))) for key, item in value.items()}
-    if isinstance(value, list):
-        return [for_others(item, document, (*path, i)) for i, item in enumerate(value)]
-    for place, (filled, text) in document.written.items():
-        if value == filled and (place == path or isinstance(value, str)):
-            return text
-    if not isinstance(value, str):
-        return value
-    last = next(n for n in range(len(path), 0, -1) if isinstance(path[n - 1], str))
-    name = re.sub(r"\W+", "_", format_key(path[last - 1 :])).strip("_").upper()
-    return f"${{{name}}}" if is_secret(value, path) else redact(value, frozenset())
-
-
-def export_config(document: Document, apps: Sequence[ApplicationSpec]) -> tuple[str, list[str]]:
+def export_config(document: Document, apps: Sequence[ApplicationSpec]) -> str:
     """A checked config as this program would deploy it, for `serve deploy`: YAML, with comments
-    that name all that was moved or added; and the variables that nobody will fill in there."""
+    that name all that was moved or added, and the variables that nobody will fill in there."""
+
+    def unfilled(text: str) -> str:
+        return document.written.get(text) or redact(text, frozenset())
+
     lines = [
         f"{Path(document.file).name}, changed so that plain Ray reserves what a replica asks for:",
         "its GPUs are in the bundles of the engine's workers, which else get a whole one each, and",
         "engines that share a card get VLLM_RAY_PER_WORKER_GPUS and gpu_memory_utilization.",
     ]
-    data = for_others(document.data, document)
+    data = copied(document.data, unfilled)
     before, data["applications"] = data["applications"], []
     for app in apps:
-        row = for_others(app.config, document, ("applications", app.index))
+        row = copied(app.config, unfilled)
         lines += [f"  {app.name}: {text}" for _, text in differences(before[app.index], row)]
         data["applications"].append(row)
-    names = sorted(set(re.findall(r"\$\{(\w+)\}", json.dumps(data))))
-    lines += [f"Fill in before, with `envsubst` for example: {', '.join(names)}"] if names else []
+    if names := set(re.findall(r"\$\{(\w+)\}", json.dumps(data))):
+        lines.append(f"Fill in before, with `envsubst` for example: {', '.join(sorted(names))}")
     comments = "".join(f"# {line}\n" for line in lines)
-    return comments + yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100), names
+    return comments + yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
 
 
 class Terminal(io.TextIOBase):
@@ -3477,10 +3472,7 @@ class Session:
     def export(self) -> int:
         """Print the config for others."""
         applications = self.load()
-        text, names = export_config(self.document, applications)
-        if names:
-            self.say(f"⚠️  {', '.join(names)}: to be filled in, Ray does not do it")
-        self.terminal.output(text.rstrip("\n"))
+        self.terminal.output(export_config(self.document, applications).rstrip("\n"))
         return EXIT_OK
 
     def decide(self, chosen: Sequence[ApplicationSpec]) -> list[Action]:
