@@ -464,20 +464,15 @@ class Document:
 
     def walk(self, node: yaml.Node, path: KeyPath) -> None:
         """Note the places of what lies in a node, fill in environment variables, once for all
-        aliases (what is unquoted gets its type anew), and look for what YAML lets through. Raises
-        RecursionError, and what reading a value raises."""
+        aliases, and look for what YAML lets through. Raises RecursionError, and what reading a
+        value raises."""
         self.values += 1
         if self.values > MAX_VALUES or len(path) > MAX_DEPTH:
             raise RecursionError
         self.at = self.place(node.start_mark)
         if isinstance(node, yaml.ScalarNode):
-            is_new, written = node not in self.yaml.constructed_objects, node.value
-            if is_new and "${" in written and node.tag == TEXT_TAG:
-                node.value = VARIABLE.sub(partial(self.variable, path=path), written)
-                node.tag = tag_of(node.value) if node.style is None else node.tag
-                stays = VARIABLE.sub(partial(self.variable, path=path, stays=True), written)
-                if node.tag == TEXT_TAG and stays != node.value:
-                    self.written[node.value] = stays
+            if node not in self.yaml.constructed_objects and node.tag == TEXT_TAG:
+                self.fill_in(node, path)
             if is_secret(value := self.yaml.construct_object(node), path):
                 self.secrets |= {value}
                 self.written.setdefault(value, variable_for(path))
@@ -499,6 +494,16 @@ class Document:
                 self.problems.append(Problem(here, message, "keep one of them", place=place))
             given[key], self.places[here] = place[1], place
             self.walk(value, here)
+
+    def fill_in(self, node: yaml.ScalarNode, path: KeyPath) -> None:
+        """Fill in a text's variables; what is unquoted gets its type anew."""
+        text = VARIABLE.sub(partial(self.variable, path=path), node.value)
+        stays = VARIABLE.sub(partial(self.variable, path=path, stays=True), node.value)
+        if text != node.value and node.style is None:
+            node.tag = tag_of(text)
+        if text != stays and node.tag == TEXT_TAG:
+            self.written[text] = stays
+        node.value = text
 
     def variable(self, match: re.Match[str], path: KeyPath, stays: bool = False) -> str:
         """A variable's value; where it `stays`, only its default, which no tool fills in."""
