@@ -3000,6 +3000,7 @@ RULE, THIN_RULE = "=" * 80, "-" * 80
 LLM_ENDPOINTS = ("POST /v1/chat/completions", "POST /v1/completions", "GET /v1/models")
 OF_A_DEPLOYMENT = "   {name}: {amounts} per replica, replicas {count}"
 OF_A_MODEL = "   Resources per replica: {amounts}\n   Replicas: {count}"
+OF_AN_ACTION = ("name", "change", "reasons", "result", "sent", "cause", "hint", "proof")
 ICONS = {"queued": "⏳", "RUNNING": "✅", "DELETED": "✅", "FAILED": "❌"}
 
 
@@ -3201,41 +3202,32 @@ def format_plan(run: Run, plan: Plan) -> list[str]:
 def report_json(run: Run) -> Config:
     """The report for programs; docs/REFERENCE.md has it. A key that is gone or means another thing
     raises the version, a new one does not."""
-    return {
+    report = {
         "version": 4,
         "exit_code": exit_code(run),
         "seconds": round(run.clock() - run.started, 1),
         "dashboard": run.cluster.dashboard_url,
         "applications": [action_json(action, run) for action in run.actions],
         "not_in_file": [{"name": d.name, "status": d.status.value} for d in run.others],
-        "packing": format_prediction(run.plan) if run.plan else None,
-        "misfits": [fit.misfit for fit in run.plan.misfits] if run.plan else None,
+        "packing": format_prediction(run.plan) if run.plan else [],
+        "misfits": [fit.misfit for fit in run.plan.misfits] if run.plan else [],
     }
+    return read_json(json.dumps(report, default=dataclasses.asdict))
 
 
 def action_json(action: Action, run: Run) -> Config:
+    """What there is to tell of an application; what does not apply is empty."""
     address, paths = endpoints(action.application, run)
-    demands = []
-    for demand in action.demands:
-        room = room_in(run.plan or Plan((), []), demand)
-        more = {"reserved_per_replica": demand.reserved, "room": room and dataclasses.asdict(room)}
-        demands.append(dataclasses.asdict(demand) | more)
-    return {key: getattr(action, key) for key in ("name", "change", "reasons", "result")} | {
-        "gap": gap(action) or None,
+    plan = run.plan or Plan((), [])
+    return {key: getattr(action, key) for key in OF_AN_ACTION} | {
         "route_prefix": action.application.route_prefix,
-        "models": [dataclasses.asdict(model) for model in action.application.models],
-        "deployments": demands,
+        "models": action.application.models,
+        "deployments": action.demands,
+        "rooms": {demand.deployment: room_in(plan, demand) for demand in action.demands},
+        "gap": gap(action),
         "seconds": round(action.seconds(), 1),
-        "attempts": action.attempt,
-        "submitted": {"yes": True, "": False}.get(action.sent),
-        "no_log": action.no_log or None,
-        "proof": dataclasses.asdict(action.proof) if action.proof else None,
-        "status": action.details.status.value if action.details else None,
-        "cause": action.cause or None,
-        "hint": action.hint if action.cause else None,
-        "waits_for": action.waits_for or None,
         "logs": log_commands(action),
-        "base_url": address or None,
+        "base_url": address,
         "endpoints": paths,
     }
 

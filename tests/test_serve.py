@@ -175,9 +175,9 @@ def test_json_is_one_document_on_stdout(user: User) -> None:
     report = json.loads(finished.stdout)
     assert (finished.returncode, report["exit_code"], report["version"]) == (1, 1, 4)
     new, bad = report["applications"]
-    assert (new["result"], new["change"], new["cause"]) == ("RUNNING", "create", None)
+    assert (new["result"], new["change"], new["cause"]) == ("RUNNING", "create", "")
     assert new["base_url"] == f"http://localhost:{user.port}/new"
-    assert new["deployments"][0]["reserved_per_replica"] == {"CPU": 0.1}
+    assert new["deployments"][0]["bundles"] == [{"CPU": 0.1}]
     assert (bad["result"], bad["cause"]) == ("FAILED", "LookupError: the builder found nothing")
 
 
