@@ -3103,42 +3103,38 @@ def format_proof(proof: Proof) -> list[str]:
 
 
 def format_cause(action: Action) -> list[str]:
-    said = {"Cause": action.cause, "Hint": action.hint} if action.cause else {}
+    said = {"Cause": action.cause, "Hint": action.hint}
     return [f"   {key}: {text}".replace("\n", "\n          ") for key, text in said.items() if text]
 
 
 def format_unfinished(action: Action) -> list[str]:
     """The summary of one application that does not run: what happened, why, where to look."""
-    result, details = action.result or "UNKNOWN", action.details
+    result = action.result or "UNKNOWN"
     lines = [f"• {action.name}: {result} after {format_seconds(action.seconds())}"]
     lines += format_cause(action)
-    if result == "UNKNOWN":
-        return [*lines, "   The cluster was lost: whether it runs, or ever will, is not known"]
     if result != "FAILED":
-        doing = "deleting" if action.change == "delete" else "deploying"
         submitted = {
-            "yes": f"It was submitted and goes on {doing}; this program no longer watches it",
+            "yes": "It was submitted; this program no longer watches it",
             "perhaps": "It was being handed over: whether Serve has it is not known",
             "": "It was not submitted",
         }
         lines.append(f"   {submitted[action.sent]}")
-    if action.before and action.change != "delete" and (details or not action.sent):
+    seen = action.details or (None if action.sent else action.before)
+    if action.before and seen and action.change != "delete" and result != "UNKNOWN":
         old = {replica.replica_id for replica in replicas_of(action.before)}
-        left = [r for r in replicas_of(details) if r.replica_id in old and r.state == "RUNNING"]
-        serving = f"Still serving from before the edit: {len(left)} of {len(old)} replicas"
-        lines.append(f"   {serving if action.sent else 'What ran before was not touched'}")
+        left = [r for r in replicas_of(seen) if r.replica_id in old and r.state == "RUNNING"]
+        lines.append(f"   Still serving from before the edit: {len(left)} of {len(old)} replicas")
     lines += [f"   No log: {action.no_log}"] if action.no_log else []
     lines += [f"   Logs: {command}" for command in log_commands(action)]
     return lines
 
 
 def log_commands(action: Action) -> list[str]:
-    """The commands that print what the replica that died last wrote: its stderr, its stdout (the
-    engine writes to either), and its log in Serve's words."""
+    """The commands that print what the replica that died last wrote to its stderr and its stdout;
+    the engine writes to either."""
     for replica in failed_replicas(action)[:1]:
-        actor = f"ray logs actor --id {replica.actor_id} --tail {LOG_LINES}"
-        paths = filter(None, [replica.log_file_path])  # of one that has not begun there is none
-        return [f"{actor} --err", actor, *(f"ray logs {path.lstrip('/')}" for path in paths)]
+        command = f"ray logs actor --id {replica.actor_id} --tail {LOG_LINES}"
+        return [f"{command} --err", command]
     return []
 
 

@@ -510,7 +510,7 @@ MOMENTS: dict[str, tuple[Callable[[Started, str], object], list[str]]] = {
     "while connecting": (lambda started, name: started.said("📦 Found"), ["nothing was deployed"]),
     "deploying": (
         lambda started, name: started.said(f"{name}  starting"),
-        ["It was submitted and goes on deploying"],
+        ["It was submitted; this program no longer"],
     ),
     "after the last RUNNING": (
         lambda started, name: started.said(f"{name}  checking"),

@@ -134,7 +134,7 @@ def test_a_signal_stops_the_waiting_and_nothing_else(user: User, number: int, co
     assert time.monotonic() - signalled < 5
     assert process.returncode == code, err
     assert "RUNNING" not in about(name, out)
-    assert "It was submitted and goes on deploying" in about(name, out)
+    assert "It was submitted; this program no longer" in about(name, out)
     assert "Traceback" not in err
     assert user.get("/good")["text"] == "good"
     wait_until(lambda: answers(user, f"/{name}"), 60, "the slow application to come up")
