@@ -10,7 +10,7 @@ fails does not touch the others, and its real cause is printed.
 
 Exit codes: 0 every application runs and answers; 1 one failed, or could not be verified; 2 the
 config or the command line is wrong and nothing was touched; 3 no Ray cluster, or it was lost;
-4 time ran out with one still deploying; 5 a run would change something (--detailed-exitcode);
+4 time ran out with one still deploying; 5 something changes, or would (--detailed-exitcode);
 129 SIGHUP; 130 Ctrl-C; 143 SIGTERM.
 """
 # The sections, in the order in which the data flows: grep -A1 "^# =====" app_v5.py
@@ -374,7 +374,7 @@ class Options:
     no_downtime: bool = option(False, "start new replicas before the old ones stop")
     max_workers: int = option(0, "how many at once (min(applications, max(2, CPUs)); 1: as V4)")
     timeout: float = option(1800.0, "seconds for an application (1800; 0: for ever)")
-    detailed_exitcode: bool = option(False, "with --plan: 5 when a run would change something")
+    detailed_exitcode: bool = option(False, "exit code 5 when something changes, or would (--plan)")
     export: str = option("", "print the config with exact shares", choices=("serve",))
     gpu_memory: int = option(0, "size of a GPU, where Ray knows none: 80GiB", type=parse_bytes)
     no_smoke_test: bool = option(False, "do not ask the applications anything over HTTP")
@@ -3347,12 +3347,6 @@ def parse_options(argv: Sequence[str] | None) -> Options:
     given = parser.parse_args(argv)
     if given.max_workers < 0 or not 0 <= given.timeout < math.inf:
         parser.error("--max-workers and --timeout are numbers, 0 or more")
-    if given.delete and (given.prune or given.force or given.no_downtime):
-        parser.error("--delete excludes --prune, --force and --no-downtime")
-    if given.export and (given.plan or given.delete or given.json):
-        parser.error("--export excludes --plan, --delete and --json")
-    if given.detailed_exitcode and not given.plan:
-        parser.error("--detailed-exitcode is for --plan")
     return Options(**vars(given))
 
 
@@ -3398,9 +3392,8 @@ class Session:
             pass  # `main` says it
         except OSError as error:
             # Whoever read the output has gone, as `| head` does, or there is no room for it.
-            if not isinstance(error, BrokenPipeError):
-                self.say(f"❌ the report can't be written: {error.strerror or error}")
             self.code = EXIT_FAILED
+            self.say(f"❌ the report can't be written: {error.strerror or error}")
         except Exception as error:  # noqa: BLE001
             self.say(f"❌ this program has a defect: {error!r}")
             if self.options.logs:
@@ -3477,20 +3470,16 @@ class Session:
         pruned = {d.name: d for d in others if options.prune and self.is_chosen(d.name)}
         self.run.others = [d for d in others if d.name not in pruned]
         running = cluster.running([d for n, d in states.items() if n in pruned or n in self.names])
+        specs = [ApplicationSpec(-1, name, d.route_prefix, {}) for name, d in pruned.items()]
+        actions = [deletion(spec, running[spec.name], "--prune") for spec in specs]
         if options.delete:
-            return [deletion(item, running.get(item.name), "--delete") for item in chosen]
+            return actions + [deletion(app, running.get(app.name), "--delete") for app in chosen]
         staying = {name: d for name, d in states.items() if name not in pruned}
         if problems := list(taken_routes(chosen, staying)):
             raise ConfigError(*located(self.document, problems))
-        specs = [ApplicationSpec(-1, name, d.route_prefix, {}) for name, d in pruned.items()]
-        actions = [deletion(spec, running[spec.name], "--prune") for spec in specs]
-        key = cluster.fingerprint_key(make=not options.plan)
-        before = {d.route_prefix: name for name, d in pruned.items() if d.route_prefix}
-        for item in chosen:
-            action = decide(item, running.get(item.name), options, self.document.secrets, key)
-            if old := before.get(item.route_prefix):
-                action.reasons += (f"{old} has its route and goes first: 404 until this one runs",)
-            actions.append(action)
+        key, secrets = cluster.fingerprint_key(make=not options.plan), self.document.secrets
+        for app in chosen:
+            actions.append(decide(app, running.get(app.name), options, secrets, key))
         return actions
 
 

@@ -725,10 +725,6 @@ def test_the_program_says_it_with_exit_code_2_and_without_ray(name: str) -> None
             ["x", "--nonsense"], "unrecognized arguments: --nonsense", id="unknown option"
         ),
         pytest.param(
-            ["x", "--export", "serve", "--plan"], "--export excludes --plan", id="export and plan"
-        ),
-        pytest.param(["x", "--detailed-exitcode"], "is for --plan", id="nothing to be detailed of"),
-        pytest.param(
             [str(ROOT / "test_single_model.yaml"), "--only", "gpt*"],
             "--only gpt*: no application has that name; there are falcon3-1b-instruct-app",
             id="nothing chosen",

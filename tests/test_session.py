@@ -108,15 +108,12 @@ def test_a_route_is_free_once_its_owner_is_pruned(
         ("mine", "create"),
         ("new", "create"),
     ]
-    assert actions[2].reasons == ("old has its route and goes first: 404 until this one runs",)
     kept, actions, _ = session(tmp_path, monkeypatch, Cluster(), "--only", "mine")
     assert [action.name for action in actions] == ["mine"]
     assert [details.name for details in kept.run.others] == ["old"]
-    _, actions, _ = session(tmp_path, monkeypatch, Cluster(), "--delete")
-    assert [(action.name, action.change) for action in actions] == [
-        ("mine", "delete"),
-        ("new", "delete"),
-    ]
+    for options, names in ((["--prune"], ["old", "mine", "new"]), ([], ["mine", "new"])):
+        _, actions, _ = session(tmp_path, monkeypatch, Cluster(), "--delete", *options)
+        assert [action.name for action in actions if action.change == "delete"] == names
 
 
 PROGRAM = """
@@ -179,14 +176,14 @@ def test_without_what_it_needs_the_program_says_how_to_install_that() -> None:
         pytest.param([], False, 0, id="not asked for"),
     ],
 )
-def test_a_plan_tells_whether_a_run_would_change_something(
+def test_whether_something_changes_can_be_told_by_the_exit_code(
     options: list[str], running: bool, code: int
 ) -> None:
     change: app.Change = "unchanged" if running else "create"
     spec = app.ApplicationSpec(0, "a", "/a", {})
     absent = app.deletion(spec, None, "--delete")  # to delete what is not there changes nothing
-    given = app.Options("config.yaml", plan=True, detailed_exitcode=bool(options))
+    given = app.Options("config.yaml", detailed_exitcode=bool(options))
     cluster: Any = Cluster()
     actions = [app.Action(spec, change), absent]
-    run = app.Run(given, cluster, actions=actions, plan=app.predict([], []))
-    assert app.exit_code(run) == code
+    for plan in (app.predict([], []), None):
+        assert app.exit_code(app.Run(given, cluster, actions=actions, plan=plan)) == code
