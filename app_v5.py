@@ -352,12 +352,9 @@ def option(default: Any, text: str, **how: Any) -> Any:
     return field(default=default, metadata={"help": text, **how})
 
 
-def parse_bytes(text: str) -> int:
-    """ "80GiB", "80G" or "24576MiB" in bytes. Raises ArgumentTypeError."""
-    found = re.fullmatch(r"(\d+) ?([MG])i?B?", text.strip())
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 80GiB or 24576MiB")
-    return int(found[1]) << {"M": 20, "G": 30}[found[2]]
+def gibibytes(text: str) -> int:
+    """ "80GiB" in bytes; argparse refuses what is none."""
+    return int(text.removesuffix("GiB")) << 30
 
 
 @dataclass(frozen=True)
@@ -376,7 +373,7 @@ class Options:
     timeout: float = option(1800.0, "seconds for an application (1800; 0: for ever)")
     detailed_exitcode: bool = option(False, "exit code 5 when something changes, or would (--plan)")
     export: str = option("", "print the config with exact shares", choices=("serve",))
-    gpu_memory: int = option(0, "size of a GPU, where Ray knows none: 80GiB", type=parse_bytes)
+    gpu_memory: int = option(0, "size of a GPU, where Ray knows none: 80GiB", type=gibibytes)
     no_smoke_test: bool = option(False, "do not ask the applications anything over HTTP")
     address: str = option("", "HOST:PORT of the cluster (RAY_ADDRESS, or this machine's)")
     json: bool = option(False, "print one JSON document to stdout, all else to stderr")
@@ -3276,13 +3273,7 @@ class Terminal(io.TextIOBase):
         return len(text)
 
     def output(self, text: str) -> None:
-        if not self.out.isatty():
-            print(text, file=self.out, flush=True)
-            return
-        shown = self.rich.text.Text(text)
-        for pattern, style in zip(BAR, ("cyan", "magenta", "yellow"), strict=True):
-            shown.highlight_regex(f"{pattern}+", style)
-        self.rich.console.Console(file=self.out, soft_wrap=True).print(shown)
+        print(text, file=self.out, flush=True)
 
     def show(self, run: Run) -> None:
         """The progress of all applications: a block when one's turn comes, a line when it ends, and
@@ -3486,8 +3477,7 @@ class Session:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program in a thread, while this one heeds signals: Ray's calls would hold them up.
     Whenever one comes, what was reached is printed, and the exit code is the signal's."""
-    sys.stdout = sys.stdout or io.StringIO()  # as `>&-` and `2>&-` leave them
-    sys.stderr = sys.stderr or io.StringIO()
+    sys.stderr = sys.stderr or io.StringIO()  # as `2>&-` leaves it
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without emoji shows question marks

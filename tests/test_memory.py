@@ -212,17 +212,15 @@ def test_the_dashboard_s_cards() -> None:
     assert app.read_cards({}) == {}
 
 
-@pytest.mark.parametrize(
-    ("text", "size"), [("80GiB", 80 * GIB), ("24576MiB", 24 * GIB), ("24G", 24 * GIB)]
-)
-def test_sizes_of_cards(text: str, size: int) -> None:
-    assert app.parse_options(["c.yaml", "--gpu-memory", text]).gpu_memory == size
+@pytest.mark.parametrize("text", ["80GiB", "80"])
+def test_sizes_of_cards(text: str) -> None:
+    assert app.parse_options(["c.yaml", "--gpu-memory", text]).gpu_memory == 80 * GIB
 
 
 def test_a_wrong_size_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         app.parse_options(["c.yaml", "--gpu-memory", "much"])
-    assert "'much' is no size such as 80GiB" in capsys.readouterr().err
+    assert "invalid gibibytes value: 'much'" in capsys.readouterr().err
 
 
 # -- vLLM's own figures ------------------------------------------------------------------------
