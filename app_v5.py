@@ -23,10 +23,9 @@ import signal
 import sys
 
 if __name__ == "__main__":
-    # The imports below take a moment, and nothing is there yet that a signal could leave behind.
-    for early in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(early) is not signal.SIG_IGN:
-            signal.signal(early, lambda number, _: os._exit(128 + number))
+    # The imports below take a moment, and nothing is there yet that Ctrl-C could leave behind.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     needed = ("ray", "fastapi", "rich", "yaml")  # Serve needs FastAPI, Ray alone does not
     if missing := [name for name in needed if not importlib.util.find_spec(name)]:
         sys.exit(f"❌ {', '.join(missing)}: not installed; pip install -r requirements.txt")
@@ -2994,7 +2993,7 @@ def exit_code(run: Run) -> int:
 # ======================================================================================
 
 RULE, THIN_RULE = "=" * 80, "-" * 80
-LLM_ENDPOINTS = ("POST /v1/chat/completions", "POST /v1/completions", "GET /v1/models")
+LLM_ENDPOINTS = ("POST {}/v1/chat/completions", "POST {}/v1/completions", "GET  {}/v1/models")
 OF_A_DEPLOYMENT = "   {name}: {amounts} per replica, replicas {count}"
 OF_A_MODEL = "   Resources per replica: {amounts}\n   Replicas: {count}"
 OF_AN_ACTION = ("name", "change", "reasons", "result", "sent", "cause", "hint", "proof")
@@ -3019,14 +3018,11 @@ def format_demand(demand: Demand, layout: str = OF_A_DEPLOYMENT) -> str:
     return layout.format(name=name, amounts=amounts, count=count)
 
 
-def endpoints(application: ApplicationSpec, run: Run) -> tuple[str, list[str]]:
-    """Where an application answers, and to what: "GET /route/v1/models"."""
+def base_url(application: ApplicationSpec, run: Run) -> str:
+    """Where an application answers, or ""."""
     route, lost = application.route_prefix, run.stop_code == EXIT_CLUSTER
-    if route is None or lost or not (base_url := run.cluster.endpoint()):
-        return "", []
-    prefix = route.rstrip("/")
-    paths = [endpoint.replace(" ", f" {prefix}") for endpoint in LLM_ENDPOINTS]
-    return f"{base_url}{quote(prefix) or '/'}", paths if application.models else [f"ANY {route}"]
+    address = "" if route is None or lost else run.cluster.endpoint()
+    return address and address + quote(route or "")
 
 
 def format_start(action: Action) -> list[str]:
@@ -3061,10 +3057,7 @@ def format_running(action: Action, run: Run) -> list[str]:
     """The summary of one application that runs, in the layout that V5's users know."""
     application = action.application
     lines = [f"• {action.name}"]
-    if action.change == "unchanged":
-        lines.append("   Unchanged: it runs already, and was left alone")
-    elif action.reasons:
-        lines += format_action(action)
+    lines += format_action(action) if action.change != "create" else []
     if action.attempt > 1:
         lines.append("   Second attempt, alone: other engines on its GPU disturbed the first")
     others = list(action.demands)
@@ -3076,9 +3069,12 @@ def format_running(action: Action, run: Run) -> list[str]:
         lines += [f"   Note: {note}" for note in model.notes]
     lines += [*map(format_demand, others), *format_proof(action.proof or Proof())]
     lines += ["   It ran when the cluster was last seen"] if run.stop_code == EXIT_CLUSTER else []
-    address, paths = endpoints(application, run)
-    lines += [f"   Base URL: {address}", "   Endpoints:"] if address else []
-    return lines + ["     • {:<4} {}".format(*path.split(maxsplit=1)) for path in paths]
+    if address := base_url(application, run):
+        lines.append(f"   Base URL: {address}")
+    if address and application.models:
+        prefix = str(application.route_prefix).rstrip("/")
+        lines += ["   Endpoints:", *(f"     • {path.format(prefix)}" for path in LLM_ENDPOINTS)]
+    return lines
 
 
 def format_proof(proof: Proof) -> list[str]:
@@ -3146,7 +3142,8 @@ def format_summary(run: Run) -> list[str]:
     failed = [a for a in run.actions if a.result not in ("RUNNING", "DELETED")]
     doomed = sum(action.change == "delete" for action in run.actions)
     wanted = len(run.actions) - doomed
-    good, seconds = exit_code(run) == EXIT_OK, format_seconds(run.clock() - run.started)
+    good = exit_code(run) in (EXIT_OK, EXIT_CHANGES)
+    seconds = format_seconds(run.clock() - run.started)
     lines = [RULE, f"{'✅' if good else '⚠️ '} Deployment Summary", RULE]
     for done, count, total in (("deployed", running, wanted), ("deleted", deleted, doomed)):
         if total:
@@ -3210,7 +3207,6 @@ def report_json(run: Run) -> Config:
 
 def action_json(action: Action, run: Run) -> Config:
     """What there is to tell of an application; what does not apply is empty."""
-    address, paths = endpoints(action.application, run)
     plan = run.plan or Plan((), [])
     return {key: getattr(action, key) for key in OF_AN_ACTION} | {
         "route_prefix": action.application.route_prefix,
@@ -3220,8 +3216,7 @@ def action_json(action: Action, run: Run) -> Config:
         "gap": gap(action),
         "seconds": round(action.seconds(), 1),
         "logs": log_commands(action),
-        "base_url": address,
-        "endpoints": paths,
+        "base_url": base_url(action.application, run),
     }
 
 
@@ -3349,10 +3344,10 @@ def check_config(
     said = {problem.path for problem in document.problems}
     found = check_keys(document.data, TOP, ())
     problems = document.problems + [problem for problem in found if problem.path not in said]
-    applications: tuple[ApplicationSpec, ...] = ()
-    if all(problem.warning for problem in problems):
-        applications, found = read_applications(document.data)
-        problems += found
+    if not all(problem.warning for problem in problems):
+        return (), located(document, problems)
+    applications, found = read_applications(document.data)
+    problems += found
     if all(problem.warning for problem in problems):
         problems += check_values(document, applications)
     return applications, located(document, problems)
@@ -3372,7 +3367,7 @@ class Session:
     def work(self) -> None:
         """Do all of it, and turn every known exception into one clear message and its exit code."""
         try:
-            self.code = self.export() if self.options.export else self.deploy()
+            self.code = self.deploy()
         except ConfigError as error:
             self.say_problems(error.args)
             self.code = EXIT_CONFIG
@@ -3396,13 +3391,16 @@ class Session:
             self.say(f"{'⚠️ ' if problem.warning else '❌'} {format_problem(problem)}")
 
     def deploy(self) -> int:
-        """Load, check, connect, decide, deploy, report. Returns the exit code. Raises ConfigError
-        (nothing was touched), ClusterError, Stopped and OSError."""
+        """Load, check, export or connect, decide, deploy, report. Returns the exit code. Raises
+        ConfigError (nothing was touched), ClusterError, Stopped and OSError."""
         options, cluster, run, say = self.options, self.cluster, self.run, self.say
-        say("🔧 Initializing Ray and Ray Serve...")
+        if not options.export:
+            say("🔧 Initializing Ray and Ray Serve...")
         applications = self.load()
-        purpose = "plan" if options.plan else "delete" if options.delete else "deploy"
-        say(f"📦 Found {len(applications)} application(s) to {purpose}")
+        say(f"📦 Found {len(applications)} application(s) to deploy")
+        if options.export:
+            self.terminal.output(export_config(self.document, applications).rstrip("\n"))
+            return EXIT_OK
         names = [] if options.plan else [item.name for item in applications]
         cluster.connect(options.address, names)
         actions = self.decide(applications)
@@ -3416,13 +3414,11 @@ class Session:
             say("⚠️  An autoscaler is active: what no node can hold yet is deployed and waits")
         claims = {} if options.plan else cluster.claims([action.name for action in actions])
         for action in [a for a in actions if a.name in claims and a.change != "unchanged"]:
-            text = f"another run of this program works on it: {claims[action.name]}"
-            hint = "wait until it has ended, or stop it, and run this again"
-            run.end(action, "FAILED", text, hint)
+            cause = f"another run of this program works on it: {claims[action.name]}"
+            run.end(action, "FAILED", cause, "wait until it has ended, and run this again")
         if not options.plan and not options.delete:
             if ignored := cluster.start_serve(self.document.data):
-                options_kept = f"keeps its own http_options ({', '.join(ignored)})"
-                say(f"⚠️  Serve runs already and {options_kept}; `serve shutdown` ends it")
+                say(f"⚠️  Serve runs already and keeps its own http_options: {', '.join(ignored)}")
             say("🔄 Starting concurrent deployment...")
         deploy(actions, run, self.terminal.show)
         return self.terminal.report(run)
@@ -3445,12 +3441,6 @@ class Session:
 
     def is_chosen(self, name: str) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.options.only or ["*"])
-
-    def export(self) -> int:
-        """Print the config for others."""
-        applications = self.load()
-        self.terminal.output(export_config(self.document, applications).rstrip("\n"))
-        return EXIT_OK
 
     def decide(self, chosen: Sequence[ApplicationSpec]) -> list[Action]:
         """What to do with each chosen application, and with what --prune deletes. Raises

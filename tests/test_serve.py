@@ -159,7 +159,7 @@ def test_a_rerun_leaves_alone_what_runs_and_retries_what_failed(user: User, tmp_
     flag.write_text("")
     finished = user.deploy(*applications)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert "Unchanged: it runs already" in about("good", finished.stdout)
+    assert "   unchanged" in about("good", finished.stdout)
     assert "RESTART because it is DEPLOY_FAILED" in about("later", finished.stdout)
     assert get_text(user, "/later") == "now it is"
     edited = app("good", deployments=[{"name": "Good", "max_ongoing_requests": 9}])
