@@ -3007,12 +3007,10 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_demand(demand: Demand, layout: str = OF_A_DEPLOYMENT) -> str:
-    """What a replica reserves, and how many there are: "1 → 3 (autoscaling)" or "2"."""
+    """What a replica reserves, bundle by bundle, and how many there are: "1 → 3 (autoscaling)"."""
     name = f"{demand.deployment} (ingress)" if demand.ingress else demand.deployment
-    amounts, count = format_resources(demand.reserved), str(demand.max_replicas)
-    if len(demand.bundles) > 1:
-        bundles = " + ".join(f"[{format_resources(bundle)}]" for bundle in demand.bundles)
-        amounts += f" in all: {bundles}, {demand.strategy}"
+    amounts = " + ".join(map(format_resources, demand.bundles))
+    count = str(demand.max_replicas)
     if demand.autoscaling:
         count = f"{demand.min_replicas} → {count} (autoscaling)"
     return layout.format(name=name, amounts=amounts, count=count)

@@ -243,8 +243,7 @@ def test_other_applications_say_where_they_answer_and_what_they_hold() -> None:
     plain = replace(running(), demands=(demand,), application=app.ApplicationSpec(0, "a", "/", {}))
     assert app.format_running(plain, report()) == [
         "• a",
-        "   D: 1.0 CPUs, 0.9 GPUs in all: [1.0 CPUs, 0.45 GPUs] + [0.45 GPUs], PACK per replica, "
-        "replicas 2",
+        "   D: 1.0 CPUs, 0.45 GPUs + 0.45 GPUs per replica, replicas 2",
         "   Base URL: http://localhost:8000/",
     ]
     mute = replace(plain, application=app.ApplicationSpec(0, "a", None, {}))
