@@ -10,7 +10,7 @@ fails does not touch the others, and its real cause is printed.
 
 Exit codes: 0 every application runs and answers; 1 one failed, or could not be verified; 2 the
 config or the command line is wrong and nothing was touched; 3 no Ray cluster, or it was lost;
-4 time ran out with one still deploying; 5 a run would change something (--detailed-exitcode);
+4 time ran out with one still deploying; 5 something changes, or would (--detailed-exitcode);
 129 SIGHUP; 130 Ctrl-C; 143 SIGTERM.
 """
 # The sections, in the order in which the data flows: grep -A1 "^# =====" app_v5.py
@@ -454,7 +454,8 @@ class Document:
             self.written[value] = VARIABLE.sub(partial(fill, stays=True), node.value)
         if is_secret(value, path):
             self.secrets |= {value}
-            self.written.setdefault(value, f"${{{variable_name(path)}}}")
+            if self.written.get(value, value) == value:  # a default may be one, too
+                self.written[value] = f"${{{variable_name(path)}}}"
         return value
 
     def walk_mapping(self, node: yaml.MappingNode, path: KeyPath) -> Config:
@@ -2798,9 +2799,10 @@ def exit_code(run: Run) -> int:
 # ======================================================================================
 
 RULE, THIN_RULE = "=" * 80, "-" * 80
-LLM_ENDPOINTS = ("POST /v1/chat/completions", "POST /v1/completions", "GET /v1/models")
+LLM_ENDPOINTS = ("POST {}/v1/chat/completions", "POST {}/v1/completions", "GET  {}/v1/models")
 OF_A_DEPLOYMENT = "   {name}: {amounts} per replica, replicas {count}"
 OF_A_MODEL = "   Resources per replica: {amounts}\n   Replicas: {count}"
+OF_AN_ACTION = ("name", "change", "reasons", "result", "sent", "cause", "hint", "proof")
 ICONS = {"queued": "⏳", "RUNNING": "✅", "DELETED": "✅", "FAILED": "❌"}
 
 
@@ -2811,7 +2813,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_demand(demand: Demand, layout: str = OF_A_DEPLOYMENT) -> str:
-    """What a replica reserves, and how many there are: "1 → 3 (autoscaling)" or "2"."""
+    """What a replica reserves, bundle by bundle, and how many there are: "1 → 3 (autoscaling)"."""
     name = f"{demand.deployment} (ingress)" if demand.ingress else demand.deployment
     amounts, count = format_resources(demand.reserved), str(demand.max_replicas)
     if len(demand.bundles) > 1:
@@ -2822,14 +2824,11 @@ def format_demand(demand: Demand, layout: str = OF_A_DEPLOYMENT) -> str:
     return layout.format(name=name, amounts=amounts, count=count)
 
 
-def endpoints(application: ApplicationSpec, run: Run) -> tuple[str, list[str]]:
-    """Where an application answers, and to what: "GET /route/v1/models"."""
+def base_url(application: ApplicationSpec, run: Run) -> str:
+    """Where an application answers, or ""."""
     route, lost = application.route_prefix, run.stop_code == EXIT_CLUSTER
-    if route is None or lost or not (base_url := run.cluster.endpoint()):
-        return "", []
-    prefix = route.rstrip("/")
-    paths = [endpoint.replace(" ", f" {prefix}") for endpoint in LLM_ENDPOINTS]
-    return f"{base_url}{quote(prefix) or '/'}", paths if application.models else [f"ANY {route}"]
+    address = "" if route is None or lost else run.cluster.endpoint()
+    return address and address + quote(route or "")
 
 
 def format_start(action: Action) -> list[str]:
@@ -2864,10 +2863,7 @@ def format_running(action: Action, run: Run) -> list[str]:
     """The summary of one application that runs, in the layout that V5's users know."""
     application = action.application
     lines = [f"• {action.name}"]
-    if action.change == "unchanged":
-        lines.append("   Unchanged: it runs already, and was left alone")
-    elif action.reasons:
-        lines += format_action(action)
+    lines += format_action(action) if action.change != "create" else []
     if action.attempt > 1:
         lines.append("   Second attempt, alone: other engines on its GPU disturbed the first")
     others = list(action.demands)
@@ -2879,9 +2875,12 @@ def format_running(action: Action, run: Run) -> list[str]:
         lines += [f"   Note: {note}" for note in model.notes]
     lines += [*map(format_demand, others), *format_proof(action.proof or Proof())]
     lines += ["   It ran when the cluster was last seen"] if run.stop_code == EXIT_CLUSTER else []
-    address, paths = endpoints(application, run)
-    lines += [f"   Base URL: {address}", "   Endpoints:"] if address else []
-    return lines + ["     • {:<4} {}".format(*path.split(maxsplit=1)) for path in paths]
+    if address := base_url(application, run):
+        lines.append(f"   Base URL: {address}")
+    if address and application.models:
+        prefix = str(application.route_prefix).rstrip("/")
+        lines += ["   Endpoints:", *(f"     • {path.format(prefix)}" for path in LLM_ENDPOINTS)]
+    return lines
 
 
 def format_proof(proof: Proof) -> list[str]:
@@ -2901,37 +2900,35 @@ def format_proof(proof: Proof) -> list[str]:
 
 
 def format_cause(action: Action) -> list[str]:
-    said = {"Cause": action.cause, "Hint": action.hint} if action.cause else {}
+    said = {"Cause": action.cause, "Hint": action.hint}
     return [f"   {key}: {text}".replace("\n", "\n          ") for key, text in said.items() if text]
 
 
 def format_unfinished(action: Action) -> list[str]:
     """The summary of one application that does not run: what happened, why, where to look."""
-    result, details = action.result or "UNKNOWN", action.details
+    result = action.result or "UNKNOWN"
     lines = [f"• {action.name}: {result} after {format_seconds(action.seconds())}"]
     lines += format_cause(action)
-    if result == "UNKNOWN":
-        return [*lines, "   The cluster was lost: whether it runs, or ever will, is not known"]
     if result != "FAILED":
-        doing = "deleting" if action.change == "delete" else "deploying"
-        goes_on = f"It was submitted and goes on {doing}; this program no longer watches it"
-        lines.append(f"   {goes_on if action.sent else 'It was not submitted'}")
-    if action.before and action.change != "delete" and (details or not action.sent):
+        handed = (
+            "It was handed to Serve, which may go on with it; this program no longer watches it"
+        )
+        lines.append(f"   {handed if action.sent else 'It was not submitted'}")
+    seen = action.details or (None if action.sent else action.before)
+    if action.before and seen and action.change != "delete" and result != "UNKNOWN":
         old = {replica.replica_id for replica in replicas_of(action.before)}
-        left = [r for r in replicas_of(details) if r.replica_id in old and r.state == "RUNNING"]
-        serving = f"Still serving from before the edit: {len(left)} of {len(old)} replicas"
-        lines.append(f"   {serving if action.sent else 'What ran before was not touched'}")
+        left = [r for r in replicas_of(seen) if r.replica_id in old and r.state == "RUNNING"]
+        lines.append(f"   Still serving from before the edit: {len(left)} of {len(old)} replicas")
     lines += [f"   Logs: {command}" for command in log_commands(action)]
     return lines
 
 
 def log_commands(action: Action) -> list[str]:
-    """The commands that print what the replica that died last wrote: its stderr, its stdout (the
-    engine writes to either), and its log in Serve's words."""
+    """The commands that print what the replica that died last wrote to its stderr and its stdout;
+    the engine writes to either."""
     for replica in failed_replicas(action)[:1]:
-        actor = f"ray logs actor --id {replica.actor_id} --tail {LOG_LINES}"
-        paths = filter(None, [replica.log_file_path])  # of one that has not begun there is none
-        return [f"{actor} --err", actor, *(f"ray logs {path.lstrip('/')}" for path in paths)]
+        command = f"ray logs actor --id {replica.actor_id} --tail {LOG_LINES}"
+        return [f"{command} --err", command]
     return []
 
 
@@ -2946,7 +2943,8 @@ def format_summary(run: Run) -> list[str]:
     failed = [a for a in run.actions if a.result not in ("RUNNING", "DELETED")]
     doomed = sum(action.change == "delete" for action in run.actions)
     wanted = len(run.actions) - doomed
-    good, seconds = exit_code(run) == EXIT_OK, format_seconds(run.clock() - run.started)
+    good = exit_code(run) in (EXIT_OK, EXIT_CHANGES)
+    seconds = format_seconds(run.clock() - run.started)
     lines = [RULE, f"{'✅' if good else '⚠️ '} Deployment Summary", RULE]
     for done, count, total in (("deployed", running, wanted), ("deleted", deleted, doomed)):
         if total:
@@ -2995,67 +2993,55 @@ def format_plan(run: Run, plan: Plan) -> list[str]:
 def report_json(run: Run) -> Config:
     """The report for programs; docs/REFERENCE.md has it. A key that is gone or means another thing
     raises the version, a new one does not."""
-    return {
+    report = {
         "version": 4,
         "exit_code": exit_code(run),
         "seconds": round(run.clock() - run.started, 1),
         "dashboard": run.cluster.dashboard_url,
         "applications": [action_json(action, run) for action in run.actions],
         "not_in_file": [{"name": d.name, "status": d.status.value} for d in run.others],
-        "packing": format_prediction(run.plan) if run.plan else None,
-        "misfits": [fit.misfit for fit in run.plan.misfits] if run.plan else None,
+        "packing": format_prediction(run.plan) if run.plan else [],
+        "misfits": [fit.misfit for fit in run.plan.misfits] if run.plan else [],
     }
+    return read_json(json.dumps(report, default=dataclasses.asdict))
 
 
 def action_json(action: Action, run: Run) -> Config:
-    address, paths = endpoints(action.application, run)
-    demands = []
-    for demand in action.demands:
-        room = room_in(run.plan or Plan((), []), demand)
-        more = {"reserved_per_replica": demand.reserved, "room": room and dataclasses.asdict(room)}
-        demands.append(dataclasses.asdict(demand) | more)
-    return {key: getattr(action, key) for key in ("name", "change", "reasons", "result")} | {
-        "gap": gap(action) or None,
+    """What there is to tell of an application; what does not apply is empty."""
+    plan = run.plan or Plan((), [])
+    return {key: getattr(action, key) for key in OF_AN_ACTION} | {
         "route_prefix": action.application.route_prefix,
-        "models": [dataclasses.asdict(model) for model in action.application.models],
-        "deployments": demands,
+        "models": action.application.models,
+        "deployments": action.demands,
+        "rooms": {demand.deployment: room_in(plan, demand) for demand in action.demands},
+        "gap": gap(action),
         "seconds": round(action.seconds(), 1),
-        "attempts": action.attempt,
-        "submitted": action.sent,
-        "proof": dataclasses.asdict(action.proof) if action.proof else None,
-        "status": action.details.status.value if action.details else None,
-        "cause": action.cause or None,
-        "hint": action.hint if action.cause else None,
         "logs": log_commands(action),
-        "base_url": address or None,
-        "endpoints": paths,
+        "base_url": base_url(action.application, run),
     }
 
 
 # -- a config for others ---------------------------------------------------------------------------
 
 
-def for_others(text: str, document: Document) -> str:
-    """A text of a config as it is written for others: "${NAME}" in place of what a variable gave
-    and of a secret, which is named by its key."""
-    return document.written.get(text) or redact(text, frozenset())
-
-
-def export_config(document: Document, apps: Sequence[ApplicationSpec]) -> tuple[str, list[str]]:
+def export_config(document: Document, apps: Sequence[ApplicationSpec]) -> str:
     """A checked config as this program would deploy it, for `serve deploy`: YAML, with comments
-    that name all that was moved or added; and the variables that nobody will fill in there."""
+    that name all that was moved or added, and the variables that nobody will fill in there."""
+
+    def unfilled(text: str) -> str:
+        return document.written.get(text) or redact(text, frozenset())
+
     lines = ["Changed so that plain Ray reserves the exact shares:"]
-    rewrite = partial(for_others, document=document)
-    data = copied(document.data, rewrite)
+    data = copied(document.data, unfilled)
     before, data["applications"] = data["applications"], []
     for app in apps:
-        row = copied(app.config, rewrite)
+        row = copied(app.config, unfilled)
         lines += [f"  {app.name}: {text}" for _, text in differences(before[app.index], row)]
         data["applications"].append(row)
-    names = sorted(set(re.findall(r"\$\{(\w+)\}", json.dumps(data))))
-    lines += [f"Fill in before, with `envsubst` for example: {', '.join(names)}"] if names else []
+    if names := set(re.findall(r"\$\{(\w+)\}", json.dumps(data))):
+        lines.append(f"Fill in before, with `envsubst` for example: {', '.join(sorted(names))}")
     comments = "".join(f"# {line}\n" for line in lines)
-    return comments + yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100), names
+    return comments + yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
 
 
 class Terminal(io.TextIOBase):
@@ -3167,10 +3153,10 @@ def check_config(
     said = {problem.path for problem in document.problems}
     found = check_keys(document.data, TOP, ())
     problems = document.problems + [problem for problem in found if problem.path not in said]
-    applications: tuple[ApplicationSpec, ...] = ()
-    if all(problem.warning for problem in problems):
-        applications, found = read_applications(document.data)
-        problems += found
+    if not all(problem.warning for problem in problems):
+        return (), located(document, problems)
+    applications, found = read_applications(document.data)
+    problems += found
     if all(problem.warning for problem in problems):
         problems += check_values(document, applications)
     return applications, located(document, problems)
@@ -3190,7 +3176,7 @@ class Session:
     def work(self) -> None:
         """Do all of it, and turn every known exception into one clear message and its exit code."""
         try:
-            self.code = self.export() if self.options.export else self.deploy()
+            self.code = self.deploy()
         except ConfigError as error:
             self.say_problems(error.args)
             self.code = EXIT_CONFIG
@@ -3215,13 +3201,16 @@ class Session:
             self.say(f"{'⚠️ ' if problem.warning else '❌'} {format_problem(problem)}")
 
     def deploy(self) -> int:
-        """Load, check, connect, decide, deploy, report. Returns the exit code. Raises ConfigError
-        (nothing was touched), ClusterError, Stopped and OSError."""
+        """Load, check, export or connect, decide, deploy, report. Returns the exit code. Raises
+        ConfigError (nothing was touched), ClusterError, Stopped and OSError."""
         options, cluster, run, say = self.options, self.cluster, self.run, self.say
-        say("🔧 Initializing Ray and Ray Serve...")
+        if not options.export:
+            say("🔧 Initializing Ray and Ray Serve...")
         applications = self.load()
-        purpose = "plan" if options.plan else "delete" if options.delete else "deploy"
-        say(f"📦 Found {len(applications)} application(s) to {purpose}")
+        say(f"📦 Found {len(applications)} application(s) to deploy")
+        if options.export:
+            self.terminal.output(export_config(self.document, applications).rstrip("\n"))
+            return EXIT_OK
         names = [] if options.plan else [item.name for item in applications]
         cluster.connect(options.address, names)
         actions = self.decide(applications)
@@ -3235,13 +3224,11 @@ class Session:
             say("⚠️  An autoscaler is active: what no node can hold yet is deployed and waits")
         claims = {} if options.plan else cluster.claims([action.name for action in actions])
         for action in [a for a in actions if a.name in claims and a.change != "unchanged"]:
-            text = f"another run of this program works on it: {claims[action.name]}"
-            hint = "wait until it has ended, or stop it, and run this again"
-            run.end(action, "FAILED", text, hint)
+            cause = f"another run of this program works on it: {claims[action.name]}"
+            run.end(action, "FAILED", cause, "wait until it has ended, and run this again")
         if not options.plan and not options.delete:
             if ignored := cluster.start_serve(self.document.data):
-                options_kept = f"keeps its own http_options ({', '.join(ignored)})"
-                say(f"⚠️  Serve runs already and {options_kept}; `serve shutdown` ends it")
+                say(f"⚠️  Serve runs already and keeps its own http_options: {', '.join(ignored)}")
             say("🔄 Starting concurrent deployment...")
         deploy(actions, run, self.terminal.show)
         return self.terminal.report(run)
@@ -3265,15 +3252,6 @@ class Session:
     def is_chosen(self, name: str) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.options.only or ["*"])
 
-    def export(self) -> int:
-        """Print the config for others."""
-        applications = self.load()
-        text, names = export_config(self.document, applications)
-        if names:
-            self.say(f"⚠️  {', '.join(names)}: to be filled in, Ray does not do it")
-        self.terminal.output(text.rstrip("\n"))
-        return EXIT_OK
-
     def decide(self, chosen: Sequence[ApplicationSpec]) -> list[Action]:
         """What to do with each chosen application, and with what --prune deletes. Raises
         ConfigError for a route that another application has."""
@@ -3283,28 +3261,23 @@ class Session:
         pruned = {d.name: d for d in others if options.prune and self.is_chosen(d.name)}
         self.run.others = [d for d in others if d.name not in pruned]
         running = cluster.running([d for n, d in states.items() if n in pruned or n in self.names])
+        specs = [ApplicationSpec(-1, name, d.route_prefix, {}) for name, d in pruned.items()]
+        actions = [deletion(spec, running[spec.name], "--prune") for spec in specs]
         if options.delete:
-            return [deletion(item, running.get(item.name), "--delete") for item in chosen]
+            return actions + [deletion(app, running.get(app.name), "--delete") for app in chosen]
         staying = {name: d for name, d in states.items() if name not in pruned}
         if problems := list(taken_routes(chosen, staying)):
             raise ConfigError(*located(self.document, problems))
-        specs = [ApplicationSpec(-1, name, d.route_prefix, {}) for name, d in pruned.items()]
-        actions = [deletion(spec, running[spec.name], "--prune") for spec in specs]
-        key = cluster.fingerprint_key(make=not options.plan)
-        before = {d.route_prefix: name for name, d in pruned.items() if d.route_prefix}
-        for item in chosen:
-            action = decide(item, running.get(item.name), options, self.document.secrets, key)
-            if old := before.get(item.route_prefix):
-                action.reasons += (f"{old} has its route and goes first: 404 until this one runs",)
-            actions.append(action)
+        key, secrets = cluster.fingerprint_key(make=not options.plan), self.document.secrets
+        for app in chosen:
+            actions.append(decide(app, running.get(app.name), options, secrets, key))
         return actions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program in a thread, while this one heeds signals: Ray's calls would hold them up.
     Whenever one comes, what was reached is printed, and the exit code is the signal's."""
-    sys.stdout = sys.stdout or io.StringIO()  # as `>&-` and `2>&-` leave them
-    sys.stderr = sys.stderr or io.StringIO()
+    sys.stderr = sys.stderr or io.StringIO()  # as `2>&-` leaves it
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without emoji shows question marks

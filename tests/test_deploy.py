@@ -401,7 +401,7 @@ def test_time_runs_out_for_one_and_the_others_are_not_held_up() -> None:
     assert code(run) == 4
     lines = app.format_summary(run)
     assert "   Cause: time ran out while starting replicas 0/1" in lines
-    assert any("It was submitted and goes on deploying" in line for line in lines)
+    assert any("It was handed to Serve" in line for line in lines)
 
 
 def test_a_builder_that_hangs_runs_out_of_time_and_nothing_was_submitted() -> None:
@@ -429,8 +429,8 @@ def test_a_stop_ends_every_wait_and_says_what_was_submitted() -> None:
     assert (code(run), run.stop_reason) == (130, "SIGINT")
     said = [app.format_unfinished(action)[1] for action in run.actions]
     assert said == [
-        "   It was submitted and goes on deploying; this program no longer watches it",
-        "   It was submitted and goes on deploying; this program no longer watches it",
+        "   It was handed to Serve, which may go on with it; this program no longer watches it",
+        "   It was handed to Serve, which may go on with it; this program no longer watches it",
         "   It was not submitted",
     ]
     cluster.hanging["handed over"].set()

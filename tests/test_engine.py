@@ -116,7 +116,7 @@ def test_both_architectures_answer_and_reserve_exactly_their_cpu(
         hybrid,
     )
     assert "in place because args.llm_configs[0].deployment_config.autoscaling_config" in again
-    assert "Unchanged: it runs already" in again
+    assert "   unchanged" in again
     assert engine_pids(serve_head) == engines
 
 
@@ -125,7 +125,7 @@ def predicted(head: RayHead, config: Path) -> set[tuple[str, str]]:
     run that deployed it keeps that in the cluster."""
     plan = json.loads(run_app_v5(config, "--plan", "--json", head=head).stdout)
     assert {row["change"] for row in plan["applications"]} == {"unchanged"}
-    rooms = [d["room"] for row in plan["applications"] for d in row["deployments"] if d["room"]]
+    rooms = [room for row in plan["applications"] for room in row["rooms"].values() if room]
     return {(f"{room['tokens']:,}", f"{room['requests']:.2f}") for room in rooms}
 
 

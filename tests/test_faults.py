@@ -398,7 +398,7 @@ def test_a_proxy_that_is_killed_is_waited_for(user: User, traffic: Flow, matrix:
     before = get_text(user, "/keep")
     process_of(user.head, "ray::ProxyActor").kill()
     finished = user.deploy(app("keep"), app("beside"))
-    matrix.row("C2 proxy killed", 0, finished.returncode, said(finished), "2/2", "Unchanged")
+    matrix.row("C2 proxy killed", 0, finished.returncode, said(finished), "2/2", "unchanged")
     assert get_text(user, "/keep") == before
     print(f"S11: {len(traffic.failures)} requests failed meanwhile")
     traffic.failures.clear()  # they have nobody to go to, for as long as the proxy takes
@@ -505,7 +505,7 @@ MOMENTS: dict[str, tuple[Callable[[Started, str], object], list[str]]] = {
     "while connecting": (lambda started, name: started.said("📦 Found"), ["nothing was deployed"]),
     "deploying": (
         lambda started, name: started.said(f"{name}  starting"),
-        ["It was submitted and goes on deploying"],
+        ["It was handed to Serve"],
     ),
     "after the last RUNNING": (
         lambda started, name: started.said(f"{name}  checking"),
@@ -575,7 +575,7 @@ def test_several_runs_and_one_that_was_killed(user: User, keep: Flow, matrix: Ma
     if rest[0][0]:
         matrix.row("D4 the same file, two", 1, *rest[0], "another run of this program works on it")
     else:
-        matrix.row("D4 the same file, two", 0, *rest[0], "Unchanged")
+        matrix.row("D4 the same file, two", 0, *rest[0], "unchanged")
     contents = [
         user.write(versioned("d6", text, 1), name=f"{text}.yaml") for text in ("one", "two")
     ]
@@ -589,7 +589,7 @@ def test_several_runs_and_one_that_was_killed(user: User, keep: Flow, matrix: Ma
     killed.process.kill()
     killed.end()
     again = user.deploy(app("killed", "slow", args={"seconds": 3}), app("keep"))
-    matrix.row("D3 killed, and again", 0, again.returncode, said(again), "2/2", "Unchanged")
+    matrix.row("D3 killed, and again", 0, again.returncode, said(again), "2/2", "unchanged")
 
 
 # -- E: re-runs ----------------------------------------------------------------------------------
@@ -614,7 +614,7 @@ def test_edits(user: User, keep: Flow, matrix: Matrix) -> None:
     assert traffic["/e3"].failures == []
     unchanged = user.deploy(app("keep"))
     text = about("keep", unchanged.stdout)
-    matrix.row("E1 unchanged", 0, unchanged.returncode, text, "Unchanged")
+    matrix.row("E1 unchanged", 0, unchanged.returncode, text, "unchanged")
     texts = ["Not in the file, left alone", "e3 (RUNNING)"]
     matrix.row("E6 not in the file", 0, unchanged.returncode, unchanged.stdout, *texts)
     config = user.write(app("new"), app("taken", route_prefix="/keep"))
@@ -735,7 +735,7 @@ def test_an_address_holds_for_all_that_asks_ray(
     assert "there is no log" not in first.stdout
     again = user.run("--only", "addressed", config=config)
     text = about("addressed", again.stdout)
-    matrix.row("S5 and again without", 0, again.returncode, text, "Unchanged")
+    matrix.row("S5 and again without", 0, again.returncode, text, "unchanged")
     assert other.head.run("-c", WHAT_IS_KEPT).stdout == "[]\n"
 
 
@@ -870,7 +870,7 @@ def test_a_gcs_that_comes_back(matrix: Matrix, tmp_path: Path) -> None:
             with Popen(command, env=variables, cwd=folder, stdout=DEVNULL, stderr=DEVNULL) as again:
                 code, output = started.end()
                 again.kill()
-    matrix.row("C5 GCS back after 10 s", 0, code, output, "2/2", "Unchanged")
+    matrix.row("C5 GCS back after 10 s", 0, code, output, "2/2", "unchanged")
     assert (traffic["/keep"].failures, len(traffic["/keep"].texts)) == ([], 1)
 
 

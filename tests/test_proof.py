@@ -117,7 +117,7 @@ def test_an_engine_that_another_disturbed_is_tried_again_alone(user: User, tmp_p
     began = starts(tmp_path)
     assert overlap(began["one-0"], began["two-0"])
     assert not overlap(began["one-1"], began["two-0"])
-    assert "Unchanged" in about("one", user.run(config=config).stdout)
+    assert "unchanged" in about("one", user.run(config=config).stdout)
     # As V4 did it: one after the other.
     finished = user.run("--force", "--max-workers", "1", config=config)
     assert finished.returncode == 0, finished.stdout + finished.stderr

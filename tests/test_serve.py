@@ -134,7 +134,7 @@ def test_a_signal_stops_the_waiting_and_nothing_else(user: User, number: int, co
     assert time.monotonic() - signalled < 5
     assert process.returncode == code, err
     assert "RUNNING" not in about(name, out)
-    assert "It was submitted and goes on deploying" in about(name, out)
+    assert "It was handed to Serve" in about(name, out)
     assert "Traceback" not in err
     assert user.get("/good")["text"] == "good"
     wait_until(lambda: answers(user, f"/{name}"), 60, "the slow application to come up")
@@ -159,7 +159,7 @@ def test_a_rerun_leaves_alone_what_runs_and_retries_what_failed(user: User, tmp_
     flag.write_text("")
     finished = user.deploy(*applications)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert "Unchanged: it runs already" in about("good", finished.stdout)
+    assert "   unchanged" in about("good", finished.stdout)
     assert "RESTART because it is DEPLOY_FAILED" in about("later", finished.stdout)
     assert get_text(user, "/later") == "now it is"
     edited = app("good", deployments=[{"name": "Good", "max_ongoing_requests": 9}])
@@ -175,9 +175,9 @@ def test_json_is_one_document_on_stdout(user: User) -> None:
     report = json.loads(finished.stdout)
     assert (finished.returncode, report["exit_code"], report["version"]) == (1, 1, 4)
     new, bad = report["applications"]
-    assert (new["result"], new["change"], new["cause"]) == ("RUNNING", "create", None)
+    assert (new["result"], new["change"], new["cause"]) == ("RUNNING", "create", "")
     assert new["base_url"] == f"http://localhost:{user.port}/new"
-    assert new["deployments"][0]["reserved_per_replica"] == {"CPU": 0.1}
+    assert new["deployments"][0]["bundles"] == [{"CPU": 0.1}]
     assert (bad["result"], bad["cause"]) == ("FAILED", "LookupError: the builder found nothing")
 
 
