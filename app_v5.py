@@ -1845,6 +1845,8 @@ module '[^']*' has no attribute
     check the part of import_path behind the colon
 runtime_env could not be set up|Failed to set up runtime env|Runtime env setup for
     check runtime_env
+Failed to bind to address
+    another process has that port (ss -ltnp tells which): stop it, or set http_options.port
 running low on memory
     the node ran out of main memory: fewer replicas on it, or a ray_actor_options.memory
 Worker exit type: SYSTEM_ERROR
@@ -1919,21 +1921,6 @@ PHASES: tuple[tuple[str, str], ...] = (
 def engine_phase(log: str) -> str:
     """The furthest phase of an engine's start in a log of several processes, or "" for none."""
     return next((phase for pattern, phase in reversed(PHASES) if re.search(pattern, log)), "")
-
-
-def serve_failure(message: str, port: int) -> ClusterError:
-    """Why Serve did not start; who has its port, where that can be read."""
-    import psutil
-
-    if "Failed to bind" not in message:
-        return ClusterError(f"Ray Serve did not start: {root_cause(message)[0]}")
-    who = "another process"
-    with contextlib.suppress(psutil.Error, OSError):
-        for found in psutil.net_connections("tcp"):
-            if found.pid and found.status == "LISTEN" and found.laddr.port == port:
-                who = f"process {found.pid} ({psutil.Process(found.pid).name()})"
-    hint = "stop that, or set another http_options.port"
-    return ClusterError(f"Ray Serve did not start: port {port} is taken: {who} has it\n   {hint}")
 
 
 # ======================================================================================
@@ -2195,7 +2182,8 @@ class RayCluster:
             except ValueError:  # another run has started Serve at the same moment
                 serve.start(**options)
         except Exception as error:
-            raise serve_failure(str(error), schema.http_options.port) from error
+            cause = "\n   ".join(filter(None, root_cause(str(error))))
+            raise ClusterError(f"Ray Serve did not start: {cause}") from error
         self.states()
         found, wanted = self.latest.http_options.model_dump(), options["http_options"]
         return tuple(k for k in config.get("http_options") or () if found.get(k) != wanted.get(k))
@@ -2309,8 +2297,7 @@ class RayCluster:
         me, taken = self.ray.get_runtime_context().get_job_id(), dict[str, str]()
         for job in itertools.takewhile(lambda job: job.job_id.hex() != me, jobs):
             claimed = [] if job.is_dead else json.loads(job.config.metadata.get(CLAIMS) or "[]")
-            since = time.strftime("%F %T", time.localtime(job.start_time / 1000))
-            who = f"process {job.driver_pid} on {job.driver_address.ip_address}, since {since}"
+            who = f"process {job.driver_pid} on {job.driver_address.ip_address}"
             taken = dict.fromkeys(claimed, who) | taken  # the first of several is the one at work
         return {name: taken[name] for name in names if name in taken}
 

@@ -233,7 +233,7 @@ WHAT_THE_SOURCES_SAY = [
     pytest.param(
         "from_source_http-port-taken",
         "RuntimeError: Failed to bind to address '0.0.0.0:8000'.",
-        "",
+        "another process has that port (ss -ltnp tells which): stop it, or set http_options.port",
         id="ray/serve/_private/http_util.py",
     ),
     pytest.param(

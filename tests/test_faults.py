@@ -785,8 +785,8 @@ def test_a_port_that_another_has(other: User, matrix: Matrix) -> None:
         listener.bind((HOST, other.port))
         listener.listen()
         taken = other.run(config=config)
-    me = psutil.Process()
-    texts = [f"port {other.port} is taken", f"process {me.pid} ({me.name()}) has it"]
+    texts = ["Ray Serve did not start", f"Failed to bind to address '{HOST}:{other.port}'"]
+    texts += ["another process has that port"]
     matrix.row("C6 the port is taken", 3, taken.returncode, said(taken), *texts)
     assert "\x1b" not in said(taken)
     freed = other.run(config=config)
@@ -907,8 +907,7 @@ def test_a_token(matrix: Matrix, tmp_path: Path) -> None:
         3,
         refused.returncode,
         said(refused),
-        "the Ray cluster at",
-        "refuses",
+        "no Ray cluster at",
         "token",
     )
     # Of a refusal Ray's own line may stand above ours: to silence it would silence Ctrl-C, too.

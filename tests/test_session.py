@@ -20,7 +20,7 @@ applications:
 - {name: mine, route_prefix: /mine, import_path: 'm:a'}
 - {name: new, route_prefix: /old, import_path: 'm:a'}
 """
-HOLDER = "process 7 on 10.0.0.1, since 2026-11-24 12:00:00"
+HOLDER = "process 7 on 10.0.0.1"
 
 
 class Cluster:
