@@ -2289,9 +2289,9 @@ class RayCluster:
             text = json.dumps(dataclasses.asdict(record), default=str).encode()
             self.gcs.internal_kv_put(name.encode(), text, overwrite=True, namespace=RECORDS)
 
-    def claims(self, names: Collection[str]) -> dict[str, str]:
-        """Which of these applications an earlier run that still lives works on, and which run: it
-        says so with its Ray job (`connect`), and one that was killed is a dead job at once."""
+    def claims(self) -> dict[str, str]:
+        """The applications on which earlier runs work that still live, and which run: it says so
+        with its Ray job (`connect`), and one that was killed is a dead job at once."""
         rows = self.gcs.get_all_job_info(skip_is_running_tasks_field=True).values()
         jobs = sorted(rows, key=lambda job: (job.start_time, job.job_id))
         me, taken = self.ray.get_runtime_context().get_job_id(), dict[str, str]()
@@ -2299,7 +2299,7 @@ class RayCluster:
             claimed = [] if job.is_dead else json.loads(job.config.metadata.get(CLAIMS) or "[]")
             who = f"process {job.driver_pid} on {job.driver_address.ip_address}"
             taken = dict.fromkeys(claimed, who) | taken  # the first of several is the one at work
-        return {name: taken[name] for name in names if name in taken}
+        return taken
 
     # -- building -----------------------------------------------------------------------------
 
@@ -3405,7 +3405,7 @@ class Session:
         run.autoscales = cluster.autoscales()
         if run.autoscales:
             say("⚠️  An autoscaler is active: what no node can hold yet is deployed and waits")
-        claims = {} if options.plan else cluster.claims([action.name for action in actions])
+        claims = {} if options.plan else cluster.claims()
         for action in [a for a in actions if a.name in claims and a.change != "unchanged"]:
             text = f"another run of this program works on it: {claims[action.name]}"
             hint = "wait until it has ended, or stop it, and run this again"
