@@ -87,7 +87,7 @@ MAX_DEPTH = 100
 MAX_VALUES = 100_000  # aliases expanded; real configs stay a hundred times below all three
 MOST_VALUE_CHARACTERS = 60
 MOST_CAUSE_CHARACTERS = 300
-MOST_BODY_BYTES = 2**24  # of what the dashboard tells of a large cluster's nodes, too
+MOST_BODY_BYTES = 2**24
 MOST_LOGS, LOG_LINES = 3, 400
 MANY_REQUESTS = 1_000_000  # Ray's max_ongoing_requests for LLMs is above that: no limit
 
@@ -2149,8 +2149,9 @@ class RayCluster:
 
     def check_values(self, document: Document, applications: Sequence[ApplicationSpec]) -> Problems:
         """What Ray's own schemas say against the values of a normalised config."""
+        from ray.serve._private.config import DeploymentConfig
         from ray.serve.config import AutoscalingConfig
-        from ray.serve.schema import DeploymentSchema, ServeDeploySchema
+        from ray.serve.schema import ServeDeploySchema
 
         data = {**document.data, "applications": [app.config for app in applications]}
         found = list(schema_problems(ServeDeploySchema, (), data))
@@ -2158,9 +2159,9 @@ class RayCluster:
             auto = {"max_replicas": 100} if options.get("num_replicas") == "auto" else {}
             scaling = {**auto, **as_dict(options.get("autoscaling_config"))}
             if path[-1] in DEPLOYMENT_CONFIGS:
-                # The bundles of an LLM's workers are not there yet, and others ask for those.
-                own = {key: value for key, value in options.items() if "_bundle_" not in key}
-                found += schema_problems(DeploymentSchema, path, {"name": "-", **own})
+                fields = DeploymentConfig.model_fields.keys() - {"autoscaling_config"}
+                own = {k: v for k, v in options.items() if k in fields and v != "auto"}
+                found += schema_problems(DeploymentConfig, path, own)
             found += schema_problems(AutoscalingConfig, (*path, "autoscaling_config"), scaling)
         # Of a union pydantic says for each part why it is not that; and what the applications have
         # from the top is said there.
@@ -2395,8 +2396,8 @@ class RayCluster:
             # What gives way holds memory, too, and nobody knows on which card.
             if leaving:
                 mine = tuple(replace(card, users="", used=0) for card in mine)
-            labels = row.get("Labels") or {}
-            nodes.append(Node(row["NodeManagerAddress"], total, free, labels, holders, mine))
+            name, labels = row["NodeManagerAddress"], row["Labels"]
+            nodes.append(Node(name, total, free, labels, holders, mine))
         return nodes
 
     def reservations(self) -> list[Reservation]:
