@@ -2396,8 +2396,7 @@ class RayCluster:
             # What gives way holds memory, too, and nobody knows on which card.
             if leaving:
                 mine = tuple(replace(card, users="", used=0) for card in mine)
-            name, labels = row["NodeManagerAddress"], row["Labels"]
-            nodes.append(Node(name, total, free, labels, holders, mine))
+            nodes.append(Node(row["NodeManagerAddress"], total, free, row["Labels"], holders, mine))
         return nodes
 
     def reservations(self) -> list[Reservation]:
