@@ -56,7 +56,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TextIO
-from urllib.parse import quote, quote_plus
+from urllib.parse import quote, quote_plus, urlencode
 
 import yaml
 
@@ -87,7 +87,7 @@ MAX_DEPTH = 100
 MAX_VALUES = 100_000  # aliases expanded; real configs stay a hundred times below all three
 MOST_VALUE_CHARACTERS = 60
 MOST_CAUSE_CHARACTERS = 300
-MOST_BODY_BYTES = 2**20
+MOST_BODY_BYTES = 2**24
 MOST_LOGS, LOG_LINES = 3, 400
 MANY_REQUESTS = 1_000_000  # Ray's max_ongoing_requests for LLMs is above that: no limit
 
@@ -241,11 +241,14 @@ that gave them that; None where it was no run of this program."""
 
 @dataclass(frozen=True)
 class Reservation:
-    """What one running replica holds, read back from Ray; `gpus` are indices on `nodes`."""
+    """What one replica holds on one node, read back from Ray; `gpus` are indices there."""
 
+    application: str
     deployment: str
+    replica_id: str
+    node_id: str
+    node: str
     reserved: Resources
-    nodes: tuple[str, ...]
     gpus: tuple[int, ...] = ()
 
 
@@ -1706,7 +1709,7 @@ ModuleNotFoundError|No module named
 runtime_env could not be set up|Failed to set up runtime env|Runtime env setup for
     check runtime_env
 Failed to bind to address '\S+:(?P<port>\d+)'
-    port {port} is taken: stop what has it, or set another http_options.port
+    port {port} is taken (ss -ltnp tells by what): stop that, or set another http_options.port
 running low on memory
     the node ran out of main memory: fewer replicas on it, or a ray_actor_options.memory
 Worker exit type: SYSTEM_ERROR
@@ -1787,6 +1790,7 @@ RECORDS, KEYS, CLAIMS = b"app_v5/records", b"app_v5", "app_v5/claims"
 """What this program keeps in the cluster: in the key-value store of the head node a `Record` an
 application, and the key of their fingerprints; with its Ray job, what a run works on."""
 
+OK = 200
 LOG = "api/v0/logs/file"
 WORKER = "RayWorkerProc"  # vllm/v1/executor/ray_executor_v2.py
 START_HINT = "start one with `ray start --head`, or give HOST:PORT in --address or RAY_ADDRESS"
@@ -1853,9 +1857,10 @@ def engine_options(llm: Config) -> Config:
     engine = LLMConfig.model_validate(llm).get_engine_config()
     options: Config = engine.get_initialization_kwargs()
     sizes = ("pipeline_parallel_size", "data_parallel_size", "nnodes")
+    unknown = [key for key in sizes if options.get(key, 1) > 1]
     others = ("speculative_config", "quantization", "cpu_offload_gb", "num_gpu_blocks_override")
-    given = llm | options | {size: options.get(size, 1) > 1 for size in sizes}
-    unknown = [key for key in (*sizes, *others, "server_cls", "lora_config") if given.get(key)]
+    unknown += [key for key in others if options.get(key)]
+    unknown += [key for key in ("server_cls", "lora_config") if llm.get(key)]
     unknown += ["a model in a bucket"] if engine.mirror_config else []
     unknown += ["max_model_len: -1"] if options.get("max_model_len") == -1 else []
     if unknown:
@@ -1896,6 +1901,32 @@ def schema_problems(schema: Any, path: KeyPath, data: Any) -> Iterator[Problem]:
     except (Exception, SystemExit) as error:  # noqa: BLE001
         # Ray imports what a request router or a policy names, which may raise anything.
         yield Problem(path, str(error))
+
+
+def fetch(
+    url: str, body: Config | None = None, timeout_s: float = SMOKE_TIMEOUT_S, **headers: str
+) -> Response:
+    """GET `url`, or POST `body` to it as JSON, never through a proxy of the environment. An answer
+    without an end is cut off; a certificate is not checked: it is that of the user's own cluster.
+    Raises ClusterError, and ApplicationError where somebody listens and does not answer."""
+    import urllib3
+
+    urllib3.disable_warnings()
+    started, content = time.monotonic(), b""
+    pool = urllib3.PoolManager(timeout=timeout_s, retries=False, cert_reqs="CERT_NONE")
+    how: Any = {"json": body, "headers": headers, "preload_content": False}
+    try:
+        answer = pool.request("POST" if body else "GET", url, **how)
+    except urllib3.exceptions.ReadTimeoutError as error:
+        raise ApplicationError(f"no answer within {timeout_s:.0f} s from {url}") from error
+    except urllib3.exceptions.HTTPError as error:
+        raise ClusterError(f"{url}: {error.__context__ or error}") from error
+    with answer, contextlib.suppress(urllib3.exceptions.HTTPError):
+        for part in iter(partial(answer.read1, MOST_BODY_BYTES), b""):
+            content += part
+            if time.monotonic() - started > timeout_s or len(content) > MOST_BODY_BYTES:
+                break
+    return answer.status, content.decode(errors="replace"), time.monotonic() - started
 
 
 class RayCluster:
@@ -1941,12 +1972,11 @@ class RayCluster:
                 logging_level=level,
             )
         except (OSError, RuntimeError, ValueError, OverflowError, ray.exceptions.RayError) as error:
-            where, text = "" if wanted == "auto" else f" at {wanted}", " ".join(str(error).split())
-            text = shortened(text, MOST_CAUSE_CHARACTERS)
-            if "InvalidAuthToken" in text:  # Ray's text says where it looks for one
-                raise ClusterError(f"the Ray cluster{where} refuses: {text}") from error
+            where = "" if wanted == "auto" else f" at {wanted}"
+            text = shortened(" ".join(str(error).split()), MOST_CAUSE_CHARACTERS)
             raise ClusterError(f"no Ray cluster{where}: {text}\n   {START_HINT}") from error
-        self.dashboard_url = f"http://{context.dashboard_url}" if context.dashboard_url else ""
+        dashboard = context.address_info["webui_url"]
+        self.dashboard_url = f"http://{dashboard}" if dashboard else ""
 
     def alive(self) -> bool:
         """Whether the head node answers, and a raylet lives. Ray itself kills a driver that has
@@ -1957,30 +1987,26 @@ class RayCluster:
         return False
 
     def ask_dashboard(self, path: str, **query: Any) -> str:
-        """An answer of the dashboard, by no proxy. Raises ClusterError for whatever goes wrong:
-        what it tells is a help, and never a condition. Ray's own `get_log` tells its timeout only
-        to the server, and waits for ever for a dashboard that hangs (ray/util/state/api.py)."""
-        import requests
+        """An answer of the dashboard. Raises ClusterError for whatever goes wrong: what it tells is
+        a help, and never a condition. Ray's own `get_log` tells its timeout only to the server, and
+        waits for ever for a dashboard that hangs (ray/util/state/api.py)."""
         from ray._private.authentication import http_token_authentication as tokens
-        from ray.dashboard.utils import ray_address_to_api_server_url
 
+        url = f"{self.dashboard_url}/{path}?{urlencode(query)}"
+        headers = tokens.get_auth_headers_if_auth_enabled({})
         try:
-            url = ray_address_to_api_server_url(self.ray.get_runtime_context().gcs_address)
-            with requests.Session() as session:
-                session.trust_env = False
-                session.headers.update(tokens.get_auth_headers_if_auth_enabled({}))
-                answer = session.get(f"{url}/{path}", params=query, timeout=LOG_TIMEOUT_S)
-        except Exception as error:
-            raise ClusterError(first_line(str(error)) or repr(error)) from error
-        if not answer.ok:
-            raise ClusterError(first_line(answer.text))
-        return answer.content.decode(errors="replace")
+            status, text, _ = fetch(url, None, LOG_TIMEOUT_S, **headers)
+        except ApplicationError as error:
+            raise ClusterError(str(error)) from error
+        if status != OK:
+            raise ClusterError(f"{status} {first_line(text)}")
+        return text
 
     def check_values(self, document: Document, applications: Sequence[ApplicationSpec]) -> Problems:
         """What Ray's own schemas say against the values of a normalised config."""
         from ray.serve._private.config import DeploymentConfig
         from ray.serve.config import AutoscalingConfig
-        from ray.serve.schema import DeploymentSchema, ServeDeploySchema
+        from ray.serve.schema import ServeDeploySchema
 
         data = {**document.data, "applications": [app.config for app in applications]}
         found = list(schema_problems(ServeDeploySchema, (), data))
@@ -1988,13 +2014,9 @@ class RayCluster:
             auto = {"max_replicas": 100} if options.get("num_replicas") == "auto" else {}
             scaling = {**auto, **as_dict(options.get("autoscaling_config"))}
             if path[-1] in DEPLOYMENT_CONFIGS:
-                fields = DeploymentConfig.model_fields
+                fields = DeploymentConfig.model_fields.keys() - {"autoscaling_config"}
                 own = {k: v for k, v in options.items() if k in fields and v != "auto"}
-                own |= {"autoscaling_config": scaling} if auto else {}
                 found += schema_problems(DeploymentConfig, path, own)
-                # The bundles of an LLM's workers are not there yet, and others ask for those.
-                rest = {k: v for k, v in options.items() if k not in own and "_bundle_" not in k}
-                found += schema_problems(DeploymentSchema, path, {"name": "-", **rest})
             found += schema_problems(AutoscalingConfig, (*path, "autoscaling_config"), scaling)
         # Of a union pydantic says for each part why it is not that; and what the applications have
         # from the top is said there.
@@ -2022,29 +2044,28 @@ class RayCluster:
         found, wanted = self.latest.http_options.model_dump(), options["http_options"]
         return tuple(k for k in config.get("http_options") or () if found.get(k) != wanted.get(k))
 
-    def call_controller(self, method: str, *arguments: Any) -> Any:
-        """Begin a call of Serve's controller; None when Serve is not running. Of many it answers
-        all between two rounds of its loop, and Ray repeats one when it restarts meanwhile."""
-        with contextlib.suppress(ValueError):
-            controller = self.ray.get_actor(SERVE_CONTROLLER, namespace=SERVE)
-            return getattr(controller, method).remote(*arguments)
-        return None
-
-    def answer_of(self, call: Any, timeout_s: float = CONTROLLER_TIMEOUT_S) -> Any:
-        """What such a call returns. Raises ClusterError when there is no answer in time, and
-        ApplicationError for what the method raises."""
+    def ask_controller(
+        self, method: str, *arguments: Any, timeout_s: float = CONTROLLER_TIMEOUT_S
+    ) -> Any:
+        """What a method of Serve's controller returns, None when Serve is not running; Ray repeats
+        the call when the controller restarts meanwhile. Raises ClusterError when there is no answer
+        in time, and ApplicationError for what the method raises."""
+        errors = self.ray.exceptions
         try:
-            return call and self.ray.get(call, timeout=timeout_s)
-        except self.ray.exceptions.RayTaskError as error:
+            controller = self.ray.get_actor(SERVE_CONTROLLER, namespace=SERVE)
+            return self.ray.get(getattr(controller, method).remote(*arguments), timeout=timeout_s)
+        except errors.RayTaskError as error:  # before ValueError, which it may be, too
             raise ApplicationError(str(error)) from error
-        except (self.ray.exceptions.RayActorError, self.ray.exceptions.GetTimeoutError) as error:
+        except (errors.RayActorError, errors.GetTimeoutError) as error:
             raise ClusterError(f"the Serve controller does not answer: {error}") from error
+        except ValueError:
+            return None
 
     def states(self, timeout_s: float = CONTROLLER_TIMEOUT_S) -> dict[str, ApplicationDetails]:
         """The state of every application on the cluster, by name; `latest` keeps all that Serve
         tells, None when it is not running. 1 ms of CPU; `serve.status()` costs 57 (measured on Ray
-        2.60). Raises as `answer_of` does."""
-        details = self.answer_of(self.call_controller("get_serve_instance_details"), timeout_s)
+        2.60). Raises as `ask_controller` does."""
+        details = self.ask_controller("get_serve_instance_details", timeout_s=timeout_s)
         for application in details["applications"].values() if details else ():
             application.pop("deployed_app_config", None)  # may name a module that is not here
             for name, deployment in application["deployments"].items():
@@ -2074,9 +2095,11 @@ class RayCluster:
         if action.record is None or action.record.version != action.version:
             # Before, too, so that it is there even if this run ends while Serve takes it over.
             self.remember(name, record)
-        call = self.call_controller("deploy_applications", {name: rows}, {name: arguments})
+        limit_s = CONTROLLER_LOST_AFTER_S
         try:
-            self.answer_of(call, CONTROLLER_LOST_AFTER_S)
+            self.ask_controller(
+                "deploy_applications", {name: rows}, {name: arguments}, timeout_s=limit_s
+            )
         except ApplicationError:
             self.remember(name, action.record)
             action.sent = False
@@ -2085,7 +2108,7 @@ class RayCluster:
 
     def delete(self, name: str) -> None:
         """Have Serve remove an application; it is gone some seconds later."""
-        self.answer_of(self.call_controller("delete_apps", [name]), CONTROLLER_LOST_AFTER_S)
+        self.ask_controller("delete_apps", [name], timeout_s=CONTROLLER_LOST_AFTER_S)
         self.remember(name, None)
 
     # -- what this program keeps in the cluster ---------------------------------------------
@@ -2101,21 +2124,19 @@ class RayCluster:
         from pydantic import TypeAdapter
         from ray.serve.generated.serve_pb2 import DeploymentRoute
 
-        known, calls, kept = {}, defaultdict[str, list[Any]](list), TypeAdapter(Record)
-        for app, name in [(item.name, name) for item in found for name in item.deployments]:
-            calls[app].append(self.call_controller("get_deployment_info", name, app))
+        known, kept = {}, TypeAdapter(Record)
         for details in found:
-            versions, record = set(), None
-            for call in calls[details.name]:
-                with contextlib.suppress(ApplicationError):  # it may have gone meanwhile
-                    answer = self.answer_of(call)
-                    versions.add(DeploymentRoute.FromString(answer).deployment_info.version)
+            version, record = "", None
+            name = next(iter(details.deployments), "")  # all of an application have one version
+            with contextlib.suppress(ApplicationError):  # it may have gone meanwhile
+                answer = self.ask_controller("get_deployment_info", name, details.name)
+                version = DeploymentRoute.FromString(answer).deployment_info.version
             # There may be none, or another version of this program has left another form.
             with contextlib.suppress(ValueError):
                 text = self.gcs.internal_kv_get(details.name.encode(), namespace=RECORDS)
                 left = kept.validate_python(json.loads(text or "null"))
-                record = left if versions <= {left.version} else None
-            known[details.name] = details, max(versions, default=""), record
+                record = left if version in ("", left.version) else None
+            known[details.name] = details, version, record
         return known
 
     def remember(self, name: str, record: Record | None) -> None:
@@ -2127,18 +2148,17 @@ class RayCluster:
             text = json.dumps(dataclasses.asdict(record), default=str).encode()
             self.gcs.internal_kv_put(name.encode(), text, overwrite=True, namespace=RECORDS)
 
-    def claims(self, names: Collection[str]) -> dict[str, str]:
-        """Which of these applications an earlier run that still lives works on, and which run: it
-        says so with its Ray job (`connect`), and one that was killed is a dead job at once."""
+    def claims(self) -> dict[str, str]:
+        """The applications on which earlier runs work that still live, and which run: it says so
+        with its Ray job (`connect`), and one that was killed is a dead job at once."""
         rows = self.gcs.get_all_job_info(skip_is_running_tasks_field=True).values()
         jobs = sorted(rows, key=lambda job: (job.start_time, job.job_id))
         me, taken = self.ray.get_runtime_context().get_job_id(), dict[str, str]()
         for job in itertools.takewhile(lambda job: job.job_id.hex() != me, jobs):
             claimed = [] if job.is_dead else json.loads(job.config.metadata.get(CLAIMS) or "[]")
-            since = time.strftime("%F %T", time.localtime(job.start_time / 1000))
-            who = f"process {job.driver_pid} on {job.driver_address.ip_address}, since {since}"
+            who = f"process {job.driver_pid} on {job.driver_address.ip_address}"
             taken = dict.fromkeys(claimed, who) | taken  # the first of several is the one at work
-        return {name: taken[name] for name in names if name in taken}
+        return taken
 
     # -- building -----------------------------------------------------------------------------
 
@@ -2214,40 +2234,42 @@ class RayCluster:
         """The live nodes with what is free on each, and who holds the rest of it there; what the
         replicas of the applications in `giving_way` hold counts as free."""
         available = self.ray._private.state.available_resources_per_node()
-        holdings, cards = self.holdings(), {}
+        reservations, cards = self.reservations(), {}
         # As far as the dashboard tells: another Ray's may have another form.
         with contextlib.suppress(ClusterError, KeyError, TypeError, ValueError, AttributeError):
             cards = read_cards(read_json(self.ask_dashboard("nodes", view="summary")))
-        alive = [row for row in self.ray.nodes() if row["Alive"]]
-        addresses = Counter(row["NodeManagerAddress"] for row in alive)
         nodes = []
-        for row in alive:
-            address, node_id = row["NodeManagerAddress"], row["NodeID"]
-            name = address if addresses[address] == 1 else f"{address}/{node_id[:6]}"
-            held = [(label, amounts) for where, label, amounts in holdings if where == node_id]
-            staying = tuple(item for item in held if item[0].rpartition("/")[0] not in giving_way)
-            going = [Counter(item[1]) for item in held if item not in staying]
-            free, total = sum(going, Counter(available.get(node_id, {}))), row["Resources"]
+        for row in [row for row in self.ray.nodes() if row["Alive"]]:
+            node_id, total = row["NodeID"], row["Resources"]
+            held = [each for each in reservations if each.node_id == node_id]
+            leaving = [each for each in held if each.application in giving_way]
+            free = Counter(available.get(node_id, {}))
+            for each in leaving:
+                free.update(each.reserved)
+            staying = [each for each in held if each not in leaving]
+            holders = tuple((f"{r.application}/{r.deployment}", r.reserved) for r in staying)
             # On a laptop without a GPU, too, which stands for the cluster that is to come.
             count = max(1, int(total.get("GPU", 0))) if self.options.gpu_memory else 0
             mine = cards.get(node_id) or (Card(self.options.gpu_memory),) * count
             # What gives way holds memory, too, and nobody knows on which card.
-            mine = tuple(replace(card, used=0) if going else card for card in mine)
-            matches = partial(self.ray._raylet.node_labels_match_selector, row.get("Labels") or {})
-            nodes.append(Node(name, total, free, matches, staying, mine))
+            mine = tuple(replace(card, used=0) if leaving else card for card in mine)
+            matches = partial(self.ray._raylet.node_labels_match_selector, row["Labels"])
+            nodes.append(Node(row["NodeManagerAddress"], total, free, matches, holders, mine))
         return nodes
 
-    def held(self) -> dict[str, list[tuple[str, Resources, set[int]]]]:
-        """What each replica holds, by its actor's name: (node id, resources, indices of GPUs): the
-        bundles of its placement group, and what actors, itself and those that it started, have
-        outside of it. GPU indices come from the actors' resource mappings, where a part of a
-        group's GPU goes by the group's name (ray/gcs.proto ActorTableData, ResourceMapEntry)."""
+    def reservations(self) -> list[Reservation]:
+        """What Serve's replicas hold now: the bundles of their placement groups, and what actors,
+        they themselves and those that they started, have outside of them. GPU indices come from the
+        actors' resource mappings, where a part of a group's GPU goes by the group's name
+        (ray/gcs.proto ActorTableData, ResourceMapEntry)."""
         actors, groups = self.actors("ALIVE"), self.ray.util.placement_group_table()
-        held: dict[str, list[tuple[str, Resources, set[int]]]] = defaultdict(list)
+        held: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+        gpus: dict[tuple[str, str], set[int]] = defaultdict(set)
         for group in groups.values():
             where = group["bundles_to_node_id"] if group["state"] != "REMOVED" else {}
-            held[group["name"]] += [(node, group["bundles"][i], set()) for i, node in where.items()]
-        names = {a.address.worker_id: a.name for a in actors}
+            for index, node_id in where.items():
+                held[group["name"], node_id].update(group["bundles"][index])
+        names = {actor.address.worker_id: actor.name for actor in actors}
         for actor in actors:
             owner = names.get(actor.owner_address.worker_id, "")
             name = owner if owner.startswith(REPLICA_PREFIX) else actor.name
@@ -2255,30 +2277,19 @@ class RayCluster:
             if actor.placement_group_id:
                 group = groups.get(actor.placement_group_id.hex(), {})
                 name, amounts = group.get("name", ""), {}
-            gpus = [p for p in actor.resource_mapping if re.fullmatch(r"GPU(_group_\w+)?", p.name)]
-            indices = {piece.index for part in gpus for piece in part.resource_ids}
-            held[name].append((actor.node_id.hex(), amounts, indices))
-        return {name: held[name] for name in held if name.startswith(REPLICA_PREFIX)}
-
-    def holdings(self) -> list[tuple[str, str, Resources]]:
-        """What Serve's replicas hold now: (node id, "application/deployment", resources)."""
-        rows = []
-        for name, parts in self.held().items():
-            label = "/".join(name.removeprefix(REPLICA_PREFIX).split("#")[:2])
-            rows += [(node, label, amounts) for node, amounts, _ in parts if amounts]
-        return rows
-
-    def reservations(self, details: ApplicationDetails) -> list[Reservation]:
-        """What each running replica of an application holds."""
-        names = {row["NodeID"]: row["NodeManagerAddress"] for row in self.ray.nodes()}
-        held, found = self.held(), []
-        for deployment in details.deployments.values():
-            for replica in running_replicas(deployment):
-                parts = held.get(replica.actor_name or "", [])
-                total = sum((Counter(amounts) for _, amounts, _ in parts), Counter[str]())
-                nodes = tuple(dict.fromkeys(names.get(node, node) for node, _, _ in parts))
-                gpus = tuple(sorted({index for _, _, indices in parts for index in indices}))
-                found += [Reservation(deployment.name, dict(total), nodes, gpus)] if parts else []
+            key = name, actor.node_id.hex()
+            held[key].update(amounts)
+            for part in actor.resource_mapping:
+                if re.fullmatch(r"GPU(_group_\w+)?", part.name):
+                    gpus[key] |= {piece.index for piece in part.resource_ids}
+        addresses = {row["NodeID"]: row["NodeManagerAddress"] for row in self.ray.nodes()}
+        found = []
+        for (name, node_id), amounts in sorted(held.items()):
+            if name.startswith(REPLICA_PREFIX):
+                application, deployment, replica = name.removeprefix(REPLICA_PREFIX).rsplit("#", 2)
+                where, indices = addresses.get(node_id, ""), tuple(sorted(gpus[name, node_id]))
+                row = (application, deployment, replica, node_id, where, dict(amounts), indices)
+                found.append(Reservation(*row))
         return found
 
     def autoscales(self) -> bool:
@@ -2325,7 +2336,7 @@ class RayCluster:
 # 11. Verify: an application that runs → the proof that it is what was promised, and answers
 # ======================================================================================
 
-OK, NOT_FOUND, SERVER_ERROR = 200, 404, 500
+NOT_FOUND, SERVER_ERROR = 404, 500
 ROUTE_QUESTIONS = 6
 ONE_TOKEN: Config = {"max_tokens": 1, "temperature": 0}
 QUESTIONS: tuple[tuple[str, Config], ...] = (
@@ -2338,33 +2349,12 @@ QUESTIONS: tuple[tuple[str, Config], ...] = (
 a drawn one vLLM's CPU engine compiles its sampler first, 2 to 5 s (measured on vLLM 0.29)."""
 
 
-def fetch(url: str, body: Config | None = None, timeout_s: float = SMOKE_TIMEOUT_S) -> Response:
-    """GET `url`, or POST `body` to it as JSON, never through a proxy of the environment. An answer
-    without an end is cut off; a certificate is not checked: it is that of the user's own cluster.
-    Raises ClusterError, and ApplicationError where somebody listens and does not answer."""
-    import urllib3
-
-    urllib3.disable_warnings()
-    started, content = time.monotonic(), b""
-    pool = urllib3.PoolManager(timeout=timeout_s, retries=False, cert_reqs="CERT_NONE")
-    try:
-        answer = pool.request("POST" if body else "GET", url, json=body, preload_content=False)
-    except urllib3.exceptions.ReadTimeoutError as error:
-        raise ApplicationError(f"no answer within {timeout_s:.0f} s from {url}") from error
-    except urllib3.exceptions.HTTPError as error:
-        raise ClusterError(f"{url}: {error.__context__ or error}") from error
-    with answer, contextlib.suppress(urllib3.exceptions.HTTPError):
-        for part in iter(partial(answer.read1, MOST_BODY_BYTES), b""):
-            content += part
-            if time.monotonic() - started > timeout_s or len(content) > MOST_BODY_BYTES:
-                break
-    return answer.status, content.decode(errors="replace"), time.monotonic() - started
-
-
 def mismatches(action: Action, reservations: Sequence[Reservation]) -> tuple[str, ...]:
     """The promises about resources that running replicas do not keep, in words."""
-    rows = []
-    for name, held in ((each.deployment, each.reserved) for each in reservations):
+    rows, totals = [], defaultdict[tuple[str, str], Counter[str]](Counter)
+    for each in reservations:
+        totals[each.deployment, each.replica_id].update(each.reserved)
+    for (name, _), held in totals.items():
         asked = next((d.reserved for d in action.demands if d.deployment == name), {})
         own = next((m.promised for m in action.application.models if serves(name, m)), {})
         promised = {**asked, **own}
@@ -2467,8 +2457,7 @@ class Cluster(Protocol):
     def delete(self, name: str) -> None: ...
     def nodes(self, giving_way: Collection[str]) -> list[Node]: ...
     def states(self, timeout_s: float) -> dict[str, ApplicationDetails]: ...
-    def holdings(self) -> list[tuple[str, str, Resources]]: ...
-    def reservations(self, details: ApplicationDetails) -> list[Reservation]: ...
+    def reservations(self) -> list[Reservation]: ...
     def endpoint(self) -> str: ...
     def replica_log(self, actor_id: str, state: str = "") -> str: ...
 
@@ -2734,7 +2723,9 @@ def prove(action: Action, run: Run) -> None:
     action.words, action.detail, action.details, action.proof = "checking", "", details, proof
     try:
         proof.notes = suggestions(action, run)
-        proof.reservations = run.cluster.reservations(details)
+        running = {r.replica_id for r in replicas_of(details) if r.state == "RUNNING"}
+        held = run.cluster.reservations()
+        proof.reservations = [each for each in held if each.replica_id in running]
         proof.mismatches = mismatches(action, proof.reservations)
         asleep = {d.name for d in details.deployments.values() if not d.target_num_replicas}
         ingresses = {d.deployment for d in action.demands if d.ingress}
@@ -2774,7 +2765,7 @@ def delete_application(action: Action, run: Run) -> None:
     action.words, action.detail, action.sent = "deleting", "", True
     run.cluster.delete(action.name)
     for details in run.states_of(action):
-        held = [h for _, who, h in run.cluster.holdings() if who.rpartition("/")[0] == action.name]
+        held = [r.reserved for r in run.cluster.reservations() if r.application == action.name]
         if details is None and not held:
             return
         action.detail = f"it still holds {' + '.join(map(format_resources, held))}" if held else ""
@@ -2889,9 +2880,8 @@ def format_proof(proof: Proof) -> list[str]:
     for item in proof.reservations:
         name, amounts = item.deployment, format_resources(item.reserved)
         broken = any(text.startswith(f"{name}: promised") for text in proof.mismatches)
-        where = " + ".join(item.nodes)
-        where += f" GPU {', '.join(map(str, item.gpus))}" if item.gpus else ""
-        places[f"{'✗' if broken else '✓'} Reserved by {name}: {amounts}, on {where}"] += 1
+        gpus = f" GPU {', '.join(map(str, item.gpus))}" if item.gpus else ""
+        places[f"{'✗' if broken else '✓'} Reserved by {name}: {amounts}, on {item.node}{gpus}"] += 1
     lines += [f"{text} ({n} replicas)" if n > 1 else text for text, n in places.items()]
     lines += [f"✓ {request}: answered in {s:.2f} s" for request, s in proof.answers]
     lines += proof.notes
@@ -3222,7 +3212,7 @@ class Session:
         run.autoscales = cluster.autoscales()
         if run.autoscales:
             say("⚠️  An autoscaler is active: what no node can hold yet is deployed and waits")
-        claims = {} if options.plan else cluster.claims([action.name for action in actions])
+        claims = {} if options.plan else cluster.claims()
         for action in [a for a in actions if a.name in claims and a.change != "unchanged"]:
             cause = f"another run of this program works on it: {claims[action.name]}"
             run.end(action, "FAILED", cause, "wait until it has ended, and run this again")

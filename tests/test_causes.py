@@ -233,7 +233,7 @@ WHAT_THE_SOURCES_SAY = [
     pytest.param(
         "from_source_http-port-taken",
         "RuntimeError: Failed to bind to address '0.0.0.0:8000'.",
-        "port 8000 is taken: stop what has it, or set another http_options.port",
+        "port 8000 is taken (ss -ltnp tells by what): stop that, or set another http_options.port",
         id="ray/serve/_private/http_util.py",
     ),
     pytest.param(

@@ -32,6 +32,10 @@ def demand(name: str, cpus: float = 1.0) -> app.Demand:
     return app.Demand(name, "D", ({"CPU": cpus},))
 
 
+def holding(name: str, replica_id: str = "r", **resources: float) -> app.Reservation:
+    return app.Reservation(name, "D", replica_id, "1", "n", resources)
+
+
 def state(name: str, status: str, message: str = "", *deployments: app.Config) -> Any:
     """An application as Serve tells of it."""
     return ApplicationDetails.model_validate(
@@ -99,8 +103,8 @@ class ScriptedCluster:
         self.hanging: dict[str, threading.Event] = {}  # calls of Ray that do not come back
         self.errors: dict[str, Exception] = {}
         self.demands: dict[str, tuple[app.Demand, ...]] = {}
-        self.holds: list[tuple[str, str, app.Resources]] = []
-        self.held: dict[str, list[app.Reservation]] = {}
+        self.holds: list[app.Reservation] = []  # one less each time
+        self.held: list[app.Reservation] = []
         self.answers: dict[str, app.Response | Exception] = {}
         self.log: str | Exception = ""
         self.is_alive = True
@@ -152,11 +156,8 @@ class ScriptedCluster:
                     found[name] = states[index]
             return found
 
-    def holdings(self) -> list[tuple[str, str, app.Resources]]:
-        return [self.holds.pop()] if self.holds else []
-
-    def reservations(self, details: ApplicationDetails) -> list[app.Reservation]:
-        return self.held.get(details.name, [])
+    def reservations(self) -> list[app.Reservation]:
+        return [self.holds.pop()] if self.holds else self.held
 
     def endpoint(self) -> str:
         return HTTP
@@ -273,8 +274,7 @@ def test_how_many_deploy_at_once(applications: int, cores: int, wanted: int, exp
 def test_deletions_come_first_and_wait_until_nothing_is_held() -> None:
     cluster = ScriptedCluster({"old": [state("old", "RUNNING"), state("old", "DELETING"), None]})
     cluster.submitted.append("old")
-    held: list[tuple[str, str, app.Resources]] = [("n", "old/D", {"CPU": 1.0})]
-    cluster.holds = [("n", "other/D", {"CPU": 9.0}), *held * 20]
+    cluster.holds = [holding("other", CPU=9.0), *[holding("old", CPU=1.0)] * 20]
     old = app.deletion(spec("old"), (state("old", "RUNNING"), "", None), "--prune")
     absent = app.deletion(spec("absent"), None, "--prune")
     seen: set[str] = set()
@@ -369,7 +369,7 @@ def test_the_log_of_what_failed_tells_more_than_serve() -> None:
 
 def test_what_is_being_deleted_already_is_waited_for() -> None:
     cluster = ScriptedCluster()
-    cluster.holds = [("n", "team/a/D", {"GPU": 1.0})] * 2
+    cluster.holds = [holding("team/a", GPU=1.0)] * 2
     run = deploy(cluster, app.deletion(spec("team/a"), None, "--delete"))
     assert (results(run), cluster.deleted, cluster.holds) == ({"team/a": "DELETED"}, ["team/a"], [])
 
@@ -740,8 +740,10 @@ def test_a_second_attempt_may_run_out_of_time() -> None:
 
 
 def test_a_broken_promise_makes_the_exit_code_1_and_leaves_it_running() -> None:
-    cluster = ScriptedCluster()
-    cluster.held = {"a": [app.Reservation("D", {"CPU": 2.0}, ("n",))]}
+    running = deployment("D", "HEALTHY", replica("r"))
+    cluster = ScriptedCluster({"a": [state("a", "RUNNING", "", running)]})
+    # What runs no longer, or is another's, was not promised.
+    cluster.held = [holding("a", CPU=2.0), holding("a", "gone", CPU=9.0), holding("b", "x", CPU=9)]
     run = deploy(cluster, "a", "b")
     assert results(run) == {"a": "RUNNING", "b": "RUNNING"}
     assert run.actions[0].proof

@@ -220,8 +220,7 @@ def test_the_client_of_the_head_node_still_has_what_is_called(method: str) -> No
 CALLED = {
     call.args[0].value: len([arg for arg in call.args[1:] if not isinstance(arg, ast.Starred)])
     for call in walk(ast.Call)
-    if getattr(call.func, "attr", "") == "call_controller"
-    and isinstance(call.args[0], ast.Constant)
+    if getattr(call.func, "attr", "") == "ask_controller" and isinstance(call.args[0], ast.Constant)
 }
 """The methods that are called by name on the actor of Serve's controller: their arguments."""
 

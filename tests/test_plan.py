@@ -21,6 +21,7 @@ from app_v5 import (
     Node,
     Options,
     RayCluster,
+    Reservation,
     Resources,
     format_amount,
     format_prediction,
@@ -229,14 +230,18 @@ def test_what_gives_way_counts_as_free() -> None:
         "NodeManagerAddress": "n",
         "Alive": True,
     }
-    held = [("x/old/D", {"CPU": 2.0, "GPU": 0.45}), ("other/D", {"CPU": 1.0, "GPU": 0.3})]
+    old, other = {"CPU": 2.0, "GPU": 0.45}, {"CPU": 1.0, "GPU": 0.3}
+    held = [("x/old/D", old), ("other/D", other)]
     cluster: Any = RayCluster(Options("c"))
     available = {"1": {"CPU": 5.0, "GPU": 0.25}}
     state = SimpleNamespace(available_resources_per_node=lambda: available)
     raylet = SimpleNamespace(node_labels_match_selector=node_labels_match_selector)
     private = SimpleNamespace(state=state)
     cluster.ray = SimpleNamespace(nodes=lambda: [row], _private=private, _raylet=raylet)
-    cluster.holdings = lambda: [("1", *item) for item in held]
+    cluster.reservations = lambda: [
+        Reservation("x/old", "D", "r", "1", "n", old),
+        Reservation("other", "D", "r", "1", "n", other),
+    ]
     cluster.ask_dashboard = lambda *_, **__: "not JSON"
     [stays], [goes] = cluster.nodes(), cluster.nodes({"x/old"})
     assert (stays.free["CPU"], stock(stays)[0]) == (5.0, 2_500)

@@ -275,9 +275,9 @@ def test_what_was_done_with_it_stands_below_its_name(
 
 PROOF = app.Proof(
     reservations=(
-        app.Reservation("LLMServer:m", {"CPU": 1.0, "GPU": 0.45}, ("10.0.0.1",), (0,)),
-        app.Reservation("LLMServer:m", {"CPU": 1.0, "GPU": 0.45}, ("10.0.0.1",), (0,)),
-        app.Reservation("OpenAiIngress", {"CPU": 2.0}, ("10.0.0.2",)),
+        app.Reservation("m", "LLMServer:m", "r", "1", "10.0.0.1", {"CPU": 1.0, "GPU": 0.45}, (0,)),
+        app.Reservation("m", "LLMServer:m", "s", "1", "10.0.0.1", {"CPU": 1.0, "GPU": 0.45}, (0,)),
+        app.Reservation("m", "OpenAiIngress", "t", "2", "10.0.0.2", {"CPU": 2.0}),
     ),
     mismatches=("OpenAiIngress: promised 1.0 CPUs, reserved 2.0 CPUs",),
     answers=(("GET /v1/models", 0.01), ("POST /v1/chat/completions to m", 0.31)),
@@ -559,7 +559,7 @@ class Cluster:  # nothing runs there
     def __getattr__(self, name):
         found = {"check_values": [], "claims": {}, "states": {}, "running": {}, "nodes": [],
                  "endpoint": "", "alive": True, "autoscales": False, "connect": None,
-                 "holdings": [], "delete": None}[name]
+                 "reservations": [], "delete": None}[name]
         return lambda *arguments, **keys: found
 
 app.RayCluster = lambda worker_logs: Cluster()

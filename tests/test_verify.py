@@ -58,7 +58,7 @@ def test_a_broken_promise_is_named_once(
     demand: dict[str, float], held: dict[str, float], expected: list[str]
 ) -> None:
     demands = (app.Demand("a", "LLMServer:m", (demand,)),)
-    two = [app.Reservation("LLMServer:m", held, ("10.0.0.1",)) for _ in range(2)]
+    two = [app.Reservation("a", "LLMServer:m", replica, "1", "n", held) for replica in "rs"]
     action = app.Action(SPEC, "create", demands=demands)
     assert list(app.mismatches(action, two)) == expected
 
@@ -67,7 +67,9 @@ def test_a_deployment_without_a_model_is_held_to_what_its_builder_asks_for() -> 
     demands = (app.Demand("a", "Ingress", ({"CPU": 1.0}, {"CPU": 1.0})),)
     action = app.Action(SPEC, "create", demands=demands)
     for cpus, expected in ((2.0, 0), (1.0, 1)):
-        held = [app.Reservation("Ingress", {"CPU": cpus}, ("10.0.0.1",))]
+        held = [
+            app.Reservation("a", "Ingress", "r", node, node, {"CPU": cpus / 2}) for node in "no"
+        ]
         assert len(app.mismatches(action, held)) == expected
 
 
