@@ -13,7 +13,7 @@ config or the command line is wrong and nothing was touched; 3 no Ray cluster, o
 4 time ran out with one still deploying; 5 something changes, or would (--detailed-exitcode);
 129 SIGHUP; 130 Ctrl-C; 143 SIGTERM.
 """
-# The sections, in the order in which the data flows: grep -A1 "^# =====" app_v5.py
+# The sections, in the order in which the data flows: grep "^# ==" app_v5.py
 
 from __future__ import annotations
 
@@ -63,9 +63,7 @@ import yaml
 if TYPE_CHECKING:
     from ray.serve.schema import ApplicationDetails, DeploymentDetails, ReplicaDetails
 
-# ======================================================================================
-# 1. Settings: what one may want to tweak
-# ======================================================================================
+# == 1. Settings: what one may want to tweak ===========================================
 
 POLL_INTERVAL_S = 1.0
 HEARTBEAT_INTERVAL_S = 5.0
@@ -103,11 +101,10 @@ SURGE_PERCENT = 20
 """How many replicas more than wanted --no-downtime starts at a time: as many as Serve otherwise
 stops, max(20%, 1) (ray/serve/_private/deployment_state.py)."""
 
-# ======================================================================================
-# 2. Types: what flows from section to section
-# ======================================================================================
+# == 2. Types: what flows from section to section ======================================
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+GIB = 2**30
 EXIT_OK, EXIT_FAILED, EXIT_CONFIG, EXIT_CLUSTER, EXIT_TIMEOUT, EXIT_CHANGES = 0, 1, 2, 3, 4, 5
 
 Config = dict[str, Any]  # one mapping as YAML gives it: keys are strings, values are plain data
@@ -132,8 +129,7 @@ Problems = list[Problem]
 
 
 class ConfigError(Exception):
-    """The config or the command line is wrong and nothing was touched (exit code 2); the arguments
-    are the problems."""
+    """What was given is wrong and nothing was touched (exit code 2): the arguments say what."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +190,7 @@ class Memory:
     sequences: int = 0
     fraction: float = 0.0
     pinned: int = 0
+    platform: str = ""
     unknown: str = ""
 
 
@@ -370,9 +367,7 @@ class Options:
     logs: bool = option(False, "show the workers' logs and tracebacks")
 
 
-# ======================================================================================
-# 3. Config: text → document with the place of every key; secrets
-# ======================================================================================
+# == 3. Config: text → document with the place of every key; secrets ===================
 
 TEXT_TAG, MERGE_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 VALUE_ERRORS = (ValueError, KeyError, AttributeError, OverflowError, TypeError)  # PyYAML's, too
@@ -417,19 +412,19 @@ class Document:
         try:
             if Path(file).stat().st_size > MAX_FILE_BYTES or not Path(file).is_file():
                 raise OSError(f"no regular file of at most {MAX_FILE_BYTES} bytes: {file}")
-            text = Path(file).read_bytes()
             self.source, self.at, self.places[path] = file, (file, 0, 0), (file, 1, 1)
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
+            node = yaml.compose(Path(file).read_bytes(), Loader=yaml.SafeLoader)
             return self.walk(node, path) if node else None
         except yaml.MarkedYAMLError as error:
             # Without the line itself, since a secret may stand in it.
             mark, self.at = error.context_mark, self.place(error.problem_mark)
             context = f"{error.context} from line {mark.line + 1}, " if mark else ""
             problem = re.sub("(alias|tag) '(?!tag:).*", r"\1", str(error.problem))
-            said = f"not YAML: {context}{problem}"
+            tabs = " (indent with spaces, not tabs)" if "\\t" in problem else ""
+            said = f"not YAML: {context}{problem}{tabs}"
         except (OSError, yaml.YAMLError, RecursionError, *VALUE_ERRORS) as error:
-            reason = " ".join(str(error).split())
-            said = f"can't be read: {shortened(reason, MOST_CAUSE_CHARACTERS)}"
+            kind = "not YAML in UTF-8" if isinstance(error, yaml.YAMLError) else "can't be read"
+            said = f"{kind}: {shortened(' '.join(str(error).split()), MOST_CAUSE_CHARACTERS)}"
         raise ConfigError(Problem(path, said, place=self.at))
 
     def place(self, mark: yaml.Mark | None) -> Place:
@@ -614,9 +609,7 @@ def fingerprint(text: str, key: bytes) -> str:
     return hmac.new(key, text.encode(errors="replace"), "sha256").hexdigest()[:16]
 
 
-# ======================================================================================
-# 4. Check: document → problems
-# ======================================================================================
+# == 4. Check: document → problems =====================================================
 
 SCHEMA_SOURCES = (
     ("ray", "serve/schema.py"),
@@ -633,7 +626,7 @@ TAKEN = re.compile(r"\w+(?:Schema|Config|Options|Args)\b|AutoscalingPolicy")
 """Which of the classes there are schemas, and neither enumerations nor what Serve tells."""
 
 TOP, DEPLOYMENT, BUILDER = "ServeDeploySchema", "DeploymentSchema", "LLMServingArgs"
-LLM, ENGINE = "LLMConfig", "AsyncEngineArgs"
+LLM, ENGINE, OPTIONS = "LLMConfig", "AsyncEngineArgs", "an LLM's deployment, or its ingress"
 VARIABLES, AMOUNTS = "environment variables", "amounts of resources"
 PARTS = {"FrontendArgs": ENGINE, "DPOpenAiServingArgs": BUILDER, "PDServingArgs": BUILDER}
 """Schemas whose fields may stand in another's place, too."""
@@ -642,8 +635,8 @@ SHORT_RESOURCES = ("num_cpus", "cpus", "num_gpus", "gpus")
 """The spellings accepted beside `ray_actor_options`."""
 
 CHILDREN = {
-    "deployment_config": DEPLOYMENT,
-    "ingress_deployment_config": DEPLOYMENT,
+    "deployment_config": OPTIONS,
+    "ingress_deployment_config": OPTIONS,
     "engine_kwargs": ENGINE,
     "placement_group_config": "PlacementGroupConfig",
     "args": BUILDER,
@@ -653,16 +646,32 @@ CHILDREN = {
 }
 """Key -> the schema of its value, where Ray's annotations do not tell it."""
 
+IGNORING = re.compile("Schema$|^Autoscaling|^RequestRouter|^GangScheduling|^DeploymentActor")
+"""Schemas for which Ray ignores an unknown key without a word; for the others it refuses one."""
+
 REQUIRED = {LLM: ["model_loading_config"], "ModelLoadingConfig": ["model_id"]}
 LISTS = ("applications", "deployments", "deployment_actors", "llm_configs", "bundles")
 PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
+INSTEAD = {
+    "max_concurrent_queries": "max_ongoing_requests",
+    "target_num_ongoing_requests_per_replica": "target_ongoing_requests, in autoscaling_config",
+}
+"""Old names, which Ray ignores."""
 
-RULES: Mapping[str, tuple[str, type | str | tuple[float, float]]] = {
+RULES: Mapping[str, tuple[str, type | str | tuple[float, float, bool]]] = {
     **dict.fromkeys(LISTS, ("a list", list)),
-    **dict.fromkeys((*SHORT_RESOURCES, "memory", AMOUNTS), ("a number, 0 or more", (0, 1e18))),
-    **dict.fromkeys(PARALLEL_SIZES, ("a number, 1 to 9999", (1, 9999))),
-    "port": ("a port, 1 to 65535", (1, 65535)),
-    "gpu_memory_utilization": ("above 0, 1 at most", (1e-6, 1)),
+    **dict.fromkeys(
+        (*SHORT_RESOURCES, "memory", AMOUNTS), ("a number, 0 or more", (0, 1e18, False))
+    ),
+    **dict.fromkeys(PARALLEL_SIZES, ("a whole number, 1 to 9999", (1, 9999, True))),
+    "port": ("a port, 1 to 65535", (1, 65535, True)),
+    "max_replicas_per_node": ("a whole number, 1 to 100", (1, 100, True)),
+    "gpu_memory_utilization": ("above 0, 1 at most", (1e-6, 1, False)),
+    "llm_engine": ("vLLM", "vLLM"),
+    **dict.fromkeys(
+        ("strategy", "placement_group_strategy"),
+        ("PACK, SPREAD, STRICT_PACK or STRICT_SPREAD", "(STRICT_)?(PACK|SPREAD)"),
+    ),
     # Ray's metrics take ASCII alone: another name stops Serve's controller for good. "#" separates
     # the parts of a replica's name, which, with its application's, becomes a file's (255 bytes).
     **dict.fromkeys(
@@ -677,8 +686,8 @@ RULES: Mapping[str, tuple[str, type | str | tuple[float, float]]] = {
     ),
 }
 """Key, or schema of which every value counts -> what a value has to be, as in "5 is not ...", and
-its type, the pattern of a text, or the least and the most of a number: where this program itself
-reads a value, or Ray says nothing, or too little."""
+its type, the pattern of a text, or the least and the most of a number and whether it is a whole
+one: where this program itself reads a value, or Ray says nothing, or too little."""
 
 
 @cache
@@ -701,7 +710,8 @@ def known_schemas() -> dict[str, dict[str, str]]:
                 named = TAKEN.findall(ast.unparse(item.annotation))
                 known[schema][name] = next((word for word in named if word in nodes), "")
         known[PARTS.get(schema, schema)] |= known[schema]
-    known[DEPLOYMENT] |= dict.fromkeys((*SHORT_RESOURCES, "max_constructor_retry_count"), "")
+    known[DEPLOYMENT] |= dict.fromkeys(SHORT_RESOURCES, "")
+    known[OPTIONS] = known[DEPLOYMENT] | {"max_constructor_retry_count": ""}
     return known
 
 
@@ -726,6 +736,7 @@ def check_keys(value: Any, schema: str, path: KeyPath) -> Problems:
         elif key in LISTS:
             for index, below in enumerate(item):
                 problems += check_keys(below, str(child), (*here, index))
+            problems += check_names(item, here)
         elif child and not others:
             problems += check_keys(item, child, here)
     return problems
@@ -740,24 +751,62 @@ def check_value(value: Any, rule: str, path: KeyPath) -> Problems:
     elif isinstance(allowed, str):
         fits = isinstance(value, str) and bool(re.fullmatch(allowed, value))
     elif not isinstance(value, bool):
-        least, most = allowed
+        least, most, whole = allowed
         with contextlib.suppress(TypeError, ValueError, OverflowError):
-            fits = least <= float(value) <= most
+            fits = least <= float(value) <= most and not (whole and float(value) % 1)
     return [] if fits else [Problem(path, f"{show_value(value)} is not {needed}")]
 
 
+def check_names(items: list[Any], path: KeyPath) -> Iterator[Problem]:
+    """What has the same name in a list of deployments, or of LLMs, as something before it."""
+    first: dict[str, int] = {}
+    for index, item in enumerate(map(as_dict, items)):
+        name = as_dict(item.get("model_loading_config")).get("model_id", item.get("name"))
+        if isinstance(name, str) and first.setdefault(name, index) != index:
+            message = f"{name!r} is there twice, first in {format_key((*path, first[name]))}"
+            yield Problem((*path, index), message, "give each its own")
+
+
 def unknown_key(key: str, schema: str, path: KeyPath) -> Problem:
-    """What to say about a key that a schema does not have: where it belongs, or what it resembles.
-    At the top it may be another tool's."""
+    """What to say about a key that a schema does not have: where it belongs, or what it resembles;
+    else an error where Ray refuses it. At the top it may be another tool's."""
     schemas = known_schemas()
+    if key in INSTEAD:
+        return Problem(path, "is not taken here", f"write {INSTEAD[key]}")
     pairs = itertools.chain(CHILDREN.items(), *(fields.items() for fields in schemas.values()))
     for parent, child in pairs if schema != TOP else ():
         if key in schemas.get(child, ()):
             return Problem(path, "does not belong here", f"move it into {parent}, or beside it")
-    if close := difflib.get_close_matches(key, schemas[schema], n=1, cutoff=0.7):
+    if close := difflib.get_close_matches(key, schemas[schema], n=1, cutoff=0.75):
         return Problem(path, f"unknown key, did you mean {close[0]!r}?")
-    message = "unknown key, which the installed Ray and vLLM do not take"
-    return Problem(path, message, warning=schema == TOP)
+    if IGNORING.search(schema):
+        return Problem(path, "unknown key; Ray ignores it", warning=True)
+    return Problem(path, "unknown key, which the installed Ray and vLLM do not take")
+
+
+def schema_problems(schema: Any, path: KeyPath, data: Any) -> Iterator[Problem]:
+    """What one of Ray's schemas says of a value. pydantic's places end with names of types."""
+    from pydantic import ValidationError
+
+    try:
+        schema.model_validate(copied(data))
+    except ValidationError as error:
+        for row in error.errors():
+            keys, value = path, data
+            with contextlib.suppress(LookupError, TypeError):
+                for key in row["loc"]:
+                    keys, value = (*keys, key), value[key]
+            message = row["msg"].removeprefix("Value error, ")
+            if row["type"] == "missing":
+                message = f"{row['loc'][-1]} is missing"
+            elif keys != path and not isinstance(value, dict | list):
+                message = f"{show_value(value)}: {message}"
+            yield Problem(keys, message)
+    except ImportError:
+        pass  # of a class that the cluster may have: the builder's process will tell
+    except (Exception, SystemExit) as error:  # noqa: BLE001
+        # Ray imports what a request router or a policy names, which may raise anything.
+        yield Problem(path, str(error))
 
 
 def deployment_options(data: Config) -> Iterator[tuple[KeyPath, Config]]:
@@ -798,9 +847,7 @@ def format_key(path: KeyPath) -> str:
     return "".join(parts).removeprefix(".")
 
 
-# ======================================================================================
-# 5. Resources: short keys, the engine's share, what one replica reserves
-# ======================================================================================
+# == 5. Resources: short keys, the engine's share, what one replica reserves ===========
 
 STEPS = 10_000
 """Ray counts resources in steps of 1/10000."""
@@ -999,11 +1046,7 @@ def format_resources(resources: Resources) -> str:
     return ", ".join(parts) or "nothing"
 
 
-# ======================================================================================
-# 6. Memory: what vLLM says of an engine → what its share of a card buys
-# ======================================================================================
-
-GIB = 2**30
+# == 6. Memory: what vLLM says of an engine → what its share of a card buys ============
 
 
 @dataclass(frozen=True)
@@ -1067,6 +1110,8 @@ def format_memory(demand: Demand, room: Room | None) -> list[str]:
     length, blocks = memory.requests[0]
     request = f"a request of {length:,} tokens needs {gib(blocks * memory.block)} of KV cache"
     lines = [f"memory: weights {gib(memory.weights)} · {request}"]
+    if memory.platform == "cpu" and shares:
+        lines[0] += " (as a CPU build has it: blocks are smaller on a GPU)"
     if room is None:  # of main memory the engine itself takes what is free
         hint = "  no card's size is known here: --gpu-memory 80GiB would plan with one"
         return [*lines, hint] if shares else lines
@@ -1083,9 +1128,8 @@ def format_memory(demand: Demand, room: Room | None) -> list[str]:
     lines[-1] += queue if full < most < MANY_REQUESTS else ""
     target = demand.target_ongoing_requests
     if 0 < target < MANY_REQUESTS and not memory.pinned:
-        least = least_gpus(demand, room.card, target)
-        what = f"serves target_ongoing_requests {short(target)} in full"
-        lines.append(f"  the smallest num_gpus that {what}: {least}")
+        what = "the smallest num_gpus that serves target_ongoing_requests"
+        lines.append(f"  {what} {short(target)} in full: {least_gpus(demand, room.card, target)}")
     return lines
 
 
@@ -1137,7 +1181,7 @@ def ask_vllm(options: Config) -> Config:
             model = initialize_model(config)
         current_platform.update_block_size_for_backend(config)
         weights = sum(part.numel() * part.element_size() for part in model.parameters())
-        return {"weights": weights, **cache_of(config)}
+        return {"weights": weights, "platform": current_platform.device_type, **cache_of(config)}
 
 
 def cache_of(config: Any) -> Config:
@@ -1169,9 +1213,7 @@ def cache_of(config: Any) -> Config:
     }
 
 
-# ======================================================================================
-# 7. Plan: demands × nodes → placement
-# ======================================================================================
+# == 7. Plan: demands × nodes → placement ==============================================
 #
 # GCS picks nodes by each node's *sums*; the raylets then allocate *devices* (a share of a GPU comes
 # from one GPU), and may refuse, upon which GCS tries others, perhaps for seconds: "slow" here
@@ -1185,7 +1227,6 @@ Amounts = Counter[str | int]
 
 Bundle = tuple[Amounts, Mapping[str, str]]
 """What a bundle needs, and the labels that its node must have."""
-
 
 Slot = tuple[Demand, int, Amounts]
 """What one bundle of a demand takes of a node (its index)."""
@@ -1485,9 +1526,7 @@ def format_node(plan: Plan, index: int) -> list[str]:
     return lines
 
 
-# ======================================================================================
-# 8. Changes: config and what runs → what a run does with each application
-# ======================================================================================
+# == 8. Changes: config and what runs → what a run does with each application ==========
 
 LIGHTWEIGHT_OPTIONS = {
     *("num_replicas", "autoscaling_config", "max_ongoing_requests", "max_queued_requests"),
@@ -1642,9 +1681,7 @@ def taken_routes(
             yield Problem(path, message, hint)
 
 
-# ======================================================================================
-# 9. Causes: what Serve and the engine say → the root cause, a hint, the phase of a start
-# ======================================================================================
+# == 9. Causes: what Serve and the engine say → the root cause, a hint, the phase of a start
 
 ANSI = re.compile(r"\x1b\[[\d;]*m")
 LOG_PREFIX = re.compile(
@@ -1781,16 +1818,14 @@ def engine_phase(log: str) -> str:
     return next((phase for pattern, phase in reversed(PHASES) if re.search(pattern, log)), "")
 
 
-# ======================================================================================
-# 10. Ray: the only section that imports Ray, and the only one that knows its private parts
-# ======================================================================================
+# == 10. Ray: the only section that imports Ray, and the only one that knows its private parts
 
 SERVE, SERVE_CONTROLLER, REPLICA_PREFIX = "serve", "SERVE_CONTROLLER_ACTOR", "SERVE_REPLICA::"
 RECORDS, KEYS, CLAIMS = b"app_v5/records", b"app_v5", "app_v5/claims"
 """What this program keeps in the cluster: in the key-value store of the head node a `Record` an
 application, and the key of their fingerprints; with its Ray job, what a run works on."""
 
-OK = 200
+OK, NOT_FOUND, SERVER_ERROR = 200, 404, 500
 LOG = "api/v0/logs/file"
 WORKER = "RayWorkerProc"  # vllm/v1/executor/ray_executor_v2.py
 START_HINT = "start one with `ray start --head`, or give HOST:PORT in --address or RAY_ADDRESS"
@@ -1878,31 +1913,6 @@ class BuildProcess:
     began: float = math.inf
 
 
-def schema_problems(schema: Any, path: KeyPath, data: Any) -> Iterator[Problem]:
-    """What one of Ray's schemas says of a value. pydantic's places end with names of types."""
-    from pydantic import ValidationError
-
-    try:
-        schema.model_validate(copied(data))
-    except ValidationError as error:
-        for row in error.errors():
-            keys, value = path, data
-            with contextlib.suppress(LookupError, TypeError):
-                for key in row["loc"]:
-                    keys, value = (*keys, key), value[key]
-            message = row["msg"].removeprefix("Value error, ")
-            if row["type"] == "missing":
-                message = f"{row['loc'][-1]} is missing"
-            elif keys != path and not isinstance(value, dict | list):
-                message = f"{show_value(value)}: {message}"
-            yield Problem(keys, message)
-    except ImportError:
-        pass  # of a class that the cluster may have: the builder's process will tell
-    except (Exception, SystemExit) as error:  # noqa: BLE001
-        # Ray imports what a request router or a policy names, which may raise anything.
-        yield Problem(path, str(error))
-
-
 def fetch(
     url: str, body: Config | None = None, timeout_s: float = SMOKE_TIMEOUT_S, **headers: str
 ) -> Response:
@@ -1975,8 +1985,8 @@ class RayCluster:
             where = "" if wanted == "auto" else f" at {wanted}"
             text = shortened(" ".join(str(error).split()), MOST_CAUSE_CHARACTERS)
             raise ClusterError(f"no Ray cluster{where}: {text}\n   {START_HINT}") from error
-        dashboard = context.address_info["webui_url"]
-        self.dashboard_url = f"http://{dashboard}" if dashboard else ""
+        if dashboard := context.address_info["webui_url"]:
+            self.dashboard_url = f"http://{dashboard}"
 
     def alive(self) -> bool:
         """Whether the head node answers, and a raylet lives. Ray itself kills a driver that has
@@ -2090,16 +2100,14 @@ class RayCluster:
 
     def submit(self, action: Action) -> None:
         """Hand a built application to Serve, and do not wait. Raises ApplicationError."""
-        name, (rows, arguments) = action.name, self.built[action.name]
+        name, (rows, args) = action.name, self.built[action.name]
         record = Record(action.version, action.kept, action.demands)
         if action.record is None or action.record.version != action.version:
             # Before, too, so that it is there even if this run ends while Serve takes it over.
             self.remember(name, record)
-        limit_s = CONTROLLER_LOST_AFTER_S
+        most_s = CONTROLLER_LOST_AFTER_S
         try:
-            self.ask_controller(
-                "deploy_applications", {name: rows}, {name: arguments}, timeout_s=limit_s
-            )
+            self.ask_controller("deploy_applications", {name: rows}, {name: args}, timeout_s=most_s)
         except ApplicationError:
             self.remember(name, action.record)
             action.sent = False
@@ -2228,7 +2236,7 @@ class RayCluster:
             fields["memory"] = Memory(**mine[0]) if len(mine) == 1 else None
         return tuple(Demand(**fields) for fields in demands)
 
-    # -- resources -----------------------------------------------------------------------------
+    # -- resources and logs ------------------------------------------------------------------
 
     def nodes(self, giving_way: Collection[str] = ()) -> list[Node]:
         """The live nodes with what is free on each, and who holds the rest of it there; what the
@@ -2296,13 +2304,12 @@ class RayCluster:
         """Whether an autoscaler may add nodes. Of the head's own only its log tells, with v1 and v2
         (tried on Ray 2.60); KubeRay's is not on the head, and labels its nodes."""
         rows = self.ray.nodes()
-        if any("ray.io/node-group" in (row.get("Labels") or {}) for row in rows):
-            return True
         heads = [row["NodeID"] for row in rows if "node:__internal_head__" in row["Resources"]]
+        log = ""
         with contextlib.suppress(ClusterError, IndexError):
             log = self.ask_dashboard(LOG, filename="monitor.log", node_id=heads[0], lines=-1)
-            return "--autoscaling-config=" in log
-        return False
+        grouped = any("ray.io/node-group" in row["Labels"] for row in rows)
+        return grouped or "--autoscaling-config=" in log
 
     def actors(self, state: str) -> list[Any]:
         """The `ActorTableData` of the actors that are "ALIVE", or "DEAD". Raises ClusterError."""
@@ -2312,8 +2319,6 @@ class RayCluster:
         except Exception as error:
             raise ClusterError(f"the head node does not tell its actors: {error}") from error
         return list(map(self.ray.core.generated.gcs_pb2.ActorTableData.FromString, rows))
-
-    # -- logs ------------------------------------------------------------------------------------
 
     def replica_log(self, actor_id: str, state: str = "") -> str:
         """The ends of a replica's logs, into which its engine's processes write, too; with the
@@ -2332,11 +2337,8 @@ class RayCluster:
         return "\n".join(filter(None, parts))
 
 
-# ======================================================================================
-# 11. Verify: an application that runs → the proof that it is what was promised, and answers
-# ======================================================================================
+# == 11. Verify: an application that runs → the proof that it is what was promised, and answers
 
-NOT_FOUND, SERVER_ERROR = 404, 500
 ROUTE_QUESTIONS = 6
 ONE_TOKEN: Config = {"max_tokens": 1, "temperature": 0}
 QUESTIONS: tuple[tuple[str, Config], ...] = (
@@ -2441,9 +2443,7 @@ def format_refusal(status: int, text: str) -> str:
     return f"{status} {shortened(said, MOST_CAUSE_CHARACTERS)}"
 
 
-# ======================================================================================
-# 12. Deploy: the pool, the one watcher, deadlines, stopping
-# ======================================================================================
+# == 12. Deploy: the pool, the one watcher, deadlines, stopping ========================
 
 
 class Cluster(Protocol):
@@ -2555,11 +2555,13 @@ def in_workers(actions: Sequence[Action], run: Run, show: Callable[[Run], None])
     if not actions or run.stop_code:
         return
     # The replicas of now give up what they hold before the new ones start, but where those surge.
-    nodes = run.cluster.nodes({a.name for a in actions if a.change != "unchanged" and not a.surge})
-    run.nodes, run.admitted = nodes, []
-    cores = int(sum(node.total.get("CPU", 0.0) for node in nodes))
+    leaving = {a.name for a in actions if a.change != "unchanged" and not a.surge}
+    run.nodes, run.admitted = run.cluster.nodes(leaving), []
+    cores = int(sum(node.total.get("CPU", 0.0) for node in run.nodes))
     most = len(actions) if run.options.plan else run.options.max_workers
     workers = most or min(len(actions), max(2, cores))
+    for action in actions[workers:]:
+        action.detail = f"behind {', '.join(a.name for a in actions[:workers][:MOST_LOGS])}"
     pool = ThreadPoolExecutor(workers, thread_name_prefix="worker")
     futures = [pool.submit(carry_out, action, run) for action in actions]
     if not run.options.plan:
@@ -2785,9 +2787,7 @@ def exit_code(run: Run) -> int:
     return EXIT_CHANGES if edits and run.options.detailed_exitcode else EXIT_OK
 
 
-# ======================================================================================
-# 13. Report: what was reached → text, live view, JSON
-# ======================================================================================
+# == 13. Report: what was reached → text, live view, JSON ==============================
 
 RULE, THIN_RULE = "=" * 80, "-" * 80
 LLM_ENDPOINTS = ("POST {}/v1/chat/completions", "POST {}/v1/completions", "GET  {}/v1/models")
@@ -2900,9 +2900,7 @@ def format_unfinished(action: Action) -> list[str]:
     lines = [f"• {action.name}: {result} after {format_seconds(action.seconds())}"]
     lines += format_cause(action)
     if result != "FAILED":
-        handed = (
-            "It was handed to Serve, which may go on with it; this program no longer watches it"
-        )
+        handed = "It was handed to Serve, which may go on; this program no longer watches it"
         lines.append(f"   {handed if action.sent else 'It was not submitted'}")
     seen = action.details or (None if action.sent else action.before)
     if action.before and seen and action.change != "delete" and result != "UNKNOWN":
@@ -2981,8 +2979,7 @@ def format_plan(run: Run, plan: Plan) -> list[str]:
 
 
 def report_json(run: Run) -> Config:
-    """The report for programs; docs/REFERENCE.md has it. A key that is gone or means another thing
-    raises the version, a new one does not."""
+    """The report for programs (docs/REFERENCE.md). A key that goes or changes raises `version`."""
     report = {
         "version": 4,
         "exit_code": exit_code(run),
@@ -3003,7 +3000,7 @@ def action_json(action: Action, run: Run) -> Config:
         "route_prefix": action.application.route_prefix,
         "models": action.application.models,
         "deployments": action.demands,
-        "rooms": {demand.deployment: room_in(plan, demand) for demand in action.demands},
+        "rooms": [room_in(plan, demand) for demand in action.demands],
         "gap": gap(action),
         "seconds": round(action.seconds(), 1),
         "logs": log_commands(action),
@@ -3097,8 +3094,8 @@ class Terminal(io.TextIOBase):
         if run.stop_code:
             self.console.print(f"🛑 Stopped: {run.stop_reason}")
         if run.options.json:
-            hide = partial(redact, secrets=self.secrets)
-            text = json.dumps(copied(report_json(run), hide), indent=2)
+            report = copied(report_json(run), partial(redact, secrets=self.secrets))
+            text = json.dumps(report, indent=2)
         else:
             lines = format_plan(run, run.plan) if run.plan else format_summary(run)
             text = redact("\n".join(lines), self.secrets)
@@ -3109,9 +3106,7 @@ class Terminal(io.TextIOBase):
         return exit_code(run)
 
 
-# ======================================================================================
-# 14. Command line: options, main() -> int, the one place where exceptions become exit codes
-# ======================================================================================
+# == 14. Command line: options, main() -> int, the one place where exceptions become exit codes
 
 
 def parse_options(argv: Sequence[str] | None) -> Options:

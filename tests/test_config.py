@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -50,7 +51,9 @@ BROKEN = [
     ),
     pytest.param(
         "applications:\n\t- name: a\n",
-        [":2:1: not YAML: found character '\\t' that cannot start any token"],
+        [
+            ":2:1: not YAML: found character '\\t' that cannot start any token (indent with spaces, not tabs)"
+        ],
         id="tab indent",
     ),
     pytest.param(
@@ -98,21 +101,21 @@ BROKEN = [
     pytest.param(
         b"applications: []\n# caf\xe9\n",
         [
-            ': can\'t be read: unacceptable character #x00e9: invalid continuation byte in "<byte string>", position 22'
+            ': not YAML in UTF-8: unacceptable character #x00e9: invalid continuation byte in "<byte string>", position 22'
         ],
         id="latin-1",
     ),
     pytest.param(
         "applications: []".encode("utf-16-le"),
         [
-            ': can\'t be read: unacceptable character #x0000: special characters are not allowed in "<byte string>", position 1'
+            ': not YAML in UTF-8: unacceptable character #x0000: special characters are not allowed in "<byte string>", position 1'
         ],
         id="UTF-16",
     ),
     pytest.param(
         b"applications: []\x00",
         [
-            ': can\'t be read: unacceptable character #x0000: special characters are not allowed in "<byte string>", position 16'
+            ': not YAML in UTF-8: unacceptable character #x0000: special characters are not allowed in "<byte string>", position 16'
         ],
         id="NUL",
     ),
@@ -258,9 +261,7 @@ BROKEN = [
     ),
     pytest.param(
         ONE + ", route_prefix: /a}\n- {name: a, import_path: m:a, route_prefix: /b}\n",
-        [
-            ':1:1: applications: Found multiple configs for application "a". Please remove all duplicates.'
-        ],
+        [":3:3: applications[1]: 'a' is there twice, first in applications[0]; give each its own"],
         id="same name",
     ),
     pytest.param(
@@ -348,6 +349,13 @@ BROKEN = [
         ONE + ", deployments: [{num_replicas: 1}]}\n",
         [":2:45: applications[0].deployments[0]: name is missing"],
         id="deployment without name",
+    ),
+    pytest.param(
+        ONE + ", deployments: [{name: d}, {name: d}]}\n",
+        [
+            ":2:56: applications[0].deployments[1]: 'd' is there twice, first in applications[0].deployments[0]; give each its own"
+        ],
+        id="deployment twice",
     ),
     pytest.param(
         ONE + ", deployments: [{name: d, num_replica: 2}]}\n",
@@ -532,6 +540,13 @@ BROKEN = [
         id="num_gpus of the LLM",
     ),
     pytest.param(
+        LLM + "    - model_loading_config: {model_id: m}\n",
+        [
+            ":6:7: applications[0].args.llm_configs[1]: 'm' is there twice, first in applications[0].args.llm_configs[0]; give each its own"
+        ],
+        id="same model_id",
+    ),
+    pytest.param(
         LLM + "      deployment_config: {num_gpu: 0.45}\n",
         [
             ":6:27: applications[0].args.llm_configs[0].deployment_config.num_gpu: unknown key, did you mean 'num_gpus'?"
@@ -548,7 +563,7 @@ BROKEN = [
     pytest.param(
         LLM + "      engine_kwargs: {tensor_parallel_size: 0}\n",
         [
-            ":6:23: applications[0].args.llm_configs[0].engine_kwargs.tensor_parallel_size: 0 is not a number, 1 to 9999"
+            ":6:23: applications[0].args.llm_configs[0].engine_kwargs.tensor_parallel_size: 0 is not a whole number, 1 to 9999"
         ],
         id="tensor parallel zero",
     ),
@@ -1018,7 +1033,7 @@ def test_llm_configs_may_be_paths_and_problems_point_into_them() -> None:
         ),
         pytest.param(
             "a: \xe9 é\n",
-            f"llm.yaml: {PATH}: can't be read: unacceptable character #x00e9",
+            f"llm.yaml: {PATH}: not YAML in UTF-8: unacceptable character #x00e9",
             id="latin-1",
         ),
         pytest.param(
@@ -1230,13 +1245,26 @@ def test_a_route_that_is_not_ascii() -> None:
 
 
 @pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("max_concurrent_queries", "max_ongoing_requests"),
+        (
+            "target_num_ongoing_requests_per_replica",
+            "target_ongoing_requests, in autoscaling_config",
+        ),
+    ],
+)
+def test_old_names_get_their_successor(old: str, new: str) -> None:
+    (found,) = problems(ONE + f", deployments: [{{name: d, {old}: 3}}]}}\n")
+    assert found.endswith(f"{old}: is not taken here; write {new}")
+
+
+@pytest.mark.parametrize(
     "key", ["name", "working_dir", "env_vars", "requirements", "compute_config", "image_uri"]
 )
 def test_other_tools_keys_at_the_top_are_warnings(key: str) -> None:
     found = problems(f"{key}: x\napplications:\n- import_path: m:a\n")
-    assert found == [
-        f":1:1: warning: {key}: unknown key, which the installed Ray and vLLM do not take"
-    ]
+    assert found == [f":1:1: warning: {key}: unknown key; Ray ignores it"]
 
 
 def test_a_missing_file_does_not_hide_the_rest() -> None:
@@ -1271,7 +1299,7 @@ def test_an_llm_has_the_options_that_ray_takes_for_a_deployment() -> None:
     from ray.serve.deployment import Deployment
 
     taken = {name for name in inspect.signature(Deployment.options).parameters if name[0] != "_"}
-    ours = set(app.known_schemas()[app.DEPLOYMENT])
+    ours = set(app.known_schemas()[app.OPTIONS])
     assert taken - {"self", "func_or_class", "version"} <= ours
 
 
@@ -1429,3 +1457,36 @@ def test_no_slip_of_the_pen_breaks_the_program() -> None:
             raise AssertionError(f"mutation {number}:\n{text}") from error
         refused += any("warning: " not in line for line in found)
     assert 150 < refused < 300
+
+
+# -- what Ray would refuse later -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        pytest.param("llm_engine", "SGLang", "'SGLang' is not vLLM", id="engine"),
+        pytest.param(
+            "deployment_config",
+            "{max_replicas_per_node: 0}",
+            "0 is not a whole number, 1 to 100",
+            id="replicas per node",
+        ),
+        pytest.param(
+            "placement_group_config",
+            "{strategy: FOO, bundles: [{GPU: 1}]}",
+            "'FOO' is not PACK, SPREAD",
+            id="a strategy",
+        ),
+    ],
+)
+def test_what_ray_refuses_later_is_refused_before(option: str, value: str, said: str) -> None:
+    [problem] = problems(f"{LLM}      {option}: {value}\n")
+    assert re.match(rf":\d+:\d+: applications\[0\]\.args\.llm_configs\[0\]\.{option}", problem)
+    assert said in problem
+
+
+def test_the_engines_are_those_that_ray_has() -> None:
+    from ray.llm._internal.serve.core.configs.llm_config import LLMEngine
+
+    assert all(app.check_value(engine.value, "llm_engine", ()) == [] for engine in LLMEngine)

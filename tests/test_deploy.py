@@ -244,7 +244,7 @@ def test_one_worker_starts_the_next_when_the_one_before_has_settled() -> None:
         show=lambda run: seen.append([(item.words, item.detail) for item in run.actions]),
     )
     assert cluster.most_building == 1
-    assert {b for a, b in seen if a[0] != "RUNNING"} == {("queued", "")}
+    assert {b for a, b in seen if a[0] != "RUNNING"} == {("queued", "behind a")}
 
 
 @pytest.mark.parametrize(
@@ -429,8 +429,8 @@ def test_a_stop_ends_every_wait_and_says_what_was_submitted() -> None:
     assert (code(run), run.stop_reason) == (130, "SIGINT")
     said = [app.format_unfinished(action)[1] for action in run.actions]
     assert said == [
-        "   It was handed to Serve, which may go on with it; this program no longer watches it",
-        "   It was handed to Serve, which may go on with it; this program no longer watches it",
+        "   It was handed to Serve, which may go on; this program no longer watches it",
+        "   It was handed to Serve, which may go on; this program no longer watches it",
         "   It was not submitted",
     ]
     cluster.hanging["handed over"].set()

@@ -18,7 +18,8 @@ REMOTE_ONLY = (
     '"local://" URIs for directories that already exist on every node. Got error when parsing '
     "URI: Expected URI but received path "
 )
-UNKNOWN = "unknown key, which the installed Ray and vLLM do not take"
+IGNORED = "unknown key; Ray ignores it"
+NOT_OF_VLLM = "unknown key, which the installed Ray and vLLM do not take"
 LLM = "applications[0].args.llm_configs[0]"
 DEPLOYMENT = "applications[0].deployments[0]"
 
@@ -134,7 +135,7 @@ ON_PURPOSE = [
     pytest.param(
         f"{OPENAI}    - model_loading_config: {{model_id: m}}\n"
         "      engine_kwargs: {task: embed}\n",
-        [f":6:23: {LLM}.engine_kwargs.task: {UNKNOWN}"],
+        [f":6:23: {LLM}.engine_kwargs.task: {NOT_OF_VLLM}"],
         id="the task of an embedding model",
     ),
     pytest.param(
@@ -196,7 +197,7 @@ OF_ANYSCALE = {
 @pytest.mark.parametrize("key", OF_ANYSCALE)
 def test_a_key_of_an_anyscale_service_is_a_warning(key: str) -> None:
     text = f"{key}: {OF_ANYSCALE[key]}\napplications:\n- import_path: m:app\n"
-    assert problems(text) == [f":1:1: warning: {key}: {UNKNOWN}"]
+    assert problems(text) == [f":1:1: warning: {key}: {IGNORED}"]
 
 
 def test_a_whole_anyscale_service_is_taken() -> None:
@@ -204,7 +205,7 @@ def test_a_whole_anyscale_service_is_taken() -> None:
     lines += ["http_options: {request_timeout_s: 60}", "logging_config: {log_level: INFO}"]
     lines += ["tracing_config: {enabled: true}", "applications:", "- import_path: m:app", ""]
     assert problems("\n".join(lines)) == [
-        f":{line}:1: warning: {key}: {UNKNOWN}" for line, key in enumerate(OF_ANYSCALE, start=1)
+        f":{line}:1: warning: {key}: {IGNORED}" for line, key in enumerate(OF_ANYSCALE, start=1)
     ]
 
 
@@ -216,8 +217,8 @@ def test_an_anyscale_service_of_the_first_kind_has_no_applications() -> None:
 def test_an_anyscale_service_with_a_slip_is_told_only_of_that() -> None:
     text = "name: s\nworking_dir: .\nhttp_option: {port: 1}\napplications: [{import_path: m:app}]\n"
     assert problems(text) == [
-        f":1:1: warning: name: {UNKNOWN}",
-        f":2:1: warning: working_dir: {UNKNOWN}",
+        f":1:1: warning: name: {IGNORED}",
+        f":2:1: warning: working_dir: {IGNORED}",
         ":3:1: http_option: unknown key, did you mean 'http_options'?",
     ]
 
@@ -313,14 +314,23 @@ RETIRED = [
 
 
 @pytest.mark.parametrize(
-    "old", ["max_concurrent_queries", "target_num_ongoing_requests_per_replica"]
+    ("old", "new"),
+    [
+        ("max_concurrent_queries", "max_ongoing_requests"),
+        (
+            "target_num_ongoing_requests_per_replica",
+            "target_ongoing_requests, in autoscaling_config",
+        ),
+    ],
 )
 @pytest.mark.parametrize(
     ("text", "place"), RETIRED, ids=["deployment", "its autoscaling", "LLM", "its autoscaling too"]
 )
-def test_a_retired_key_is_refused(text: str, place: str, old: str) -> None:
-    [said] = problems(text.replace("OLD", old))
-    assert said.startswith(f"{place}{old}: unknown key, ")
+def test_a_retired_key_is_named_with_its_successor(
+    text: str, place: str, old: str, new: str
+) -> None:
+    said = f"{place}{old}: is not taken here; write {new}"
+    assert problems(text.replace("OLD", old)) == [said]
 
 
 def test_deprecated_keys_that_ray_still_takes_are_taken() -> None:

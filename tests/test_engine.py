@@ -125,7 +125,7 @@ def predicted(head: RayHead, config: Path) -> set[tuple[str, str]]:
     run that deployed it keeps that in the cluster."""
     plan = json.loads(run_app_v5(config, "--plan", "--json", head=head).stdout)
     assert {row["change"] for row in plan["applications"]} == {"unchanged"}
-    rooms = [room for row in plan["applications"] for room in row["rooms"].values() if room]
+    rooms = [room for row in plan["applications"] for room in row["rooms"] if room]
     return {(f"{room['tokens']:,}", f"{room['requests']:.2f}") for room in rooms}
 
 

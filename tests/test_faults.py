@@ -120,7 +120,7 @@ FILES: dict[str, tuple[str | bytes, int, list[str]]] = {
     "A13 a name twice": (
         f"{ONE}}}\n- {{name: a, import_path: 'm:b', route_prefix: /b}}",
         2,
-        ['configs for application "a"'],
+        ["applications[1]", "'a'", "applications[0]"],
     ),
     "A13 a route twice": (f"{ONE}}}\n- {{name: b, import_path: 'm:b'}}", 2, ['route prefix "/"']),
     "A14 /a/": (f"{ONE}, route_prefix: /a/}}", 2, ["applications[0].route_prefix"]),

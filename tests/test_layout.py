@@ -16,7 +16,7 @@ from cluster import APP_V5
 
 SOURCE = APP_V5.read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
-BANNER = re.compile(r"^# =+\n# (\d+)\. ([^:\n]+)", re.MULTILINE)
+BANNER = re.compile(r"^# == (\d+)\. ([^:\n]+)", re.MULTILINE)
 SECTIONS = [
     (SOURCE.count("\n", 0, match.start()) + 1, match[2]) for match in BANNER.finditer(SOURCE)
 ]
@@ -25,8 +25,8 @@ NAMES = [
     *("Causes", "Ray", "Verify", "Deploy", "Report", "Command line"),
 ]
 
-CEILING = 3539  # to be 3300
-MOST_OF_A_SECTION = 555  # to be 520; neither may grow
+CEILING = 3300
+MOST_OF_A_SECTION = 520
 MOST_OF_A_FUNCTION = 60
 
 
@@ -89,8 +89,8 @@ def test_ray_and_vllm_are_imported_only_in_their_sections_and_only_when_needed()
             if id(node) in for_types:
                 assert module == "ray.serve.schema", (module, node.lineno)
             else:
-                home = "Memory" if module.split(".")[0] == "vllm" else "Ray"
-                assert section(node) == home, (module, node.lineno)
+                homes = {"ray": ["Ray"], "vllm": ["Memory"], "pydantic": ["Check", "Ray"]}
+                assert section(node) in homes[module.split(".")[0]], (module, node.lineno)
                 assert node.col_offset > 0, (module, node.lineno)
     assert found > 10
 

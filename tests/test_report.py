@@ -153,7 +153,7 @@ def test_a_failure_says_why_what_would_help_and_where_to_look() -> None:
     [
         pytest.param(
             {"result": "INTERRUPTED"},
-            "It was handed to Serve, which may go on with it; this program no longer watches it",
+            "It was handed to Serve, which may go on; this program no longer watches it",
             id="interrupted",
         ),
         pytest.param(
@@ -163,12 +163,12 @@ def test_a_failure_says_why_what_would_help_and_where_to_look() -> None:
         ),
         pytest.param(
             {"result": "STILL DEPLOYING"},
-            "It was handed to Serve, which may go on with it; this program no longer watches it",
+            "It was handed to Serve, which may go on; this program no longer watches it",
             id="time ran out",
         ),
         pytest.param(
             {"result": "UNKNOWN"},
-            "It was handed to Serve, which may go on with it; this program no longer watches it",
+            "It was handed to Serve, which may go on; this program no longer watches it",
             id="lost",
         ),
     ],

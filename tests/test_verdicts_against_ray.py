@@ -37,12 +37,13 @@ DELIBERATE = {
     "env_vars: ": "variables that are no mapping fail when the environment is made",
     "is not taken for single applications": "Serve takes it only for all applications at once",
     "is not a port": "no proxy can listen there",
-    "unknown key": "Ray ignores it without a word",
+    "is there twice": "of two equal names Ray takes one without a word",
     "disagree; give one of them": "short keys are this program's own",
-    "and each uses one GPU": "Ray refuses a fraction above 1 when a replica starts",
+    "asks for the CPU engine, but": "num_gpus: 0 is this program's word for the CPU engine",
+    "above 1 Ray takes whole GPUs only": "Ray refuses it when a replica starts",
     "is not a number, 0 or more": "`true` is no amount, and no machine has 2**70",
     "is not above 0, 1 at most": "vLLM refuses it when the engine starts",
-    "is not a number, 1 to 9999": "vLLM refuses it when the engine starts",
+    "is not a whole number, 1 to 9999": "vLLM refuses it when the engine starts",
 }
 """What the program refuses and Ray takes, on purpose: how the message reads, and why."""
 
@@ -283,16 +284,6 @@ LATER = {
         "builder",
         "Invalid lora_config",
     ),
-    "two models of a name": (
-        f"{MODEL}    - model_loading_config: {{model_id: m}}\n",
-        "builder",
-        "Duplicate models found",
-    ),
-    "bundles of an LLM": (
-        f"{MODEL}      deployment_config: {{placement_group_bundles: [{{GPU: 1}}]}}\n",
-        "builder",
-        "must not be specified in deployment_config",
-    ),
     "an unknown engine": (f"{MODEL}      llm_engine: SGLang\n", "builder", "Unsupported engine"),
     "a retired experiment": (
         f"{MODEL}      experimental_configs: {{num_router_replicas: 2}}\n",
@@ -375,12 +366,16 @@ TOLD_AT_ONCE = frozenset(
     {
         "a deployment option",
         "a placement option",
-        "an actor option",
         "an ingress option",
         "an option of the ingress class",
+        "an unknown engine",
+        "an unknown placement strategy",
+        "an unknown strategy",
         "another argument",
+        "at most none on a node",
         "no list of applications",
         "the old router_cls",
+        "two actors of a name",
     }
 )
 """Which of them the program refuses itself, with their lines; the others are left to the builder,
