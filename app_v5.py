@@ -166,14 +166,14 @@ class Card:
 
 @dataclass(frozen=True)
 class Node:
-    """One live node; it `matches` label selectors as Ray says. `holders` are
-    ("application/deployment", what it holds there), `cards` its GPUs where their size is known."""
+    """One live node; it `matches` label selectors as Ray says. `cards` are its GPUs, where their
+    size is known."""
 
     name: str
     total: Resources
     free: Resources
     matches: Callable[[Mapping[str, str]], bool] = lambda selector: not selector
-    holders: tuple[tuple[str, Resources], ...] = ()
+    holders: tuple[Reservation, ...] = ()
     cards: tuple[Card, ...] = ()
 
 
@@ -658,20 +658,15 @@ INSTEAD = {
 }
 """Old names, which Ray ignores."""
 
-RULES: Mapping[str, tuple[str, type | str | tuple[float, float, bool]]] = {
+RULES: Mapping[str, tuple[str, type | str | range | tuple[float, float]]] = {
     **dict.fromkeys(LISTS, ("a list", list)),
-    **dict.fromkeys(
-        (*SHORT_RESOURCES, "memory", AMOUNTS), ("a number, 0 or more", (0, 1e18, False))
-    ),
-    **dict.fromkeys(PARALLEL_SIZES, ("a whole number, 1 to 9999", (1, 9999, True))),
-    "port": ("a port, 1 to 65535", (1, 65535, True)),
-    "max_replicas_per_node": ("a whole number, 1 to 100", (1, 100, True)),
-    "gpu_memory_utilization": ("above 0, 1 at most", (1e-6, 1, False)),
+    **dict.fromkeys((*SHORT_RESOURCES, "memory", AMOUNTS), ("a number, 0 or more", (0, 1e18))),
+    **dict.fromkeys(PARALLEL_SIZES, ("a whole number, 1 to 9999", range(1, 10_000))),
+    "port": ("a port, 1 to 65535", range(1, 65_536)),
+    "max_replicas_per_node": ("a whole number, 1 to 100", range(1, 101)),
+    "gpu_memory_utilization": ("above 0, 1 at most", (1e-6, 1)),
     "llm_engine": ("vLLM", "vLLM"),
-    **dict.fromkeys(
-        ("strategy", "placement_group_strategy"),
-        ("PACK, SPREAD, STRICT_PACK or STRICT_SPREAD", "(STRICT_)?(PACK|SPREAD)"),
-    ),
+    "strategy": ("PACK, SPREAD, STRICT_PACK or STRICT_SPREAD", "(STRICT_)?(PACK|SPREAD)"),
     # Ray's metrics take ASCII alone: another name stops Serve's controller for good. "#" separates
     # the parts of a replica's name, which, with its application's, becomes a file's (255 bytes).
     **dict.fromkeys(
@@ -686,8 +681,8 @@ RULES: Mapping[str, tuple[str, type | str | tuple[float, float, bool]]] = {
     ),
 }
 """Key, or schema of which every value counts -> what a value has to be, as in "5 is not ...", and
-its type, the pattern of a text, or the least and the most of a number and whether it is a whole
-one: where this program itself reads a value, or Ray says nothing, or too little."""
+its type, the pattern of a text, a range of whole numbers, or the least and the most of others:
+where this program itself reads a value, or Ray says nothing, or too little."""
 
 
 @cache
@@ -751,9 +746,9 @@ def check_value(value: Any, rule: str, path: KeyPath) -> Problems:
     elif isinstance(allowed, str):
         fits = isinstance(value, str) and bool(re.fullmatch(allowed, value))
     elif not isinstance(value, bool):
-        least, most, whole = allowed
         with contextlib.suppress(TypeError, ValueError, OverflowError):
-            fits = least <= float(value) <= most and not (whole and float(value) % 1)
+            number, is_range = float(value), isinstance(allowed, range)
+            fits = number in allowed if is_range else allowed[0] <= number <= allowed[1]
     return [] if fits else [Problem(path, f"{show_value(value)} is not {needed}")]
 
 
@@ -1297,8 +1292,11 @@ def stock(node: Node) -> Amounts:
     runs there, in the order in which it came. What nobody is known to hold is taken from the freest
     ones, so that the guess promises too little."""
     gpus = Amounts(dict.fromkeys(range(int(node.total.get("GPU", 0.0))), STEPS))
-    for _, amounts in node.holders:
-        gpus.subtract(take(gpus, int(amounts.get("GPU", 0.0) * STEPS)) or {})
+    for holder in node.holders:
+        workers = holder.gpus or (0,)  # each has a part of one card
+        share = int(holder.reserved.get("GPU", 0.0) / len(workers) * STEPS)
+        for _ in workers:
+            gpus.subtract(take(gpus, share) or {})
     left = round(node.free.get("GPU", 0.0) * STEPS)
     for gpu in sorted(gpus_of(gpus), key=lambda gpu: (gpus[gpu], -gpu)):
         gpus[gpu] = min(left, gpus[gpu])
@@ -1433,8 +1431,8 @@ def lack_of(plan: Plan, resource: str, need: int, nodes: Sequence[int]) -> str:
     held = Counter[str]()
     for demand, node, taken in plan.slots:
         held[demand.label] += taken[key] if node == index else 0
-    for label, amounts in plan.nodes[index].holders:
-        held[label] += round(amounts.get(resource, 0.0) * STEPS)
+    for r in plan.nodes[index].holders:
+        held[f"{r.application}/{r.deployment}"] += round(r.reserved.get(resource, 0.0) * STEPS)
     amount = {n: format_amount(resource, n / STEPS) for n in (need, most, *held.values())}
     texts = [f"{label} {amount[n]}" for label, n in held.most_common() if n]
     others = [f"{len(texts) - MOST_LOGS} others"] * (len(texts) > MOST_LOGS)
@@ -1690,7 +1688,10 @@ LOG_PREFIX = re.compile(
 )
 FRAME = re.compile(r'^\s*File (?:"[^"]*", line \d+, in|(?P<place>"[^"]*", line \d+))')
 RAISED = re.compile(r"^(?P<name>[A-Za-z_][\w.]*)(?:\([\w.]+\))?(?::|: .*)?$")
-NEXT_MESSAGE = re.compile(r"Traceback|During |The above|The deployment|A replica|ray::|:|\[")
+NEXT_MESSAGE = re.compile(
+    r"Traceback|During handling|The above exception|The deployment |Deployment '|A replica |"
+    r"ray::|:\w+:|\[|\S+:\d+: "
+)
 """What ends the lines that belong to an exception."""
 
 WRAPPERS = re.compile(
@@ -1702,8 +1703,10 @@ WRAPPERS = re.compile(
 """Exceptions whose text only points elsewhere (vllm/v1/engine/utils.py, vllm/v1/executor)."""
 
 NEEDLESS = re.compile(
-    r"^.*(?: exit detail: |vLLM engine config: |Value error, |Worker failed with error '(?!'))|"
-    r"^.*CalledProcessError: .*(?:ERROR|error): |"  # what pip printed, up to its last line
+    r"^(?:(?:\S*ActorDiedError: )?The actor (?:died|is dead).*? exit detail: |"
+    r"RuntimeError: Failed to create vLLM engine config: |pydantic_core\._pydantic_core\.|"
+    r"(?:RuntimeError: )?Worker failed with error '(?!')|\d+ validation errors? for \w+ Value "
+    r"error, |\S+CalledProcessError: .*(?:ERROR|error): )+|"  # what pip printed, but its last line
     r"(?:', please check| \[type=\w+, | Some common causes| Supported architectures:).*"
 )
 """What nobody needs to read before an exception's own words, and behind them."""
@@ -1769,7 +1772,8 @@ def root_cause(message: str, logs: Sequence[str] = ()) -> tuple[str, str]:
     last in Serve's message, as Python prints the outermost last, and from the first in a log, as
     the engine's processes pass it on."""
     lines = [line.strip() for line in ANSI.sub("", message).splitlines() if line.strip()]
-    said = [real_exceptions(message)[::-1], *map(real_exceptions, logs), lines[-1:]]
+    last = [x for x in lines if not x.startswith(("This may be caused by", "ActorDied"))] or lines
+    said = [real_exceptions(message)[::-1], *map(real_exceptions, logs), last[-1:]]
     found = next(filter(None, said), ["(no message)"])
     text = next(filter(hint_for, found), found[0])
     hint = hint_for(text) or hint_for(message.partition('\n  File "')[0])
@@ -1951,8 +1955,6 @@ class RayCluster:
         self.builders: dict[str, BuildProcess] = {}
         self.built: dict[str, Any] = {}  # by application, what Serve's controller takes
 
-    # -- connecting ---------------------------------------------------------------------
-
     def connect(self, address: str, claims: Collection[str] = ()) -> None:
         """Join the running cluster at `address`, at RAY_ADDRESS, or on this machine, as a job that
         says which applications this run works on. Raises ClusterError when there is none."""
@@ -2001,13 +2003,14 @@ class RayCluster:
         a help, and never a condition. Ray's own `get_log` tells its timeout only to the server, and
         waits for ever for a dashboard that hangs (ray/util/state/api.py)."""
         from ray._private.authentication import http_token_authentication as tokens
+        from ray.dashboard.utils import ray_address_to_api_server_url
 
-        url = f"{self.dashboard_url}/{path}?{urlencode(query)}"
-        headers = tokens.get_auth_headers_if_auth_enabled({})
         try:
-            status, text, _ = fetch(url, None, LOG_TIMEOUT_S, **headers)
-        except ApplicationError as error:
-            raise ClusterError(str(error)) from error
+            url = ray_address_to_api_server_url(self.ray.get_runtime_context().gcs_address)
+            auth = tokens.get_auth_headers_if_auth_enabled({})
+            status, text, _ = fetch(f"{url}/{path}?{urlencode(query)}", None, LOG_TIMEOUT_S, **auth)
+        except Exception as error:
+            raise ClusterError(first_line(str(error)) or repr(error)) from error
         if status != OK:
             raise ClusterError(f"{status} {first_line(text)}")
         return text
@@ -2254,15 +2257,15 @@ class RayCluster:
             free = Counter(available.get(node_id, {}))
             for each in leaving:
                 free.update(each.reserved)
-            staying = [each for each in held if each not in leaving]
-            holders = tuple((f"{r.application}/{r.deployment}", r.reserved) for r in staying)
+            staying = tuple(each for each in held if each not in leaving)
             # On a laptop without a GPU, too, which stands for the cluster that is to come.
             count = max(1, int(total.get("GPU", 0))) if self.options.gpu_memory else 0
             mine = cards.get(node_id) or (Card(self.options.gpu_memory),) * count
             # What gives way holds memory, too, and nobody knows on which card.
-            mine = tuple(replace(card, used=0) if leaving else card for card in mine)
+            if any(each.reserved.get("GPU") for each in leaving):
+                mine = tuple(replace(card, used=0) for card in mine)
             matches = partial(self.ray._raylet.node_labels_match_selector, row["Labels"])
-            nodes.append(Node(row["NodeManagerAddress"], total, free, matches, holders, mine))
+            nodes.append(Node(row["NodeManagerAddress"], total, free, matches, staying, mine))
         return nodes
 
     def reservations(self) -> list[Reservation]:
@@ -2293,7 +2296,7 @@ class RayCluster:
         addresses = {row["NodeID"]: row["NodeManagerAddress"] for row in self.ray.nodes()}
         found = []
         for (name, node_id), amounts in sorted(held.items()):
-            if name.startswith(REPLICA_PREFIX):
+            if name.startswith(REPLICA_PREFIX) and name.count("#") > 1:
                 application, deployment, replica = name.removeprefix(REPLICA_PREFIX).rsplit("#", 2)
                 where, indices = addresses.get(node_id, ""), tuple(sorted(gpus[name, node_id]))
                 row = (application, deployment, replica, node_id, where, dict(amounts), indices)
@@ -2638,8 +2641,9 @@ def carry_out(action: Action, run: Run) -> None:
     except Exception as error:  # noqa: BLE001
         known = isinstance(error, ApplicationError)
         action.trace = str(error) if known else traceback.format_exc()
-        logs = failure_logs(action, run.cluster)
-        run.end(action, "FAILED", *root_cause(action.trace, logs))
+        logs, unread = failure_logs(action, run.cluster)
+        cause, hint = root_cause(action.trace, logs)
+        run.end(action, "FAILED", cause, hint or unread)
 
 
 def submit(action: Action, run: Run) -> None:
@@ -2705,15 +2709,16 @@ def failed_replicas(action: Action) -> list[ReplicaDetails]:
     return sorted(failed, key=lambda replica: replica.start_time_s or 0.0, reverse=True)
 
 
-def failure_logs(action: Action, cluster: Cluster) -> list[str]:
-    """What the replicas that failed have left, one text each, the latest first."""
-    logs = []
+def failure_logs(action: Action, cluster: Cluster) -> tuple[list[str], str]:
+    """What the replicas that failed have left, one text each, the latest first; and why there is
+    none of one: a log is a help, and never a condition."""
+    logs, unread = [], ""
     for replica in failed_replicas(action)[:MOST_LOGS]:
         try:
             logs.append(cluster.replica_log(replica.actor_id or "", "DEAD"))
-        except ClusterError as error:
-            logs.append(f"ClusterError: there is no log of it: {error}")
-    return logs
+        except Exception as error:  # noqa: BLE001
+            unread = f"there is no log of it: {first_line(str(error))}"
+    return logs, unread
 
 
 def prove(action: Action, run: Run) -> None:
@@ -2903,7 +2908,7 @@ def format_unfinished(action: Action) -> list[str]:
         handed = "It was handed to Serve, which may go on; this program no longer watches it"
         lines.append(f"   {handed if action.sent else 'It was not submitted'}")
     seen = action.details or (None if action.sent else action.before)
-    if action.before and seen and action.change != "delete" and result != "UNKNOWN":
+    if action.before and seen and action.submits and result != "UNKNOWN":
         old = {replica.replica_id for replica in replicas_of(action.before)}
         left = [r for r in replicas_of(seen) if r.replica_id in old and r.state == "RUNNING"]
         lines.append(f"   Still serving from before the edit: {len(left)} of {len(old)} replicas")
@@ -2931,8 +2936,7 @@ def format_summary(run: Run) -> list[str]:
     failed = [a for a in run.actions if a.result not in ("RUNNING", "DELETED")]
     doomed = sum(action.change == "delete" for action in run.actions)
     wanted = len(run.actions) - doomed
-    good = exit_code(run) in (EXIT_OK, EXIT_CHANGES)
-    seconds = format_seconds(run.clock() - run.started)
+    good, seconds = exit_code(run) == EXIT_OK, format_seconds(run.clock() - run.started)
     lines = [RULE, f"{'✅' if good else '⚠️ '} Deployment Summary", RULE]
     for done, count, total in (("deployed", running, wanted), ("deleted", deleted, doomed)):
         if total:
@@ -3006,9 +3010,6 @@ def action_json(action: Action, run: Run) -> Config:
         "logs": log_commands(action),
         "base_url": base_url(action.application, run),
     }
-
-
-# -- a config for others ---------------------------------------------------------------------------
 
 
 def export_config(document: Document, apps: Sequence[ApplicationSpec]) -> str:
@@ -3192,7 +3193,8 @@ class Session:
         if not options.export:
             say("🔧 Initializing Ray and Ray Serve...")
         applications = self.load()
-        say(f"📦 Found {len(applications)} application(s) to deploy")
+        purpose = "plan" if options.plan else "delete" if options.delete else "deploy"
+        say(f"📦 Found {len(applications)} application(s) to {purpose}")
         if options.export:
             self.terminal.output(export_config(self.document, applications).rstrip("\n"))
             return EXIT_OK
@@ -3262,7 +3264,7 @@ class Session:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program in a thread, while this one heeds signals: Ray's calls would hold them up.
     Whenever one comes, what was reached is printed, and the exit code is the signal's."""
-    sys.stderr = sys.stderr or io.StringIO()  # as `2>&-` leaves it
+    sys.stdout, sys.stderr = (s or io.StringIO() for s in (sys.stdout, sys.stderr))  # `>&-`
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without emoji shows question marks

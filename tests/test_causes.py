@@ -108,7 +108,7 @@ WHAT_WAS_RECORDED = [
     ),
     pytest.param(
         "accelerator-type",
-        "Unsupported accelerator type: NOSUCH",
+        "ValidationError: 1 validation error for LLMServingArgs llm_configs.accelerator_type Value error, Unsupported accelerator type: NOSUCH",
         "the import, or the builder with these args, raised it",
         id="LLMConfig refuses a value",
     ),
@@ -427,7 +427,8 @@ SERVE_SAYS = (
             "pydantic_core._pydantic_core.ValidationError: 1 validation error for LLMConfig\n"
             "deployment_config\n  Value error, Invalid deployment config [type=value_error, input_value={}]\n    For further information visit https://x\n",
             [],
-            "Invalid deployment config",
+            "ValidationError: 1 validation error for LLMConfig "
+            "deployment_config Value error, Invalid deployment config",
             id="a pydantic model",
         ),
         pytest.param(

@@ -82,8 +82,14 @@ def test_a_raylet_allocates_gpus_one_by_one(
     assert take(gpus, round(wanted * STEPS)) == (expected if taken else None)
 
 
+def holding(label: str, *gpus: int, **amounts: float) -> Reservation:
+    """What a replica holds on a node, of these GPUs."""
+    application, _, deployment = label.partition("/")
+    return Reservation(application, deployment, "r", "1", "n", amounts, gpus)
+
+
 A, B = node("A", CPU=8, GPU=2), node("B", CPU=8, GPU=1)
-HALF_A = replace(node("A", (0.55, 0.55), CPU=8, GPU=2), holders=(("old/D", {"GPU": 0.45}),))
+HALF_A = replace(node("A", (0.55, 0.55), CPU=8, GPU=2), holders=(holding("old/D", GPU=0.45),))
 TWINS = (node("A", CPU=4), node("B", CPU=4))
 G45 = demand("x", {"CPU": 1, "GPU": 0.45}, replicas=2)
 CPU = {"CPU": 1}
@@ -216,10 +222,16 @@ def test_bundles_that_ray_packs_on_a_node_whose_gpus_refuse_may_take_long() -> N
 def test_free_gpus_are_guessed_with_care(
     total: float, running: list[float], free: float, expected: tuple[float, ...]
 ) -> None:
-    held = tuple((f"a{index}/D", {"GPU": share}) for index, share in enumerate(running))
+    held = tuple(holding(f"a{index}/D", GPU=share) for index, share in enumerate(running))
     guessed = stock(Node("n", {"GPU": total}, {"GPU": free}, holders=held))
     assert [guessed[gpu] for gpu in gpus_of(guessed)] == [round(n * STEPS) for n in expected]
     assert guessed["GPU"] == round(sum(expected) * STEPS)
+
+
+def test_each_worker_of_a_replica_has_its_part_of_one_gpu() -> None:
+    two = holding("a/D", 0, 1, GPU=1.2)
+    guessed = stock(Node("n", {"GPU": 2.0}, {"GPU": 0.8}, holders=(two,)))
+    assert [guessed[gpu] for gpu in gpus_of(guessed)] == [4_000, 4_000]
 
 
 def test_what_gives_way_counts_as_free() -> None:
@@ -230,18 +242,17 @@ def test_what_gives_way_counts_as_free() -> None:
         "NodeManagerAddress": "n",
         "Alive": True,
     }
-    old, other = {"CPU": 2.0, "GPU": 0.45}, {"CPU": 1.0, "GPU": 0.3}
-    held = [("x/old/D", old), ("other/D", other)]
+    held = [
+        Reservation("x/old", "D", "r", "1", "n", {"CPU": 2.0, "GPU": 0.45}),
+        Reservation("other", "D", "r", "1", "n", {"CPU": 1.0, "GPU": 0.3}),
+    ]
     cluster: Any = RayCluster(Options("c"))
     available = {"1": {"CPU": 5.0, "GPU": 0.25}}
     state = SimpleNamespace(available_resources_per_node=lambda: available)
     raylet = SimpleNamespace(node_labels_match_selector=node_labels_match_selector)
     private = SimpleNamespace(state=state)
     cluster.ray = SimpleNamespace(nodes=lambda: [row], _private=private, _raylet=raylet)
-    cluster.reservations = lambda: [
-        Reservation("x/old", "D", "r", "1", "n", old),
-        Reservation("other", "D", "r", "1", "n", other),
-    ]
+    cluster.reservations = lambda: held
     cluster.ask_dashboard = lambda *_, **__: "not JSON"
     [stays], [goes] = cluster.nodes(), cluster.nodes({"x/old"})
     assert (stays.free["CPU"], stock(stays)[0]) == (5.0, 2_500)
@@ -266,7 +277,7 @@ def test_the_text_of_a_tight_cluster() -> None:
         "10.0.0.2",
         {"CPU": 4, "GPU": 1},
         {"CPU": 3, "GPU": 0.5},
-        holders=(("old/D", {"CPU": 1, "GPU": 0.5}),),
+        holders=(holding("old/D", CPU=1, GPU=0.5),),
     )
     plan = predict(demands, [node("10.0.0.1", CPU=16, GPU=1), old])
     assert [fit.demand.label for fit in plan.misfits] == ["falcon-h1-2/D", "huge/D"]
@@ -290,7 +301,7 @@ def test_the_text_of_a_tight_cluster() -> None:
     [
         pytest.param(
             [demand("x", {"GPU": 0.45})],
-            [Node("A", {"GPU": 1}, {"GPU": 0.4}, holders=(("old/D", {"GPU": 0.6}),))],
+            [Node("A", {"GPU": 1}, {"GPU": 0.4}, holders=(holding("old/D", GPU=0.6),))],
             "needs 0.45 GPU; the most free in one place is 0.40 "
             "(node A, GPU 0, held by old/D 0.60)",
             id="a share that something running holds",

@@ -126,9 +126,6 @@ def report(*actions: app.Action, options: app.Options | None = None, **keys: Any
 def test_the_summary_has_the_layout_that_v5_always_had() -> None:
     both = report(running(), falcon(*FALCON_H1))
     assert "\n".join(app.format_summary(both)) == LAYOUT
-    both.options = app.Options("c", detailed_exitcode=True)
-    assert app.exit_code(both) == 5
-    assert "\n".join(app.format_summary(both)) == LAYOUT
 
 
 def test_a_failure_says_why_what_would_help_and_where_to_look() -> None:

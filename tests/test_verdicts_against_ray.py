@@ -369,7 +369,6 @@ TOLD_AT_ONCE = frozenset(
         "an ingress option",
         "an option of the ingress class",
         "an unknown engine",
-        "an unknown placement strategy",
         "an unknown strategy",
         "another argument",
         "at most none on a node",
