@@ -370,7 +370,7 @@ class Options:
 # == 3. Config: text → document with the place of every key; secrets ===================
 
 TEXT_TAG, MERGE_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
-VALUE_ERRORS = (ValueError, KeyError, AttributeError, OverflowError, TypeError)  # PyYAML's, too
+VALUE_ERRORS = (ValueError, LookupError, AttributeError, OverflowError, TypeError)  # PyYAML's, too
 VARIABLE = re.compile(r"\$(?:\$\{|\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\})")
 
 LLM_ARGS = ("llm_config", "prefill_config", "decode_config")
@@ -449,7 +449,8 @@ class Document:
             text = VARIABLE.sub(fill, node.value)
             tag = TEXT_TAG if node.style else tag_of(text)
             value = self.yaml.construct_object(yaml.ScalarNode(tag, text, node.start_mark))
-            self.written[value] = VARIABLE.sub(partial(fill, stays=True), node.value)
+            self.yaml.constructed_objects[node] = value  # once for all aliases
+            self.written.setdefault(value, VARIABLE.sub(partial(fill, stays=True), node.value))
         if is_secret(value, path):
             self.secrets |= {value}
             if self.written.get(value, value) == value:  # a default may be one, too
@@ -464,7 +465,7 @@ class Document:
             if key_node.tag == MERGE_TAG:
                 merged = self.walk(value, path)
                 for mapping in reversed(merged if isinstance(merged, list) else [merged]):
-                    data |= mapping
+                    data |= dict(mapping.items())
                 continue
             key, place = self.yaml.construct_scalar(key_node), self.place(key_node.start_mark)
             here = (*path, key)
@@ -924,7 +925,7 @@ def fit_engine(llm: Config, path: KeyPath, application: Config) -> Problems:
     share therefore moves to the workers' bundles, and the replica actor keeps the CPUs.
     """
     kind = as_dict(llm.get("accelerator_config")).get("kind")
-    if llm.get("server_cls") or kind == "tpu":
+    if llm.get("server_cls") or kind == "tpu" or str(llm.get("accelerator_type"))[:3] == "TPU":
         return []
     options, problems = actor_options(llm), Problems()
     gpus = options.get("num_gpus")
@@ -1100,7 +1101,7 @@ def least_gpus(demand: Demand, card: int, requests: float) -> str:
 def format_memory(demand: Demand, room: Room | None) -> list[str]:
     """What an engine's share of a card buys."""
     memory, shares = demand.memory, gpu_shares(demand)
-    if memory is None or memory.unknown:
+    if memory is None or not memory.requests:
         return [f"memory: not known: {memory.unknown}"] if memory else []
     length, blocks = memory.requests[0]
     request = f"a request of {length:,} tokens needs {gib(blocks * memory.block)} of KV cache"
@@ -1425,7 +1426,7 @@ def lack_of(plan: Plan, resource: str, need: int, nodes: Sequence[int]) -> str:
         gpus = gpus_of(plan.free[n]) if resource == "GPU" and need <= STEPS else []
         keys: Sequence[str | int] = gpus or [resource]
         places += [(plan.free[n][key], n, key) for key in keys]
-    most, index, key = max(places, key=lambda place: (place[0], place[2] != "GPU"))
+    most, index, key = max(places, key=lambda p: (p[0], resource in plan.nodes[p[1]].total))
     if most >= need:
         return ""
     held = Counter[str]()
@@ -1448,10 +1449,11 @@ def room_in(plan: Plan, demand: Demand, activations: int = ACTIVATIONS_BYTES) ->
     those that the engine logs at its start (vllm/v1/core/kv_cache_utils.py)."""
     memory, card = demand.memory, 0
     if gpu_shares(demand):
-        mine = [plan.nodes[node] for other, node, _ in plan.slots if other.label == demand.label]
+        slots = [slot for slot in plan.slots if slot[0].label == demand.label]
+        mine = [plan.nodes[node] for _, node, taken in slots if gpus_of(taken)]
         sizes = [card.total for node in mine or plan.nodes for card in node.cards]
         card = (min if mine else max)(sizes, default=0)
-    if memory is None or memory.unknown or not (memory.pinned or card):
+    if memory is None or not memory.requests or not (memory.pinned or card):
         return None
     budget = int(card * memory.fraction)
     cache = memory.pinned or max(0, budget - memory.weights - activations)
@@ -1537,9 +1539,8 @@ LIGHTWEIGHT_OPTIONS = {
 DEPLOYMENT_CONFIGS = ("deployment_config", "ingress_deployment_config")
 BUILDER_ARGS = (*LLM_ARGS, "llm_configs", "ingress_deployment_config")
 NOT_GIVEN = object()
-BY_SERVE_DEPLOY = "it was deployed by `serve deploy`: comes back when Serve's controller restarts"
-"""The controller applies its checkpoint of the declarative config again (seen on Ray 2.60;
-ray/serve/_private/controller.py `_recover_state_from_checkpoint`)."""
+BY_SERVE_DEPLOY = "`serve deploy` brought it, and Serve's controller does again when it restarts"
+"""From its checkpoint of the declarative config (Ray 2.60, serve/_private/controller.py)."""
 
 
 def heavy_part(kept: Config) -> Config:
@@ -1622,7 +1623,8 @@ def apply_edits(action: Action, before: Config, version: str, status: str) -> No
 
 def differences(before: Any, after: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
     """What was edited: its path, and "args.llm_configs[0].engine_kwargs.seed: 1 → 2"."""
-    sides = [dict(enumerate(s)) if isinstance(s, list) else s for s in (before, after)]
+    same = isinstance(before, list) and isinstance(after, list) and len(before) == len(after)
+    sides = [dict(enumerate(side)) if same else side for side in (before, after)]
     old, new = ({} if side is NOT_GIVEN else side for side in sides)
     if isinstance(old, dict) and isinstance(new, dict) and (old or new):
         for key in dict.fromkeys([*old, *new]):
@@ -1712,8 +1714,6 @@ NEEDLESS = re.compile(
 """What nobody needs to read before an exception's own words, and behind them."""
 
 HINTS = r"""
-max seq len\s*\((?P<asked>\d+)\).* estimated maximum model length is (?P<fits>\d+)
-    set engine_kwargs.max_model_len to {fits} or less (it is {asked}), or raise num_gpus
 max seq len\s*\((?P<asked>\d+)\).* larger than the available KV cache
     lower engine_kwargs.max_model_len (it is {asked}), or raise num_gpus
 No available memory for the cache blocks
@@ -3026,7 +3026,7 @@ def export_config(document: Document, apps: Sequence[ApplicationSpec]) -> str:
         row = copied(app.config, unfilled)
         lines += [f"  {app.name}: {text}" for _, text in differences(before[app.index], row)]
         data["applications"].append(row)
-    if names := set(re.findall(r"\$\{(\w+)\}", json.dumps(data))):
+    if names := set(re.findall(r"\$\{(\w+)\}", json.dumps(data, default=str))):
         lines.append(f"Fill in before, with `envsubst` for example: {', '.join(sorted(names))}")
     comments = "".join(f"# {line}\n" for line in lines)
     return comments + yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)

@@ -197,7 +197,7 @@ WHAT_THE_SOURCES_SAY = [
     pytest.param(
         "from_source_kv-too-long",
         "ValueError: To serve at least one request with the model's max seq len (32768), (4.0 GiB KV cache is needed, which is larger than the available KV cache memory (1.5 GiB). Based on the available memory, the estimated maximum model length is 12288. Try increasing `gpu_memory_utilization` (which als...",
-        "set engine_kwargs.max_model_len to 12288 or less (it is 32768), or raise num_gpus",
+        "lower engine_kwargs.max_model_len (it is 32768), or raise num_gpus",
         id="vllm/v1/core/kv_cache_utils.py: another length fits",
     ),
     pytest.param(

@@ -159,7 +159,7 @@ def test_what_serve_deploy_brought_comes_back_and_that_is_said() -> None:
     assert action.change == "RESTART"
     [reason] = action.reasons
     assert reason.startswith(
-        "it was deployed by `serve deploy`: comes back when Serve's controller restarts"
+        "`serve deploy` brought it, and Serve's controller does again when it restarts"
     )
     assert app.deletion(edited(), before, "--delete").reasons == ("--delete", reason)
     assert app.deletion(edited(), running(edited(), 1), "--delete").reasons == ("--delete",)
@@ -204,7 +204,7 @@ def test_what_still_deploys_is_taken_over_as_it_is() -> None:
         pytest.param({}, {"x": None}, ("args.x: (not given) → null",), id="null is given"),
         pytest.param({1: "a"}, {1: "a"}, (), id="a number as a key"),
         pytest.param({}, {"x": {"y": 1}}, ("args.x.y: (not given) → 1",), id="a mapping comes"),
-        pytest.param({"x": [1]}, {"x": []}, ("args.x[0]: 1 → (not given)",), id="a shorter list"),
+        pytest.param({"x": [1]}, {"x": []}, ("args.x: [1] → []",), id="a shorter list"),
     ],
 )
 def test_an_edit_of_a_builders_arguments(

@@ -1188,6 +1188,11 @@ def test_values_are_redacted_before_they_become_json() -> None:
     }
 
 
+def test_an_unset_variable_under_an_anchor_is_named_once() -> None:
+    found = problems("x: &v ${UNSET}\napplications:\n- {import_path: m:a, args: [*v, *v]}\n")
+    assert sum("UNSET is not set" in problem for problem in found) == 1
+
+
 def test_a_variable_that_is_not_utf_8_is_named() -> None:
     found = problems("applications:\n- {import_path: m:a, args: {x: '${X}'}}\n", {"X": "a\udcff"})
     assert len(found) == 1

@@ -135,3 +135,14 @@ def test_as_a_user_calls_it(config: Path) -> None:
     refused = run_app_v5(config, "--export", "helm")
     assert refused.returncode == 2
     assert json.dumps("helm")[1:-1] in refused.stderr
+
+
+def test_what_a_variable_gives_may_be_a_date_or_elsewhere_a_secret(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DAY", "2026-05-01")
+    args = "  args:\n    day: ${DAY}\n    hf_token: hunter2secret\n    other: ${X:-hunter2secret}\n"
+    config.write_text(CONFIG + args)
+    code, out, _ = export(config, "serve", "--only", "two")
+    assert (code, "hunter2secret" in out) == (0, False)
+    assert "day: 2026-05-01\n" in out

@@ -195,6 +195,11 @@ def test_cards_of_a_silent_node_are_not_guessed_from_another_s() -> None:
     assert in_words(plan)[-1].endswith("--gpu-memory 80GiB would plan with one")
 
 
+def test_what_an_older_run_left_of_a_model_without_a_cache_is_not_known() -> None:
+    assert app.format_memory(demand(app.Memory(weights=10)), None) == ["memory: not known: "]
+    assert app.room_in(app.Plan([node(80)], []), demand(app.Memory(weights=10))) is None
+
+
 def test_what_is_not_known_is_said() -> None:
     unknown = demand(app.Memory(unknown="it has a draft model"))
     assert app.format_memory(unknown, None) == ["memory: not known: it has a draft model"]

@@ -303,7 +303,7 @@ def test_what_serve_deploy_brought_is_recognised_and_taken_over(user: User) -> N
     assert get_text(user, "/x").startswith("two")
     assert get_text(user, "/y") == before
     # What the reason says beforehand: Serve's controller remembers the declarative config.
-    assert "comes back when Serve's controller restarts" in about("x", finished.stdout)
+    assert "Serve's controller does again when it restarts" in about("x", finished.stdout)
     user.head.run("-c", KILL_CONTROLLER)
     wait_until(lambda: says(user, "/x", "one"), 60, "serve deploy's version")
 

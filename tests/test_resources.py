@@ -188,6 +188,12 @@ def test_normalising_never_changes_its_input_nor_shares_an_object() -> None:
             id="TPUs are left alone",
         ),
         pytest.param(
+            llm({"num_cpus": 1, "num_gpus": 0}, accelerator_type="TPU-V6E"),
+            None,
+            {"num_cpus": 1.0, "num_gpus": 0.0},
+            id="by their name, too",
+        ),
+        pytest.param(
             llm(
                 {"num_cpus": 1, "num_gpus": 0},
                 placement_group_config={"bundle_per_worker": {"GPU": 0.3}},
