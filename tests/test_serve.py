@@ -50,9 +50,9 @@ FAILURES: dict[str, tuple[Config, list[str]]] = {
     "no_module": ({"import_path": "no_such_module:app"}, ["No module named 'no_such_module'"]),
     "raises": ({}, ["LookupError: the builder found nothing"]),
     "returns_nothing": ({}, ["must return an `Application`"]),
-    "exits": ({}, ["exits"]),
-    "dies": ({}, ["exits"]),
-    "killed": ({}, ["exits", "Logs: ray logs actor --id"]),
+    "exits": ({}, ["Worker", "exit"]),
+    "dies": ({}, ["Worker", "exit"]),
+    "killed": ({}, ["Worker", "exit", "Logs: ray logs actor --id"]),
     "unset": (
         {
             "import_path": "fixture_apps:good",
