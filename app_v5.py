@@ -275,7 +275,7 @@ class Action:
     `surge` starts those before the old ones stop. `record` is of the run that deployed what runs
     `before`; `kept` is what will be remembered of the config.
     Times are the run's clock, in seconds. `words` and `detail` say what the application does now.
-    `sent`: it was handed to Serve."""
+    `sent`: it was handed to Serve, or is being."""
 
     application: ApplicationSpec
     change: Change
