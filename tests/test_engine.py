@@ -200,4 +200,4 @@ def test_a_plain_config_reserves_the_same_without_this_program(
     for name in models:
         assert isinstance(chat(f"http://localhost:{http_port}/{name}", name), str)
     planned = run_app_v5(config, "--plan", head=gpu_serve_head)
-    assert planned.stdout.count("RESTART because it was deployed by `serve deploy`") == 2
+    assert planned.stdout.count("RESTART because `serve deploy` brought it") == 2

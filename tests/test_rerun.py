@@ -296,7 +296,7 @@ def test_what_serve_deploy_brought_is_recognised_and_taken_over(user: User) -> N
     before = get_text(user, "/y")
     finished = user.run("--only", "x", config=config)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert "RESTART because it was deployed by `serve deploy`" in about("x", finished.stdout)
+    assert "RESTART because `serve deploy` brought it" in about("x", finished.stdout)
     edited = user.write(versioned("x", "two"), versioned("y"))
     changed = user.run("--only", "x", config=edited)
     assert 'RESTART because args.version: "one" → "two"' in about("x", changed.stdout)
