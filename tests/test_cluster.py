@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 
 from cluster import RayHead, wait_until
+from user import on_request
 
 pytestmark = pytest.mark.serve
 
 
+@on_request
 def test_a_head_with_a_second_node_leaves_nothing_behind() -> None:
     with RayHead(num_cpus=1, num_gpus=0) as head:
         head.add_node(num_cpus=2, resources={"special": 1})

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cluster import RayHead, run_app_v5
-from user import about
+from user import about, on_request
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
 
@@ -37,6 +37,7 @@ def application(number: int) -> dict[str, Any]:
     }
 
 
+@on_request
 def test_many_are_built_and_deployed_at_once_time_and_again(
     serve_head: RayHead, tmp_path: Path, http_port: int
 ) -> None:

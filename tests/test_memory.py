@@ -15,6 +15,7 @@ import pytest
 from pydantic import TypeAdapter
 
 import app_v5 as app
+from user import on_request
 
 GIB = 2**30
 FALCON3 = app.Memory(
@@ -350,7 +351,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("kilobytes", [300_000, 40_000])
+@pytest.mark.parametrize("kilobytes", [300_000, pytest.param(40_000, marks=on_request)])
 def test_what_a_started_engine_says_of_too_small_a_cache(
     tmp_path: Path, tiny_llama: Path, kilobytes: int
 ) -> None:

@@ -104,6 +104,7 @@ def overlap(one: tuple[float, float], other: tuple[float, float]) -> bool:
     return one[0] < other[1] and other[0] < one[1]
 
 
+@on_request
 def test_an_engine_that_another_disturbed_is_tried_again_alone(user: User, tmp_path: Path) -> None:
     config = user.write(
         fake("one", "disturbed", notes=str(tmp_path)), fake("two", notes=str(tmp_path))
@@ -125,6 +126,7 @@ def test_an_engine_that_another_disturbed_is_tried_again_alone(user: User, tmp_p
     assert not overlap(began["one-2"], began["two-1"])
 
 
+@on_request
 def test_a_root_path_and_no_proxy_at_all_are_asked_accordingly(user: User) -> None:
     user.head.shut_down_serve()
     options = {"host": "127.0.0.1", "port": user.port, "root_path": "/behind"}

@@ -109,6 +109,7 @@ def test_one_replica_restarts_without_a_gap_where_there_is_room(user: User) -> N
     assert get_text(user, "/a").startswith("two")
 
 
+@on_request
 def test_no_downtime_without_room_waits_and_the_old_replica_serves(user: User) -> None:
     assert user.deploy(versioned("a", num_cpus=10)).returncode == 0
     edited = user.write(versioned("a", "two", num_cpus=10))

@@ -19,7 +19,7 @@ from cluster import APP_V5, PYTHON, RayHead, free_port, get_json, run_app_v5
 Config = dict[str, Any]
 
 on_request = pytest.mark.skipif(
-    not os.environ.get("FAULTS"), reason="a fault that takes long: FAULTS=1 runs it, as CI does"
+    not os.environ.get("FAULTS"), reason="takes long: FAULTS=1 runs it, as CI does"
 )
 
 
