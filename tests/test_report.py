@@ -593,16 +593,16 @@ def test_a_report_that_can_not_be_written_is_no_traceback(tmp_path: Path) -> Non
     whole = run_to(subprocess.PIPE, subprocess.PIPE, tmp_path)
     assert whole.returncode == 0, whole.stderr
     assert "• a: it was not there" in whole.stdout
-    for made, message in (
-        (full_disk, "❌ the report can't be written: No space left on device"),
-        (closed_pipe, ""),
+    for made, messages in (
+        (full_disk, ["❌ the report can't be written: No space left on device"]),
+        (closed_pipe, []),
     ):
         out = made()
         finished = run_to(out, subprocess.PIPE, tmp_path)
         os.close(out)
         assert finished.returncode == 1
         more = finished.stderr.splitlines()[len(whole.stderr.splitlines()) :]
-        assert more == [line for line in [message] if line]
+        assert more == messages
 
 
 def test_progress_that_nobody_reads_ends_the_run_with_1(tmp_path: Path) -> None:
