@@ -424,7 +424,8 @@ class Document:
             said = f"not YAML: {context}{problem}{tabs}"
         except (OSError, yaml.YAMLError, RecursionError, *VALUE_ERRORS) as error:
             kind = "not YAML in UTF-8" if isinstance(error, yaml.YAMLError) else "can't be read"
-            said = f"{kind}: {shortened(' '.join(str(error).split()), MOST_CAUSE_CHARACTERS)}"
+            text = " ".join(re.sub(r"^\[Errno \d+\]", "", str(error)).split())
+            said = f"{kind}: {shortened(text, MOST_CAUSE_CHARACTERS)}"
         raise ConfigError(Problem(path, said, place=self.at))
 
     def place(self, mark: yaml.Mark | None) -> Place:
@@ -853,8 +854,7 @@ def read_applications(data: Config) -> tuple[tuple[ApplicationSpec, ...], Proble
     """The applications of a checked document, normalised, with what there is to say about them.
 
     Short resource keys go into `ray_actor_options`, and each LLM's engine is fitted to the share
-    that its deployment declares. The data is not changed.
-    """
+    that its deployment declares. The data is not changed."""
     data, problems, specs = copied(data), Problems(), []
     models: dict[Any, list[ModelSpec]] = defaultdict(list)
     for path, llm, _ in llm_places(data):
@@ -922,8 +922,7 @@ def fit_engine(llm: Config, path: KeyPath, application: Config) -> Problems:
 
     Ray's `LLMServer` reserves the *sum* of `ray_actor_options` and of one bundle an engine worker
     (1 GPU each by default), so `num_gpus: 0.45` alone reserves 1.45 GPU (measured on Ray 2.60). The
-    share therefore moves to the workers' bundles, and the replica actor keeps the CPUs.
-    """
+    share therefore moves to the workers' bundles, and the replica actor keeps the CPUs."""
     kind = as_dict(llm.get("accelerator_config")).get("kind")
     if llm.get("server_cls") or kind == "tpu" or str(llm.get("accelerator_type"))[:3] == "TPU":
         return []
@@ -936,7 +935,7 @@ def fit_engine(llm: Config, path: KeyPath, application: Config) -> Problems:
             message = f"with num_gpus: {short(gpus)} a replica reserves {short(held + gpus)} GPU"
             hint = "set num_gpus: 0, or leave out placement_group_config"
             problems = [Problem((*path, "placement_group_config"), message, hint, warning=True)]
-    elif kind == "cpu" or gpus == 0:
+    elif kind == "cpu" or (gpus == 0 and not kind):
         llm["accelerator_config"] = {"kind": "cpu"}
         if options.get("num_cpus") is not None or gpus is not None:
             # Nothing for the workers, which are local processes of the replica.
@@ -952,6 +951,9 @@ def fit_engine(llm: Config, path: KeyPath, application: Config) -> Problems:
 
 def check_share(gpus: float, workers: int, share: float, path: KeyPath) -> Problems:
     """What is wrong with a worker's share, when `gpus` are spread evenly over an engine's."""
+    if not share:  # as the engine takes nothing of a card only where it is the CPU one
+        message = f"num_gpus: {gpus:g} leaves an engine for GPUs no part of one"
+        return [Problem(path, message, "raise it, or leave out accelerator_config")]
     if share > 1:  # of which Ray takes whole ones only
         message = f"num_gpus: {short(gpus)} for {workers} engine worker(s), and each uses one GPU"
         hint = f"use {workers}, or set engine_kwargs.tensor_parallel_size: {math.ceil(gpus)}"
@@ -968,8 +970,7 @@ def share_memory(llm: Config, path: KeyPath, application: Config) -> Problems:
 
     Without the variable the engine asks Ray for a whole GPU and dies with "cannot fit"
     (ray-project/ray#63875); without the fraction each engine takes 0.9 of the card, and it demands
-    that much free memory even where `kv_cache_memory_bytes` is given (vllm/v1/worker/utils.py).
-    """
+    that much free memory even where `kv_cache_memory_bytes` is given (vllm/v1/worker/utils.py)."""
     share = part_of_card(llm)
     if not share:
         return []
@@ -1246,10 +1247,9 @@ def gpus_of(amounts: Amounts) -> list[int]:
 def take(free: Amounts, need: int) -> Amounts | None:
     """The GPUs that a raylet takes: whole free ones for the whole part of a need, the rest from the
     one that it fits best (NodeResourceInstanceSet::TryAllocate). None when they refuse."""
-    gpus = gpus_of(free)
-    whole = [gpu for gpu in gpus if free[gpu] == STEPS][: need // STEPS]
+    whole = [gpu for gpu in gpus_of(free) if free[gpu] == STEPS][: need // STEPS]
     taken, rest = Amounts(dict.fromkeys(whole, STEPS)), need - STEPS * len(whole)
-    fitting = [(free[gpu], gpu) for gpu in gpus if free[gpu] >= rest and gpu not in whole]
+    fitting = [(free[gpu], gpu) for gpu in gpus_of(free) if free[gpu] >= rest and gpu not in whole]
     if rest and fitting:
         taken[min(fitting)[1]] = rest
     return taken if taken.total() == need else None
@@ -1675,10 +1675,9 @@ def taken_routes(
     """The routes that other running applications hold: Serve would refuse the second one."""
     for spec, holder in itertools.product(applications, others.values()):
         if holder.route_prefix == (spec.route_prefix or "") and holder.name != spec.name:
-            path, name = ("applications", spec.index, "route_prefix"), holder.name
-            message = f"{holder.route_prefix} is the route of {name}, which is running"
-            hint = f"choose another route, delete {name}, or first give it another one"
-            yield Problem(path, message, hint)
+            message = f"{holder.route_prefix} is the route of {holder.name}, which is running"
+            hint = f"choose another route, delete {holder.name}, or first give it another one"
+            yield Problem(("applications", spec.index, "route_prefix"), message, hint)
 
 
 # == 9. Causes: what Serve and the engine say → the root cause, a hint, the phase of a start
@@ -2306,9 +2305,8 @@ class RayCluster:
     def autoscales(self) -> bool:
         """Whether an autoscaler may add nodes. Of the head's own only its log tells, with v1 and v2
         (tried on Ray 2.60); KubeRay's is not on the head, and labels its nodes."""
-        rows = self.ray.nodes()
+        rows, log = self.ray.nodes(), ""
         heads = [row["NodeID"] for row in rows if "node:__internal_head__" in row["Resources"]]
-        log = ""
         with contextlib.suppress(ClusterError, IndexError):
             log = self.ask_dashboard(LOG, filename="monitor.log", node_id=heads[0], lines=-1)
         grouped = any("ray.io/node-group" in row["Labels"] for row in rows)
@@ -2655,13 +2653,12 @@ def submit(action: Action, run: Run) -> None:
             raise ApplicationError(problem.message)
     with run.lock:
         demands = demands_at_once(action)
-        plan = predict([*run.admitted, *demands], run.nodes)
-        misfits = [fit for fit in plan.fits[len(run.admitted) :] if fit.misfit]
-        never = [fit.misfit for fit in misfits if fit.never]
+        fits = predict([*run.admitted, *demands], run.nodes).fits[len(run.admitted) :]
+        never = [fit.misfit for fit in fits if fit.never]
         if never and not (run.options.allow_pending or run.autoscales):
             raise ApplicationError("\n".join(never))
         run.admitted += demands
-    waits_for = "\n".join(fit.misfit for fit in misfits)
+    waits_for = "\n".join(fit.misfit for fit in fits if fit.misfit)
     run.check(action)
     action.words, action.detail, action.sent = "submitting", waits_for, True
     run.cluster.submit(action)
@@ -2687,13 +2684,14 @@ def failure_message(details: ApplicationDetails) -> str:
 
 def describe_state(details: ApplicationDetails, waits_for: str, phase: str) -> tuple[str, str]:
     """What a deploying application does, in words, and what it waits for: what the plan says does
-    not fit now (`waits_for`), or its engine's `phase`."""
-    replicas = replicas_of(details)
+    not fit now (`waits_for`), else what Serve says after 30 s, or its engine's `phase`."""
+    replicas, said = replicas_of(details), failure_message(details)
+    waits_for = waits_for or "\n".join(re.findall("[0-9]+ replicas .* scheduled.*}", said))
     if waits_for and not all(replica.node_id for replica in replicas):
         return "waiting for resources", waits_for
     running = sum(replica.state == "RUNNING" for replica in replicas)
     target = sum(d.target_num_replicas for d in details.deployments.values())
-    exceptions = real_exceptions(failure_message(details))
+    exceptions = real_exceptions(said)
     failed = f"a replica failed: {root_cause(exceptions[-1])[0]}" if exceptions else ""
     return f"starting replicas {running}/{target}", failed or phase
 
@@ -2710,13 +2708,12 @@ def failed_replicas(action: Action) -> list[ReplicaDetails]:
 
 
 def failure_logs(action: Action, cluster: Cluster) -> tuple[list[str], str]:
-    """What the replicas that failed have left, one text each, the latest first; and why there is
-    none of one: a log is a help, and never a condition."""
+    """The logs that the replicas that failed have left, the latest first, and why one has none."""
     logs, unread = [], ""
     for replica in failed_replicas(action)[:MOST_LOGS]:
         try:
             logs.append(cluster.replica_log(replica.actor_id or "", "DEAD"))
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001 - a log is a help, and never a condition
             unread = f"there is no log of it: {first_line(str(error))}"
     return logs, unread
 
@@ -2812,9 +2809,8 @@ def format_demand(demand: Demand, layout: str = OF_A_DEPLOYMENT) -> str:
     """What a replica reserves, bundle by bundle, and how many there are: "1 → 3 (autoscaling)"."""
     name = f"{demand.deployment} (ingress)" if demand.ingress else demand.deployment
     amounts, count = format_resources(demand.reserved), str(demand.max_replicas)
-    if len(demand.bundles) > 1:
-        bundles = " + ".join(f"[{format_resources(bundle)}]" for bundle in demand.bundles)
-        amounts += f" in all: {bundles}, {demand.strategy}"
+    bundles = " + ".join(f"[{format_resources(bundle)}]" for bundle in demand.bundles)
+    amounts += f" in all: {bundles}, {demand.strategy}" * (len(demand.bundles) > 1)
     if demand.min_replicas != demand.max_replicas:
         count = f"{demand.min_replicas} → {count} (autoscaling)"
     return layout.format(name=name, amounts=amounts, count=count)
@@ -3198,8 +3194,7 @@ class Session:
         if options.export:
             self.terminal.output(export_config(self.document, applications).rstrip("\n"))
             return EXIT_OK
-        names = [] if options.plan else [item.name for item in applications]
-        cluster.connect(options.address, names)
+        cluster.connect(options.address, [a.name for a in applications if not options.plan])
         actions = self.decide(applications)
         if run.stop_code:
             raise Stopped

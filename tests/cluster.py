@@ -6,6 +6,7 @@ import contextlib
 import http
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -31,6 +32,7 @@ APP_V5: Final = ROOT / "app_v5.py"
 PYTHON: Final = str(Path(sys.prefix).resolve() / "bin" / "python")
 
 HOST: Final = "127.0.0.1"
+OWN_PORTS: Final = (20_000, 32_768)  # above those that Ray has by default
 START_TIMEOUT_S: Final = 120.0
 TERMINATE_TIMEOUT_S: Final = 5.0
 STOP_TIMEOUT_S: Final = 120.0  # of dozens of replicas, on a busy machine
@@ -54,11 +56,10 @@ class ClusterError(Exception):
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on right now."""
-    with socket.socket() as listener:
-        listener.bind((HOST, 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """A TCP port that nothing listens on, and that Linux gives to nobody who has not asked for it:
+    Ray's processes take dozens of those of which it does (from 32768 on) before a test comes to
+    use its own."""
+    return next(port for port in iter(lambda: random.randrange(*OWN_PORTS), 0) if is_free(port))
 
 
 def is_free(port: int) -> bool:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from cluster import RayHead, run_app_v5, wait_until
-from user import Config, app, serve_deploy
+from user import Config, app, on_request, serve_deploy
 
-pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(600), on_request]
 
 WHAT_THE_CONTROLLER_HAS = """
 import json, os, ray

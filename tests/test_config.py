@@ -663,7 +663,7 @@ def test_what_is_wrong_is_said_with_its_place_and_exit_code_2(
     [
         pytest.param(
             ["gone.yaml"],
-            "gone.yaml: can't be read: [Errno 2] No such file or directory: 'gone.yaml'",
+            "gone.yaml: can't be read: No such file or directory: 'gone.yaml'",
             id="gone",
         ),
         pytest.param(
@@ -1019,7 +1019,7 @@ def test_llm_configs_may_be_paths_and_problems_point_into_them() -> None:
     [
         pytest.param(
             None,
-            f":3:24: {PATH}: can't be read: [Errno 2] No such file or directory: '/",
+            f":3:24: {PATH}: can't be read: No such file or directory: '/",
             id="gone",
         ),
         pytest.param("", f"llm.yaml:1:1: {PATH}: null is not a mapping", id="empty"),

@@ -635,6 +635,25 @@ STARTING = replica("r", "STARTING")
             ("starting replicas 0/1", "a replica failed: ZeroDivisionError: no"),
             id="the cause from the first attempt on",
         ),
+        pytest.param(
+            deployment(
+                "D",
+                "UPDATING",
+                {**STARTING, "node_id": None},
+                message="Deployment 'D' in application 'a' has 1 replicas that have taken more "
+                "than 30s to be scheduled. This may be due to waiting for the cluster to "
+                'auto-scale. Resources required for each replica: {"CPU": 10.0}, total resources '
+                'available: {"CPU": 6.0}. Use `ray status` for more details.',
+            ),
+            "",
+            (
+                "waiting for resources",
+                "1 replicas that have taken more than 30s to be scheduled. This may be due to "
+                "waiting for the cluster to auto-scale. Resources required for each replica: "
+                '{"CPU": 10.0}, total resources available: {"CPU": 6.0}',
+            ),
+            id="what the plan did not foresee",
+        ),
     ],
 )
 def test_what_a_deploying_application_does_in_words(

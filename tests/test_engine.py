@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cluster import RayHead, chat, run_app_v5, wait_until
-from user import serve_deploy
+from user import on_request, serve_deploy
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -145,6 +145,7 @@ def engine_pids(head: RayHead) -> set[int]:
     }
 
 
+@on_request
 def test_two_replicas_on_the_gpu_code_path_share_one_gpu(
     one_gpu_head: RayHead, tmp_path: Path, http_port: int, tiny_llama: Path
 ) -> None:
@@ -162,6 +163,7 @@ def test_two_replicas_on_the_gpu_code_path_share_one_gpu(
     assert isinstance(chat(f"http://localhost:{http_port}/falcon3", "falcon3"), str)
 
 
+@on_request
 def test_tensor_parallel_workers_share_what_the_replica_declares(
     gpu_serve_head: RayHead, tmp_path: Path, http_port: int, tiny_llama: Path
 ) -> None:
@@ -178,6 +180,7 @@ def test_tensor_parallel_workers_share_what_the_replica_declares(
     assert isinstance(chat(f"http://localhost:{http_port}/falcon3", "falcon3"), str)
 
 
+@on_request
 def test_a_plain_config_reserves_the_same_without_this_program(
     gpu_serve_head: RayHead, tmp_path: Path, http_port: int, tiny_llama: Path, tiny_falcon_h1: Path
 ) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from cluster import RayHead, run_app_v5
+from user import on_request
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600), on_request]
 
 ENGINE = {"max_model_len": 128, "enforce_eager": True, "dtype": "bfloat16"}
 

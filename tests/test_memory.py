@@ -351,7 +351,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("kilobytes", [300_000, pytest.param(40_000, marks=on_request)])
+@on_request
+@pytest.mark.parametrize("kilobytes", [300_000, 40_000])
 def test_what_a_started_engine_says_of_too_small_a_cache(
     tmp_path: Path, tiny_llama: Path, kilobytes: int
 ) -> None:

@@ -288,6 +288,7 @@ def says(user: User, route: str, start: str) -> bool:
         return False
 
 
+@on_request
 def test_what_serve_deploy_brought_is_recognised_and_taken_over(user: User) -> None:
     config = user.write(versioned("x"), versioned("y"))
     serve_deploy(user.head, config)

@@ -287,6 +287,11 @@ def test_an_engine_never_demands_more_than_its_share(engine: Config, expected: f
             "Ray may put two workers of 0.5 GPU on one card, where NCCL fails",
             id="two workers that fit on one card",
         ),
+        pytest.param(
+            llm({"num_gpus": 0}, accelerator_config={"kind": "gpu"}),
+            "num_gpus: 0 leaves an engine for GPUs no part of one",
+            id="a GPU engine without a GPU",
+        ),
     ],
 )
 def test_what_there_is_to_say_about_a_share(config: Config, message: str) -> None:
