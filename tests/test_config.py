@@ -1454,14 +1454,14 @@ def mutated(chance: random.Random) -> str:
 def test_no_slip_of_the_pen_breaks_the_program() -> None:
     chance = random.Random(2026)
     refused = 0
-    for number in range(300):
+    for number in range(100):
         text = mutated(chance)
         try:
             found = problems(text)
         except Exception as error:
             raise AssertionError(f"mutation {number}:\n{text}") from error
         refused += any("warning: " not in line for line in found)
-    assert 150 < refused < 300
+    assert 50 < refused < 100
 
 
 # -- what Ray would refuse later -------------------------------------------------------------------
@@ -1491,6 +1491,7 @@ def test_what_ray_refuses_later_is_refused_before(option: str, value: str, said:
     assert said in problem
 
 
+@pytest.mark.serve
 def test_the_engines_are_those_that_ray_has() -> None:
     from ray.llm._internal.serve.core.configs.llm_config import LLMEngine
 

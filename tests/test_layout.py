@@ -181,7 +181,14 @@ PRIVATE = sorted(
 )
 
 
-@pytest.mark.parametrize(("module", "name"), PRIVATE, ids=lambda part: part)
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        pytest.param(*pair, marks=[pytest.mark.serve] * pair[0].startswith("ray.llm"))
+        for pair in PRIVATE
+    ],
+    ids=lambda part: part,
+)
 def test_ray_still_has_what_is_imported_from_it(module: str, name: str) -> None:
     if not hasattr(importlib.import_module(module), name):
         importlib.import_module(f"{module}.{name}")

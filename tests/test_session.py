@@ -127,6 +127,7 @@ class Hanging(Cluster):
     def build(self, application, check):
         time.sleep(600)
 
+app.STOP_GRACE_S = 0.2
 app.RayCluster = lambda worker_logs: Hanging()
 os._exit(app.main(sys.argv[1:]))
 """

@@ -22,7 +22,10 @@ from cluster import ROOT
 from documented_configs import DOCUMENTED, OPENAI, go_where_they_are
 from test_config import CHECK_VALUES, VALID, places
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's advice on values is no verdict
+pytestmark = [
+    pytest.mark.serve,
+    pytest.mark.filterwarnings("ignore"),  # Ray's advice on values is no verdict
+]
 
 Builders = dict[str, Callable[[app.Config], object]]
 
