@@ -11,5 +11,9 @@ bin=.venv/bin
 set -x
 "$bin/python" -m ruff check .
 "$bin/python" -m ruff format --check .
-"$bin/python" -m mypy
-exec "$bin/python" -m pytest "$@" </dev/null
+"$bin/python" -m mypy & # beside the first tests, which need one core
+types=$!
+failed=0
+"$bin/python" -m pytest "$@" </dev/null || failed=$?
+wait "$types" || failed=1
+exit "$failed"
