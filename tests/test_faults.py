@@ -188,6 +188,7 @@ print(finished.returncode, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrs
 """
 
 
+@pytest.mark.serve
 @pytest.mark.parametrize("fault", ["A5 50 MB", "A7 alias bomb"])
 def test_a_bomb_does_not_go_off(fault: str, matrix: Matrix, tmp_path: Path) -> None:
     text, code, texts = FILES[fault]

@@ -211,6 +211,7 @@ def test_the_configs_are_right(text: str, tmp_path: Path) -> None:
 RUNNABLE = [text for info, text in read(README).blocks if info == "bash runnable"]
 
 
+@pytest.mark.serve
 @pytest.mark.parametrize("commands", RUNNABLE)
 def test_runnable_blocks_run(commands: str, tmp_path: Path) -> None:
     for file in (APP_V5, *ROOT.glob("*.yaml")):

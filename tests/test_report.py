@@ -589,6 +589,7 @@ def full_disk() -> int:
     return os.open("/dev/full", os.O_WRONLY)
 
 
+@pytest.mark.serve
 def test_a_report_that_can_not_be_written_is_no_traceback(tmp_path: Path) -> None:
     whole = run_to(subprocess.PIPE, subprocess.PIPE, tmp_path)
     assert whole.returncode == 0, whole.stderr
@@ -605,6 +606,7 @@ def test_a_report_that_can_not_be_written_is_no_traceback(tmp_path: Path) -> Non
         assert more == messages
 
 
+@pytest.mark.serve
 def test_progress_that_nobody_reads_ends_the_run_with_1(tmp_path: Path) -> None:
     for made in (full_disk, closed_pipe):
         err = made()
