@@ -951,7 +951,7 @@ def fit_engine(llm: Config, path: KeyPath, application: Config) -> Problems:
 
 def check_share(gpus: float, workers: int, share: float, path: KeyPath) -> Problems:
     """What is wrong with a worker's share, when `gpus` are spread evenly over an engine's."""
-    if not share:  # as the engine takes nothing of a card only where it is the CPU one
+    if not share:  # and it is not the CPU engine, which needs none
         message = f"num_gpus: {gpus:g} leaves an engine for GPUs no part of one"
         return [Problem(path, message, "raise it, or leave out accelerator_config")]
     if share > 1:  # of which Ray takes whole ones only
@@ -2684,7 +2684,8 @@ def failure_message(details: ApplicationDetails) -> str:
 
 def describe_state(details: ApplicationDetails, waits_for: str, phase: str) -> tuple[str, str]:
     """What a deploying application does, in words, and what it waits for: what the plan says does
-    not fit now (`waits_for`), else what Serve says after 30 s, or its engine's `phase`."""
+    not fit now (`waits_for`), else what Serve says after 30 s of a replica that it can't place
+    (ray/serve/_private/deployment_state.py), or its engine's `phase`."""
     replicas, said = replicas_of(details), failure_message(details)
     waits_for = waits_for or "\n".join(re.findall("[0-9]+ replicas .* scheduled.*}", said))
     if waits_for and not all(replica.node_id for replica in replicas):
@@ -2708,7 +2709,7 @@ def failed_replicas(action: Action) -> list[ReplicaDetails]:
 
 
 def failure_logs(action: Action, cluster: Cluster) -> tuple[list[str], str]:
-    """The logs that the replicas that failed have left, the latest first, and why one has none."""
+    """The logs of the replicas that failed, the latest first, and why one can't be read."""
     logs, unread = [], ""
     for replica in failed_replicas(action)[:MOST_LOGS]:
         try:

@@ -56,10 +56,11 @@ class ClusterError(Exception):
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on, and that Linux gives to nobody who has not asked for it:
-    Ray's processes take dozens of those of which it does (from 32768 on) before a test comes to
-    use its own."""
-    return next(port for port in iter(lambda: random.randrange(*OWN_PORTS), 0) if is_free(port))
+    """A TCP port that nothing listens on. Not one of those (from 32768 on) that Linux gives to
+    whoever asks for any: a Ray process may have it before the test comes to use it."""
+    while not is_free(port := random.randrange(*OWN_PORTS)):
+        pass
+    return port
 
 
 def is_free(port: int) -> bool:

@@ -377,7 +377,7 @@ def test_time_runs_out_for_what_hangs_alone(
     both = sorted([about("big-1", text), about("big-2", text)], key=lambda t: "STILL" in t)
     matrix.row("B9 fits, and so does another", 4, code, both[0], "✓ GET /health")
     # Serve may place the other one first than the plan has.
-    why = "needs 10 CPU" if "predicted" in both[1] else 'for each replica: {"CPU": 10.0}'
+    why = "needs 10 CPU" if "predicted" in both[1] else 'for each replica: {"CPU": 10'
     matrix.row("B9 each fits, both don't", 4, code, both[1], why, "STILL DEPLOYING")
     assert user.run("--delete", config=config).returncode == 0
 
