@@ -204,6 +204,7 @@ class Demand:
     strategy: str = "PACK"  # or SPREAD, STRICT_PACK, STRICT_SPREAD
     min_replicas: int = 1
     max_replicas: int = 1
+    initial_replicas: int = 1  # that Serve starts
     ingress: bool = False
     max_replicas_per_node: int | None = None
     label_selectors: tuple[Mapping[str, str], ...] = ()  # one per bundle, or empty
@@ -1271,6 +1272,7 @@ def describe_deployment(name: str, info: Any) -> Config:
     replica, options = info.replica_config, info.deployment_config
     scaling, bundles = options.autoscaling_config, replica.placement_group_bundles
     selectors = replica.placement_group_bundle_label_selector or []
+    least = scaling.min_replicas if scaling else options.num_replicas
     if not bundles:
         bundles = [replica.resource_dict]
         selectors = [replica.ray_actor_options.get("label_selector") or {}]
@@ -1283,8 +1285,9 @@ def describe_deployment(name: str, info: Any) -> Config:
         "max_replicas_per_node": replica.max_replicas_per_node,
         "max_ongoing_requests": options.max_ongoing_requests,
         "target_ongoing_requests": scaling.get_target_ongoing_requests() if scaling else 0,
-        "min_replicas": scaling.min_replicas if scaling else options.num_replicas,
-        "max_replicas": scaling.max_replicas if scaling else options.num_replicas,
+        "min_replicas": least,
+        "max_replicas": scaling.max_replicas if scaling else least,
+        "initial_replicas": (scaling and scaling.initial_replicas) or least,
     }
 
 
@@ -1376,19 +1379,19 @@ class Plan:
 
 
 def predict(demands: Sequence[Demand], nodes: Sequence[Node]) -> Plan:
-    """Place every demand's minimum in the given order; those that fit stay placed even if others
-    do not."""
+    """Place what Serve starts of every demand, in the given order; those that fit stay placed even
+    if others do not."""
     plan = Plan(nodes, [stock(node) for node in nodes])
     whole = [replace(node, free=node.total, holders=()) for node in nodes]
     for demand in demands:
         # GCS tries a misfit that sums allow again and again, and what comes after waits with it.
         plan.slow = any(fit.slow for fit in plan.misfits)
-        replicas = sum(plan.place(demand) for _ in range(demand.min_replicas))
+        replicas = sum(plan.place(demand) for _ in range(demand.initial_replicas))
         # What scales from zero must be able to have one replica.
         empty, reason = Plan(whole, [stock(node) for node in whole]), ""
         never = not all(empty.place(demand) for _ in range(max(1, demand.min_replicas)))
-        if never or replicas < demand.min_replicas:
-            some = f"{replicas} of {demand.min_replicas} replicas fit; " if replicas else ""
+        if never or replicas < demand.initial_replicas:
+            some = f"{replicas} of {demand.initial_replicas} replicas fit; " if replicas else ""
             reason = some + shortage(empty if never else plan, demand)
         elif (room := room_in(plan, demand)) and (reason := memory_misfit(demand, room)):
             # Refused is only what has no room on any card, even without activations.
@@ -1478,11 +1481,11 @@ def card_misfit(plan: Plan, demand: Demand) -> str:
 
 def format_prediction(plan: Plan) -> list[str]:
     """The packing node by node, how far the deployments could grow, and what does not fit."""
-    lines = ["predicted packing at min replicas (Ray decides in the end):"]
+    lines = ["predicted packing at the start (Ray decides in the end):"]
     for index in range(len(plan.nodes)):
         lines += format_node(plan, index)
     for fit in plan.fits:
-        demand, count = fit.demand, fit.demand.min_replicas
+        demand, count = fit.demand, fit.demand.initial_replicas
         if fit.misfit:
             lines.append(fit.misfit)
             continue
@@ -1666,7 +1669,7 @@ def demands_at_once(action: Action) -> list[Demand]:
         return list(action.demands)
     new = [d for d in action.demands if d.deployment not in action.before.deployments]
     again = [d for d in action.demands if d.deployment in action.restarting]
-    return new + [replace(demand, min_replicas=min(1, demand.min_replicas)) for demand in again]
+    return new + [replace(d, initial_replicas=min(1, d.initial_replicas)) for d in again]
 
 
 def taken_routes(
@@ -2812,8 +2815,9 @@ def format_demand(demand: Demand, layout: str = OF_A_DEPLOYMENT) -> str:
     amounts, count = format_resources(demand.reserved), str(demand.max_replicas)
     bundles = " + ".join(f"[{format_resources(bundle)}]" for bundle in demand.bundles)
     amounts += f" in all: {bundles}, {demand.strategy}" * (len(demand.bundles) > 1)
-    if demand.min_replicas != demand.max_replicas:
-        count = f"{demand.min_replicas} → {count} (autoscaling)"
+    least, first = demand.min_replicas, demand.initial_replicas
+    if least != demand.max_replicas:
+        count = f"{least} → {count} (autoscaling{f', {first} at first' * (first > least)})"
     return layout.format(name=name, amounts=amounts, count=count)
 
 

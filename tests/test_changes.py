@@ -273,8 +273,8 @@ def test_without_downtime_room_for_one_more_is_needed(target: int) -> None:
     """When that one runs Serve stops an old one, and starts the next."""
     spec = edited(engine_kwargs={"seed": 1})
     action = decide(spec, running(edited(), target), no_downtime=True)
-    action.demands = (app.Demand("a", "D0", ({"GPU": 0.45},), "PACK", target, target),)
-    assert [demand.min_replicas for demand in app.demands_at_once(action)] == [1]
+    action.demands = (app.Demand("a", "D0", ({"GPU": 0.45},), "PACK", target, target, target),)
+    assert [demand.initial_replicas for demand in app.demands_at_once(action)] == [1]
 
 
 @pytest.mark.parametrize(

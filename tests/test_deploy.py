@@ -567,7 +567,7 @@ def test_what_starts_beside_the_old_replicas_needs_room_for_those_at_a_time_alon
     rows = deployment("D", "HEALTHY", *map(replica, "pqr"))
     before = state("a", "RUNNING", "", rows)
     cluster, details = ScriptedCluster(), list[str]()
-    cluster.demands = {"a": (app.Demand("a", "D", ({"CPU": 1.0},), "PACK", 3, 3),)}
+    cluster.demands = {"a": (app.Demand("a", "D", ({"CPU": 1.0},), "PACK", 3, 3, 3),)}
     tight = app.Node("node", {"CPU": 4.0}, {"CPU": 1.0})
     edit = app.Action(spec("a"), "RESTART", "2", before=before, surge=surge)
     with (

@@ -42,7 +42,8 @@ def demand(
     name: str, *bundles: Resources, strategy: str = "PACK", replicas: int = 1, **more: Any
 ) -> Demand:
     most = more.pop("max_replicas", replicas)
-    return Demand(name, "D", bundles, strategy, replicas, most, **more)
+    first = more.pop("initial_replicas", replicas)
+    return Demand(name, "D", bundles, strategy, replicas, most, first, **more)
 
 
 def where(demands: Sequence[Demand], nodes: Sequence[Node]) -> list[str]:
@@ -51,7 +52,7 @@ def where(demands: Sequence[Demand], nodes: Sequence[Node]) -> list[str]:
     found, plan = [], predict(demands, nodes)
     slots = iter(plan.slots)
     for fit in plan.fits:
-        count = 0 if fit.misfit else fit.demand.min_replicas
+        count = 0 if fit.misfit else fit.demand.initial_replicas
         mine = itertools.islice(slots, count * len(fit.demand.bundles))
         places = [nodes[n].name + "".join(map(str, gpus_of(taken))) for _, n, taken in mine]
         verdict = "NEVER" if fit.never else "NOT NOW"
@@ -374,6 +375,16 @@ def test_some_replicas_fit() -> None:
         "x/D: predicted: does not fit now; 1 of 2 replicas fit; needs 0.90 GPU; the most free "
         "in one place is 0.10 (node A, GPU 0, held by x/D 0.90)",
     ]
+
+
+def test_autoscaling_starts_with_the_initial_replicas() -> None:
+    scaled = demand("x", {"GPU": 0.5}, replicas=0, max_replicas=5, initial_replicas=3)
+    assert format_prediction(predict([scaled], [A]))[-1] == "x/D: room for 4 of 5 replicas"
+    assert where([scaled, demand("y", {"GPU": 1})], [A]) == ["A0 A0 A1", "NOT NOW"]
+    # Serve may come down to the minimum, so too many at first are no reason to refuse.
+    assert where([scaled], [node("B", GPU=1)]) == ["NOT NOW"]
+    [fit] = predict([scaled], [node("B", GPU=1)]).fits
+    assert "x/D: predicted: does not fit now; 2 of 3 replicas fit; " in fit.misfit
 
 
 def test_growth_counts_what_remains() -> None:

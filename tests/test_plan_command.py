@@ -111,12 +111,19 @@ AS_IN_RAYS_DOCUMENTATION: tuple[tuple[str, Config, list[str]], ...] = (
                     "num_replicas": "auto",
                     "ray_actor_options": {"num_cpus": 0.2},
                 },
-                {"name": "Parent", "num_replicas": 2, "max_ongoing_requests": 10},
+                {
+                    "name": "Parent",
+                    "autoscaling_config": {
+                        "min_replicas": 1,
+                        "initial_replicas": 2,
+                        "max_replicas": 3,
+                    },
+                },
             ],
         ),
         [
             "Child: 0.2 CPUs per replica, replicas 1 → 100 (autoscaling)",
-            "Parent (ingress): 0.1 CPUs per replica, replicas 2",
+            "Parent (ingress): 0.1 CPUs per replica, replicas 1 → 3 (autoscaling, 2 at first)",
         ],
     ),
     (

@@ -328,7 +328,7 @@ def test_a_plan_says_what_would_go_where() -> None:
     assert "   not in file: it is RUNNING and left alone (--prune deletes it)" in lines
     one, two = (f"{row[0]}/LLMServer:{row[1]}-deployment" for row in (FALCON3, FALCON_H1))
     assert lines[-6:] == [
-        "predicted packing at min replicas (Ray decides in the end):",
+        "predicted packing at the start (Ray decides in the end):",
         f"node n · GPU 0 █████████▓▓▓▓▓▓▓▓▓▓· {one} 0.45 + already running 0.50 · 0.05 free",
         "node n · CPU: 1 of 8 used by this plan, 7 free",
         f"{one}: room for 1 of 3 replicas",
