@@ -10,7 +10,7 @@ fails does not touch the others, and its real cause is printed.
 
 Exit codes: 0 every application runs and answers; 1 one failed, or could not be verified; 2 the
 config or the command line is wrong and nothing was touched; 3 no Ray cluster, or it was lost;
-4 time ran out with one still deploying; 5 something changes, or would (--detailed-exitcode);
+4 time ran out with one still deploying; 5 something would change (--detailed-exitcode);
 129 SIGHUP; 130 Ctrl-C; 143 SIGTERM.
 """
 # The sections, in the order in which the data flows: grep "^# ==" app_v5.py
@@ -166,8 +166,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Node:
-    """One live node; it `matches` label selectors as Ray says. `cards` are its GPUs, where their
-    size is known."""
+    """One live node; it `matches` label selectors as Ray says; `cards` are GPUs, where known."""
 
     name: str
     total: Resources
@@ -565,8 +564,7 @@ URL_SECRETS = re.compile(r"(?<=://)[^/?#\s'\"]+(?=@)|(?<=[?&;])([\w.~-]+=)[^&;#\
 
 
 def is_secret(value: Any, path: KeyPath) -> bool:
-    """Whether a value is a text under a key that names secrets, as HF_TOKEN, api_keys and dbPass
-    do, and tokenizer does not."""
+    """Whether it is a text under a key that names secrets: HF_TOKEN, dbPass, but not tokenizer."""
     words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", ".".join(map(str, path)))
     # DISABLE_TOKEN: "1" is none, and would be hidden wherever else a 1 stands.
     named = isinstance(value, str) and any(SECRET_WORD.fullmatch(word.lower()) for word in words)
@@ -717,7 +715,8 @@ def check_keys(value: Any, schema: str, path: KeyPath) -> Problems:
     """What is wrong with a value that has to be a mapping of this schema, and with all below it."""
     fields = known_schemas().get(schema, {})
     if not isinstance(value, dict):
-        return [Problem(path, f"{show_value(value)} is not a mapping")]
+        kind = "a list" if isinstance(value, list) else "a text" if isinstance(value, str) else ""
+        return [Problem(path, f"{kind or show_value(value)} is not a mapping")]
     needed = [key for key in REQUIRED.get(schema, ()) if value.get(key) is None]
     problems = [Problem((*path, key), "is missing") for key in needed]
     for key, item in value.items():
@@ -742,8 +741,7 @@ def check_keys(value: Any, schema: str, path: KeyPath) -> Problems:
 
 def check_value(value: Any, rule: str, path: KeyPath) -> Problems:
     """What a rule says against a value; Ray reads a number that stands in quotes, too."""
-    needed, allowed = RULES.get(rule, ("", object))
-    fits = False
+    (needed, allowed), fits = RULES.get(rule, ("", object)), False
     if isinstance(allowed, type):
         fits = isinstance(value, allowed)
     elif isinstance(allowed, str):
@@ -881,7 +879,7 @@ def move_short_keys(options: Config, path: KeyPath) -> Problems:
     """Move `num_cpus`/`cpus` and `num_gpus`/`gpus` into `ray_actor_options`, as floats."""
     problems: Problems = []
     actor = as_dict(options.get("ray_actor_options"))
-    for option in ("num_cpus", "num_gpus"):
+    for option in ("num_cpus", "num_gpus", "memory"):  # 2e9 is a text in YAML, and Ray adds to it
         given = {key: options.pop(key, None) for key in (option, option.removeprefix("num_"))}
         given[f"ray_actor_options.{option}"] = actor.get(option)
         values = {key: float(value) for key, value in given.items() if value is not None}
@@ -1275,7 +1273,8 @@ def describe_deployment(name: str, info: Any) -> Config:
     least = scaling.min_replicas if scaling else options.num_replicas
     if not bundles:
         bundles = [replica.resource_dict]
-        selectors = [replica.ray_actor_options.get("label_selector") or {}]
+        actor = replica.ray_actor_options  # with a fallback, another node will do
+        selectors = [{} if actor.get("fallback_strategy") else actor.get("label_selector") or {}]
     return {
         "deployment": name,
         "ingress": info.ingress,
@@ -1348,9 +1347,8 @@ class Plan:
 
     def grant(self, demand: Demand, wanted: Sequence[Bundle], used: Sequence[int]) -> bool:
         """Put some bundles of a replica together on a node, in the order in which GCS tries them:
-        with regard to those that are used for it already, as its strategy says, and then that first
-        which keeps most of what is free there (scorer.cc, LeastResourceScorer; rounded, since Ray
-        adds in any order)."""
+        as its strategy says of those that are `used` for it already, then that first which keeps
+        most of what is free (scorer.cc, LeastResourceScorer; rounded: Ray adds in any order)."""
         total = sum((needs for needs, _ in wanted), Amounts())
         here = Counter(node for other, node, _ in self.slots if other is demand)
         most, ranked = demand.max_replicas_per_node or math.inf, []
@@ -1379,8 +1377,7 @@ class Plan:
 
 
 def predict(demands: Sequence[Demand], nodes: Sequence[Node]) -> Plan:
-    """Place what Serve starts of every demand, in the given order; those that fit stay placed even
-    if others do not."""
+    """Place what Serve starts of every demand, in the given order; some may fit and others not."""
     plan = Plan(nodes, [stock(node) for node in nodes])
     whole = [replace(node, free=node.total, holders=()) for node in nodes]
     for demand in demands:
@@ -1405,8 +1402,7 @@ def predict(demands: Sequence[Demand], nodes: Sequence[Node]) -> Plan:
 
 
 def shortage(plan: Plan, demand: Demand) -> str:
-    """Why one more replica does not fit: the first resource that no node has enough of, or all that
-    it needs together."""
+    """Why one more replica does not fit: the first resource that every node lacks, or all of it."""
     for needs, selector in bundles_of(demand):
         nodes = [n for n, node in enumerate(plan.nodes) if node.matches(selector)]
         if not nodes:
@@ -1665,11 +1661,16 @@ def gap(action: Action) -> str:
 def demands_at_once(action: Action) -> list[Demand]:
     """What there has to be room for: all replicas, or with --no-downtime a new one of each
     deployment that restarts, since an old one stops when that runs."""
-    if not action.surge or action.before is None:
-        return list(action.demands)
-    new = [d for d in action.demands if d.deployment not in action.before.deployments]
-    again = [d for d in action.demands if d.deployment in action.restarting]
-    return new + [replace(d, initial_replicas=min(1, d.initial_replicas)) for d in again]
+    before, demands = action.before.deployments if action.before else {}, []
+    staying = before.keys() - action.restarting if action.surge else ()
+    for demand in [demand for demand in action.demands if demand.deployment not in staying]:
+        old, first = before.get(demand.deployment), demand.initial_replicas
+        if action.surge and old:
+            first = min(1, first)
+        elif old and first == demand.min_replicas:  # Serve keeps what autoscaling has made of it
+            first = min(demand.max_replicas, max(first, old.target_num_replicas))
+        demands.append(replace(demand, initial_replicas=first))
+    return demands
 
 
 def taken_routes(
@@ -1770,9 +1771,8 @@ DISTURBED = re.compile("No available memory|Error in memory profiling|Free memor
 
 def root_cause(message: str, logs: Sequence[str] = ()) -> tuple[str, str]:
     """The first real exception in what Serve says or, where that only points at a log, in what dead
-    replicas left, the latest first; and a hint. Of several that which has a hint counts, from the
-    last in Serve's message, as Python prints the outermost last, and from the first in a log, as
-    the engine's processes pass it on."""
+    replicas left, the latest first; and a hint. Of several that with a hint counts, from the last
+    in Serve's message (Python prints the outermost last), and from the first in an engine's log."""
     lines = [line.strip() for line in ANSI.sub("", message).splitlines() if line.strip()]
     last = [x for x in lines if not x.startswith(("This may be caused by", "ActorDied"))] or lines
     said = [real_exceptions(message)[::-1], *map(real_exceptions, logs), last[-1:]]
@@ -2137,8 +2137,9 @@ class RayCluster:
         from pydantic import TypeAdapter
         from ray.serve.generated.serve_pb2 import DeploymentRoute
 
-        known, kept = {}, TypeAdapter(Record)
-        for details in found:
+        kept = TypeAdapter(Record)
+
+        def look_up(details: ApplicationDetails) -> tuple[str, Running]:
             version, record = "", None
             name = next(iter(details.deployments), "")  # all of an application have one version
             with contextlib.suppress(ApplicationError):  # it may have gone meanwhile
@@ -2149,8 +2150,10 @@ class RayCluster:
                 text = self.gcs.internal_kv_get(details.name.encode(), namespace=RECORDS)
                 left = kept.validate_python(json.loads(text or "null"))
                 record = left if version in ("", left.version) else None
-            known[details.name] = details, version, record
-        return known
+            return details.name, (details, version, record)
+
+        with ThreadPoolExecutor(len(found) or 1) as pool:  # a busy controller takes its time
+            return dict(pool.map(look_up, found))
 
     def remember(self, name: str, record: Record | None) -> None:
         """Leave in the cluster what a later run needs to tell what it would change; the version in
@@ -2256,9 +2259,8 @@ class RayCluster:
             node_id, total = row["NodeID"], row["Resources"]
             held = [each for each in reservations if each.node_id == node_id]
             leaving = [each for each in held if each.application in giving_way]
-            free = Counter(available.get(node_id, {}))
-            for each in leaving:
-                free.update(each.reserved)
+            given_back = (Counter(each.reserved) for each in leaving)
+            free = sum(given_back, Counter(available.get(node_id, {})))
             staying = tuple(each for each in held if each not in leaving)
             # On a laptop without a GPU, too, which stands for the cluster that is to come.
             count = max(1, int(total.get("GPU", 0))) if self.options.gpu_memory else 0
@@ -2272,9 +2274,8 @@ class RayCluster:
 
     def reservations(self) -> list[Reservation]:
         """What Serve's replicas hold now: the bundles of their placement groups, and what actors,
-        they themselves and those that they started, have outside of them. GPU indices come from the
-        actors' resource mappings, where a part of a group's GPU goes by the group's name
-        (ray/gcs.proto ActorTableData, ResourceMapEntry)."""
+        they and those that they started, have outside of them. GPU indices come from the actors'
+        resource mappings, where a group's name goes with its part (gcs.proto, ResourceMapEntry)."""
         actors, groups = self.actors("ALIVE"), self.ray.util.placement_group_table()
         held: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
         gpus: dict[tuple[str, str], set[int]] = defaultdict(set)
@@ -2325,9 +2326,8 @@ class RayCluster:
         return list(map(self.ray.core.generated.gcs_pb2.ActorTableData.FromString, rows))
 
     def replica_log(self, actor_id: str, state: str = "") -> str:
-        """The ends of a replica's logs, into which its engine's processes write, too; with the
-        `state` that it is in also those of its engine's workers, which are actors of another job in
-        its placement group, and how each ended. Raises ClusterError."""
+        """The ends of a replica's logs, and its engine's; with the `state` that it is in also those
+        of the actors in its placement group, and how each ended. Raises ClusterError."""
         actors = self.actors(state) if state else []
         found = [actor for actor in actors if actor.actor_id.hex() == actor_id]
         groups = {actor.placement_group_id for actor in found} - {b""}
@@ -2362,8 +2362,8 @@ def mismatches(action: Action, reservations: Sequence[Reservation]) -> tuple[str
         totals[each.deployment, each.replica_id].update(each.reserved)
     for (name, _), held in totals.items():
         asked = next((d.reserved for d in action.demands if d.deployment == name), {})
-        own = next((m.promised for m in action.application.models if serves(name, m)), {})
-        promised = {**asked, **own}
+        mine = [m.promised for m in action.application.models if serves(name, m)]
+        promised = {**asked, **(mine[0] if len(mine) == 1 else {})}  # as in `build`
         # "node:..." only says where something is to run.
         names = [r for r in {*promised, *held} if not r.startswith("node:")]
         if any(abs(promised.get(r, 0.0) - held.get(r, 0.0)) > 1 / STEPS for r in names):
@@ -2372,12 +2372,12 @@ def mismatches(action: Action, reservations: Sequence[Reservation]) -> tuple[str
     return tuple(dict.fromkeys(rows))
 
 
-def wait_for_route(action: Action, base_url: str) -> None:
+def wait_for_route(action: Action, base_url: str, questions: int) -> None:
     """Wait until Serve's proxy knows the application's route, a moment after the controller. Raises
     ClusterError when that never comes, or when another server, which shares the port
-    (SO_REUSEPORT), gets a part of the questions."""
+    (SO_REUSEPORT), gets a part of some questions."""
     url, good, deadline = f"{base_url}/-/routes", 0, time.monotonic() + PROXY_TIMEOUT_S
-    while good < ROUTE_QUESTIONS:
+    while good < questions:
         try:
             status, text, _ = fetch(url)
             if read_json(text).get(action.application.route_prefix or "") == action.name:
@@ -2485,6 +2485,7 @@ class Run:
     stop_reason: str = ""
     others: Sequence[ApplicationDetails] = ()
     plan: Plan | None = None
+    questions: int = ROUTE_QUESTIONS
 
     def end(self, action: Action, result: Result, cause: str = "", hint: str = "") -> None:
         action.cause, action.hint, action.detail = cause, hint, cause
@@ -2725,15 +2726,13 @@ def failure_logs(action: Action, cluster: Cluster) -> tuple[list[str], str]:
 def prove(action: Action, run: Run) -> None:
     """Check what runs against what was promised, and ask it something, which has limits of its own.
     Raises ApplicationError for a bad answer; not having reached it is not its failure."""
-    application, proof = action.application, Proof()
-    details = action.details or action.before
+    application, proof, details = action.application, Proof(), action.details or action.before
     assert details is not None
     action.words, action.detail, action.details, action.proof = "checking", "", details, proof
     try:
         proof.notes = suggestions(action, run)
         running = {r.replica_id for r in replicas_of(details) if r.state == "RUNNING"}
-        held = run.cluster.reservations()
-        proof.reservations = [each for each in held if each.replica_id in running]
+        proof.reservations = [r for r in run.cluster.reservations() if r.replica_id in running]
         proof.mismatches = mismatches(action, proof.reservations)
         asleep = {d.name for d in details.deployments.values() if not d.target_num_replicas}
         ingresses = {d.deployment for d in action.demands if d.ingress}
@@ -2747,7 +2746,8 @@ def prove(action: Action, run: Run) -> None:
         if skipped := [text for text, is_so in reasons.items() if is_so]:
             proof.notes += (f"not asked over HTTP: {skipped[0]}",)
             return
-        wait_for_route(action, base_url)
+        wait_for_route(action, base_url, run.questions)
+        run.questions = 1  # one server has the port
         asked = smoke_test(application, asleep, base_url)
         proof.answers, proof.notes = asked.answers, proof.notes + asked.notes
     except ClusterError as error:
@@ -2918,8 +2918,7 @@ def format_unfinished(action: Action) -> list[str]:
 
 
 def log_commands(action: Action) -> list[str]:
-    """The commands that print what the replica that died last wrote to its stderr and its stdout;
-    the engine writes to either."""
+    """Commands that print what the replica that died last, or its engine, wrote."""
     for replica in failed_replicas(action)[:1]:
         command = f"ray logs actor --id {replica.actor_id} --tail {LOG_LINES}"
         return [f"{command} --err", command]
@@ -3000,12 +2999,11 @@ def report_json(run: Run) -> Config:
 
 def action_json(action: Action, run: Run) -> Config:
     """What there is to tell of an application; what does not apply is empty."""
-    plan = run.plan or Plan((), [])
     return {key: getattr(action, key) for key in OF_AN_ACTION} | {
         "route_prefix": action.application.route_prefix,
         "models": action.application.models,
         "deployments": action.demands,
-        "rooms": [room_in(plan, demand) for demand in action.demands],
+        "rooms": [room_in(run.plan or Plan((), []), d) for d in action.demands],
         "gap": gap(action),
         "seconds": round(action.seconds(), 1),
         "logs": log_commands(action),
@@ -3027,9 +3025,12 @@ def export_config(document: Document, apps: Sequence[ApplicationSpec]) -> str:
         row = copied(app.config, unfilled)
         lines += [f"  {app.name}: {text}" for _, text in differences(before[app.index], row)]
         data["applications"].append(row)
-    if names := set(re.findall(r"\$\{(\w+)\}", json.dumps(data, default=str))):
+    if names := set(re.findall(r"(?<=\$\{)\w+(?=\})|\*{3}", json.dumps(data, default=str))):
         lines.append(f"Fill in before, with `envsubst` for example: {', '.join(sorted(names))}")
     comments = "".join(f"# {line}\n" for line in lines)
+    styles = {True: '"', False: None}  # what is filled in is a text, even if it looks otherwise
+    write = yaml.SafeDumper.represent_scalar
+    yaml.SafeDumper.add_representer(str, lambda d, x: write(d, TEXT_TAG, x, styles["${" in x]))
     return comments + yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
 
 
@@ -3090,8 +3091,7 @@ class Terminal(io.TextIOBase):
             self.live.update(table, refresh=True)
 
     def report(self, run: Run) -> int:
-        """The plan or the summary, or its JSON, to stdout; tracebacks where `--logs` asks. Returns
-        the exit code."""
+        """The plan or summary, or its JSON, to stdout; tracebacks with `--logs`; the exit code."""
         self.live.stop()  # its last picture stays on the screen
         if run.stop_code:
             self.console.print(f"🛑 Stopped: {run.stop_reason}")

@@ -268,6 +268,23 @@ def test_a_restart_says_beforehand_who_notices(
     assert bool(app.gap(action)) is bool(words)
 
 
+@pytest.mark.parametrize(
+    ("least", "first", "most", "now", "needed"),
+    [
+        pytest.param(1, 1, 3, 2, 2, id="grown"),
+        pytest.param(1, 1, 3, 5, 3, id="above what may be"),
+        pytest.param(2, 2, 3, 0, 2, id="below what must be"),
+        pytest.param(1, 2, 5, 4, 2, id="with which Serve begins anew"),
+    ],
+)
+def test_what_autoscaling_made_of_it_stays(
+    least: int, first: int, most: int, now: int, needed: int
+) -> None:
+    action = decide(edited(engine_kwargs={"seed": 1}), running(edited(), now))
+    action.demands = (app.Demand("a", "D0", ({"GPU": 0.45},), "PACK", least, most, first),)
+    assert [demand.initial_replicas for demand in app.demands_at_once(action)] == [needed]
+
+
 @pytest.mark.parametrize("target", [1, 11])
 def test_without_downtime_room_for_one_more_is_needed(target: int) -> None:
     """When that one runs Serve stops an old one, and starts the next."""

@@ -206,7 +206,7 @@ BROKEN = [
     ),
     pytest.param(
         "applications: [a]\n",
-        [":1:16: applications[0]: 'a' is not a mapping"],
+        [":1:16: applications[0]: a text is not a mapping"],
         id="application a text",
     ),
     pytest.param(
@@ -324,13 +324,13 @@ BROKEN = [
         id="env var a boolean",
     ),
     pytest.param(
-        ONE + ", runtime_env: {env_vars: [A]}}\n",
-        [":2:45: applications[0].runtime_env.env_vars: ['A'] is not a mapping"],
-        id="env_vars a list",
+        ONE + ", runtime_env: {env_vars: [HF_TOKEN=hf_abcdefgh]}}\n",
+        [":2:45: applications[0].runtime_env.env_vars: a list is not a mapping"],
+        id="env_vars a list, which may hold secrets",
     ),
     pytest.param(
         ONE + ", runtime_env: x}\n",
-        [":2:31: applications[0].runtime_env: 'x' is not a mapping"],
+        [":2:31: applications[0].runtime_env: a text is not a mapping"],
         id="runtime_env a text",
     ),
     pytest.param(
@@ -417,7 +417,7 @@ BROKEN = [
     ),
     pytest.param(
         ONE + ", deployments: [{name: d, ray_actor_options: [1]}]}\n",
-        [":2:55: applications[0].deployments[0].ray_actor_options: [1] is not a mapping"],
+        [":2:55: applications[0].deployments[0].ray_actor_options: a list is not a mapping"],
         id="actor options a list",
     ),
     pytest.param(
@@ -1025,10 +1025,8 @@ def test_llm_configs_may_be_paths_and_problems_point_into_them() -> None:
             id="gone",
         ),
         pytest.param("", f"llm.yaml:1:1: {PATH}: null is not a mapping", id="empty"),
-        pytest.param("- a\n", f"llm.yaml:1:1: {PATH}: ['a'] is not a mapping", id="a list"),
-        pytest.param(
-            "other.yaml\n", f"llm.yaml:1:1: {PATH}: 'other.yaml' is not a mapping", id="a text"
-        ),
+        pytest.param("- a\n", f"llm.yaml:1:1: {PATH}: a list is not a mapping", id="a list"),
+        pytest.param("other.yaml\n", f"llm.yaml:1:1: {PATH}: a text is not a mapping", id="a text"),
         pytest.param("a: [\n", f"llm.yaml:2:1: {PATH}: not YAML", id="not closed"),
         pytest.param(
             "a: 1\n---\nb: 1\n", f"llm.yaml:2:1: {PATH}: not YAML: expected a single", id="two"
@@ -1498,3 +1496,16 @@ def test_the_engines_are_those_that_ray_has() -> None:
     from ray.llm._internal.serve.core.configs.llm_config import LLMEngine
 
     assert all(app.check_value(engine.value, "llm_engine", ()) == [] for engine in LLMEngine)
+
+
+def test_memory_in_quotes_is_a_number_for_rays_builder() -> None:
+    """YAML takes 2e9 for a text, and Ray's LLM builder would add it to a number."""
+    data = yaml.safe_load(
+        "applications: [{import_path: 'ray.serve.llm:build_openai_app', args: {llm_configs: ["
+        "{model_loading_config: {model_id: m}, deployment_config: {num_gpus: 0.5, "
+        "ray_actor_options: {memory: 2e9}}}]}}]"
+    )
+    [application], found = app.read_applications(data)
+    [llm] = application.config["args"]["llm_configs"]
+    assert found == []
+    assert llm["deployment_config"]["ray_actor_options"]["memory"] == 2e9

@@ -814,6 +814,16 @@ def test_what_runs_and_is_slow_to_answer_runs_when_a_stop_comes() -> None:
     answered.set()
 
 
+def test_whose_port_it_is_is_asked_once() -> None:
+    """Of a hundred applications each question counts."""
+    cluster = ScriptedCluster()
+    with patch.object(cluster, "fetch", wraps=cluster.fetch) as fetch:
+        run = deploy(cluster, "a", "b", "c", workers=1)
+    assert results(run) == dict.fromkeys("abc", "RUNNING")
+    asked = [call for call in fetch.mock_calls if call.args[0].endswith("/-/routes")]
+    assert len(asked) == app.ROUTE_QUESTIONS + 2
+
+
 def test_what_runs_unchanged_is_asked_all_the_same() -> None:
     details, kept = state("a", "RUNNING"), app.Record("1", {}, (demand("a"),))
     cluster = ScriptedCluster()

@@ -94,7 +94,18 @@ def test_secrets_are_not_written_and_texts_of_variables_stay(config: Path) -> No
     [application, _] = yaml.safe_load(out)["applications"]
     variables = application["runtime_env"]["env_vars"]
     assert variables == {"HF_TOKEN": "${HF_TOKEN}", "HUB": "https://***@hub/x"}
-    assert "# Fill in before, with `envsubst` for example: HF_TOKEN, MODELS\n" in out
+    assert "# Fill in before, with `envsubst` for example: ***, HF_TOKEN, MODELS\n" in out
+
+
+def test_what_is_filled_in_stays_a_text(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `envsubst` does it, which knows nothing of YAML."""
+    monkeypatch.setenv("PORT", "8001")
+    variables = '{env_vars: {API_KEY: "123456789", PORT: "${PORT}"}}'
+    config.write_text(CONFIG + f"  runtime_env: {variables}\n")
+    _, out, _ = export(config, "serve", "--only", "two")
+    filled = out.replace("${API_KEY}", "123456789").replace("${PORT}", "8001")
+    [application] = yaml.safe_load(filled)["applications"]
+    assert application["runtime_env"]["env_vars"] == {"API_KEY": "123456789", "PORT": "8001"}
 
 
 def test_each_secret_of_a_list_has_a_name_of_its_own(config: Path) -> None:

@@ -113,7 +113,7 @@ def test_nothing_private_of_ray_is_reached_for_elsewhere() -> None:
         pytest.param("print", {"Report"}, id="print"),
         pytest.param("Console", {"Report"}, id="the console"),
         pytest.param("Live", {"Report"}, id="the live view"),
-        pytest.param("ThreadPoolExecutor", {"Deploy"}, id="pools"),
+        pytest.param("ThreadPoolExecutor", {"Deploy", "Ray"}, id="pools"),
         pytest.param("Thread", {"Deploy", "Command line"}, id="threads"),
     ],
 )

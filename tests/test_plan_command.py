@@ -109,7 +109,11 @@ AS_IN_RAYS_DOCUMENTATION: tuple[tuple[str, Config, list[str]], ...] = (
                 {
                     "name": "Child",
                     "num_replicas": "auto",
-                    "ray_actor_options": {"num_cpus": 0.2},
+                    "ray_actor_options": {
+                        "num_cpus": 0.2,
+                        "label_selector": {"card": "H100"},
+                        "fallback_strategy": [{"label_selector": {"card": "!H100"}}],
+                    },
                 },
                 {
                     "name": "Parent",

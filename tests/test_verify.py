@@ -73,6 +73,19 @@ def test_a_deployment_without_a_model_is_held_to_what_its_builder_asks_for() -> 
         assert len(app.mismatches(action, held)) == expected
 
 
+def test_of_two_models_in_one_deployment_nobody_knows_whose_it_is() -> None:
+    """Prefill and decode have one model ID, and may have different shares."""
+    decode = app.ModelSpec("m", "/m", "m", promised={"CPU": 1.0, "GPU": 2.0})
+    spec = app.ApplicationSpec(0, "a", "/a", LLM, (MODEL, decode))
+    asked, held = {"CPU": 1.0, "GPU": 2.0}, {"CPU": 1.0, "GPU": 2.45}
+    demands = (app.Demand("a", "Decode:m", (asked,)),)
+    action = app.Action(spec, "create", demands=demands)
+    [found] = [app.Reservation("a", "Decode:m", "r", "1", "n", asked)]
+    assert app.mismatches(action, [found]) == ()
+    [wrong] = app.mismatches(action, [app.Reservation("a", "Decode:m", "r", "1", "n", held)])
+    assert "promised 1.0 CPUs, 2.0 GPUs, reserved 1.0 CPUs, 2.45 GPUs" in wrong
+
+
 # -- questions -----------------------------------------------------------------------------------
 
 
@@ -231,7 +244,7 @@ def wait_for_route(monkeypatch: pytest.MonkeyPatch, *answers: app.Response | Exc
         sleep(seconds)
 
     with patch.object(time, "sleep", pause):
-        app.wait_for_route(action, HTTP)
+        app.wait_for_route(action, HTTP, app.ROUTE_QUESTIONS)
     return pauses
 
 
